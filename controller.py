@@ -1,0 +1,616 @@
+"""Finding and training the small net: data in memory, the teacher-student loop, the LSTM policy, the search, the run.
+
+One `fit` serves the baseline (no teacher), every recovery and the final training. One `Run.search` serves hard pruning
+(IJCAI 2018) and SEP (TIP 2021): they differ in how a net is brought to a structure, see METHODS. Everything random is
+drawn from a stream named by the seed and the place (`stream`), so that a run that was stopped goes on with the same numbers.
+"""
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import models
+import sep
+from models import Failure, Net
+
+VALIDATION = 0.1  # of the training images; used for the rewards (paper)
+MOMENTUM, DECAY, BATCH = 0.9, 5e-4, 128  # SGD of every training (script)
+HARD_LABELS = 0.1  # weight of the cross-entropy beside the teacher's MSE (script)
+COMPLEXITY = 0.16  # reward = accuracy - 0.16 * MACs / MACs of the baseline (script: 4e-10 a MAC on VGG-19)
+ADVANTAGE, POLICY_LR = 10, 0.001  # scale of the advantage, Adam (script)
+HIDDEN, LAYERS, DROPOUT = 100, 2, 0.8  # of the LSTM (script)
+GATES = 10  # ours: the learning rate of SEP's gates over that of the weights, for they begin at zero
+TEACHER_BYTES = 1 << 29  # ours: outputs of the teacher kept at most; beyond, they are computed epoch by epoch
+
+# How a method brings a net to a structure, and what that will cost.
+METHODS = {"lstm": (models.prune, models.macs), "random": (models.prune, models.macs), "sep": (sep.soften, sep.macs)}
+
+
+def stream(*where) -> int:
+    """A seed for a random stream, named by the run's seed and the place where it is drawn."""
+    return int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:7], "big")
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """A labelled set of images in memory: pixels (N, H, W, C) uint8, labels (N,) int64; crop in pixels, flip or not."""
+
+    def __init__(self, pixels, labels, *, mean, std, crop: int = 0, flip: bool = False):
+        self.pixels, self.labels, self.crop, self.flip = pixels.contiguous(), labels.long(), crop, flip
+        self.mean, self.std = mean, std
+        self.shift = torch.tensor(mean, device=pixels.device).reshape(-1, 1, 1) / torch.tensor(std, device=pixels.device).reshape(-1, 1, 1)
+        self.factor = 1 / (255 * torch.tensor(std, device=pixels.device).reshape(-1, 1, 1))
+        self.padded = F.pad(pixels, (0, 0, crop, crop, crop, crop)) if crop else self.pixels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def part(self, index) -> "Images":
+        return Images(self.pixels[index], self.labels[index], mean=self.mean, std=self.std, crop=self.crop, flip=self.flip)
+
+    def to(self, device) -> "Images":
+        return Images(self.pixels.to(device), self.labels.to(device), mean=self.mean, std=self.std, crop=self.crop, flip=self.flip)
+
+    @property
+    def augmented(self) -> bool:
+        return bool(self.crop or self.flip)
+
+    def view(self, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The order (N,) of an epoch, and each image's crop and flip (N, 3) in it: common random numbers, per seed and epoch."""
+        g = torch.Generator().manual_seed(stream(seed, "images", epoch))
+        order = torch.randperm(len(self), generator=g)
+        place = torch.randint(0, 2 * self.crop + 1, (len(self), 3), generator=g)
+        place[:, 2] = torch.randint(0, 2, (len(self),), generator=g) * self.flip
+        return order.to(self.labels.device), place.to(self.labels.device) if self.augmented else None
+
+    def batch(self, index, place=None) -> torch.Tensor:
+        """The images `index` (B,), normalised, float32 (B, C, H, W) channels-last; cropped and flipped as `place` says."""
+        if place is None:
+            x = self.pixels[index]
+        else:
+            top, left, flip = place[index].unbind(1)
+            h, w = self.pixels.shape[1:3]
+            rows = top[:, None] + torch.arange(h, device=index.device)
+            columns = torch.arange(w, device=index.device).expand(len(index), -1)
+            columns = left[:, None] + torch.where(flip[:, None] > 0, w - 1 - columns, columns)
+            x = self.padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return x.permute(0, 3, 1, 2).float().mul_(self.factor).sub_(self.shift)
+
+
+STATISTICS = {  # mean and standard deviation of the training pixels, in units of 255
+    "mnist": ((0.1307,), (0.3081,)), "digits": ((0.16,), (0.33,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> tuple[Images, Images, str]:
+    """(training, test, what it is) of a data set; downloads what `folder` lacks. Raises Failure.
+
+    A `folder` with train/CLASS and test/CLASS in it is the user's own data set and goes before `name`.
+    """
+    folder = Path(folder)
+    own = (folder / "train").is_dir() and (folder / "test").is_dir()
+    keep = dict(mean=STATISTICS[name][0], std=STATISTICS[name][1])
+    if name == "digits":
+        train, test = (digits(n, stream("digits", n)) for n in (6000, 2000))
+        return Images(*train, **keep), Images(*test, **keep), "digits (drawn)"
+    gray = name == "mnist"
+    train, test = (own_images(folder, part, gray) if own else from_torchvision(name, folder, part) for part in ("train", "test"))
+    return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), str(folder) if own else name
+
+
+def from_torchvision(name: str, folder: Path, part: str):
+    """(pixels, labels) of MNIST, CIFAR-10 or CIFAR-100."""
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        try:
+            found = kind(folder, train=part == "train")
+        except RuntimeError:  # not there, or not complete
+            found = kind(folder, train=part == "train", download=True)
+        pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}"[:120]
+        raise Failure(f"{folder} has no complete {name} data and it could not be downloaded ({reason}); name its folder with --data-dir") from e
+    return pixels.reshape(*pixels.shape[:3], -1), labels
+
+
+def own_images(folder: Path, part: str, gray: bool):
+    """(pixels, labels) of the image files in folder/part/CLASS; classes in the order of their names."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        found = ImageFolder(folder / part)
+        pixels = [pil_to_tensor(image.convert("L") if gray else image).permute(1, 2, 0) for image, _ in found]
+        return torch.stack(pixels), torch.tensor(found.targets)
+    except Exception as e:
+        raise Failure(f"{folder / part}: not a folder of CLASS/images of one size ({type(e).__name__}: {str(e)[:100]})") from e
+
+
+# Ten classes of strokes, as corner points (x, y) in [-1, 1], y downwards.
+STROKES = ["-6-9 6-9 8 0 6 9 -6 9 -8 0 -6-9", "-4-6 0-9 0 9", "-7-5 0-9 7-5 -7 9 7 9", "-6-9 6-9 0-1 6 4 0 9 -6 7", "3 9 3-9 -7 3 8 3",
+           "7-9 -6-9 -6-1 4-2 7 4 2 9 -7 8", "5-9 -5 0 -6 6 0 9 6 5 3 0 -5 2", "-7-9 7-9 -2 9", "0 0 5-5 0-9 -5-5 0 0 6 5 0 9 -6 5 0 0",
+           "5-2 -3 0 -6-5 0-9 6-6 5-2 3 9"]
+
+
+def digits(count: int, seed: int):
+    """(pixels (N, 28, 28, 1) uint8, labels): strokes whose thickness, slant, scale, shift and noise vary. Not MNIST."""
+    import re
+
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (count,), generator=g)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(count, *shape, generator=g)
+    lines = [torch.tensor([int(n) for n in re.findall(r"-?\d", s)]).reshape(-1, 2) / 9.0 for s in STROKES]
+    longest = max(map(len, lines))
+    corners = torch.stack([torch.cat([p, p[-1:].expand(longest - len(p), 2)]) for p in lines])[labels]  # (N, P, 2)
+    corners = corners + 0.09 * torch.randn(corners.shape, generator=g)
+    slant, turn, scale = uniform(-0.4, 0.4), uniform(-0.3, 0.3), uniform(0.5, 0.85, 2)
+    x, y = (corners * scale[:, None]).unbind(2)
+    x = x - slant[:, None] * y
+    x, y = x * turn.cos()[:, None] - y * turn.sin()[:, None], x * turn.sin()[:, None] + y * turn.cos()[:, None]
+    p = torch.stack([x, y], 2) + uniform(-0.18, 0.18, 1, 2)  # (N, P, 2)
+    axis = (torch.arange(28) - 13.5) / 13.5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2).reshape(1, -1, 2)  # (1, 784, 2)
+    nearest = torch.full((count, 784), 9.0)
+    for a, b in zip(p.unbind(1)[:-1], p.unbind(1)[1:]):  # the distance of each pixel from the stroke a to b
+        d = (b - a)[:, None]
+        t = (((grid - a[:, None]) * d).sum(2) / d.square().sum(2).clamp_min(1e-9)).clamp(0, 1)
+        nearest = torch.minimum(nearest, (a[:, None] + t[..., None] * d - grid).norm(dim=2))
+    ink = torch.sigmoid((uniform(0.05, 0.14, 1) - nearest) * 30) * uniform(0.6, 1.0, 1)
+    ink = ink + uniform(0.0, 0.25, 1) * torch.randn(ink.shape, generator=g)
+    return (ink.clamp(0, 1) * 255).to(torch.uint8).reshape(-1, 28, 28, 1), labels
+
+
+def split(images: Images, seed: int) -> tuple[Images, Images]:
+    """(training, validation): 10 % of the training images validate, chosen by `seed`."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, "split")))
+    count = int(VALIDATION * len(images))
+    if count < 1:
+        raise Failure(f"{len(images)} training images are too few for a validation split of {VALIDATION:.0%}")
+    return images.part(order[count:]), images.part(order[:count])
+
+
+# ---- the teacher-student loop -------------------------------------------------------------------------------------------
+
+
+def half(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where the machine computes it natively, else float32."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+
+
+class Teacher:
+    """The softmax outputs of a net on a set of images, computed once per view of them and kept."""
+
+    def __init__(self, net: Net, images: Images, seed: int):
+        self.net, self.images, self.seed, self.kept = net, images, seed, {}
+
+    @torch.no_grad()
+    def probabilities(self, epoch: int) -> torch.Tensor:
+        """(N, classes) float32 for the images as epoch `epoch` shows them, in the images' own order."""
+        epoch = epoch if self.images.augmented else 0
+        if epoch not in self.kept:
+            place = self.images.view(self.seed, epoch)[1]
+            self.net.eval()
+            with half(self.images.labels.device):
+                parts = [self.net(self.images.batch(i, place)).float().softmax(1) for i in chunks(self.images)]
+            if sum(p.nbytes for p in self.kept.values()) + sum(p.nbytes for p in parts) > TEACHER_BYTES:
+                self.kept.clear()
+            self.kept[epoch] = torch.cat(parts)
+        return self.kept[epoch]
+
+
+def chunks(images: Images, size: int = 500):
+    return torch.arange(len(images), device=images.labels.device).split(size)
+
+
+@torch.no_grad()
+def accuracy(net: Net, images: Images, exact: bool = False) -> float:
+    """Share of `images` that `net` classifies right, in [0, 1]; `exact`: in float32."""
+    net.eval()
+    with torch.autocast(images.labels.device.type, enabled=False) if exact else half(images.labels.device):
+        right = sum((net(images.batch(i)).argmax(1) == images.labels[i]).sum() for i in chunks(images))
+    return int(right) / len(images)
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy; with the teacher's softmax (B, classes): MSE between the softmaxes + 0.1 * cross-entropy (script)."""
+    hard = F.cross_entropy(logits, labels)
+    return hard if teacher is None else F.mse_loss(logits.softmax(1), teacher) + HARD_LABELS * hard
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast a net is trained: a fixed learning rate, or one cycle (a fifth up, then down to 0, linearly)."""
+
+    epochs: int
+    lr: float
+    cycle: bool = False
+
+    def rate(self, progress: float) -> float:
+        """The learning rate at `progress` in [0, 1] of the training."""
+        return self.lr * min(progress / 0.2, (1 - progress) / 0.8) if self.cycle else self.lr
+
+
+def sgd(net: Net, lr: float) -> torch.optim.SGD:
+    """The script's optimizer; gates learn faster (GATES)."""
+    weights = [p for name, p in net.named_parameters() if not name.startswith("gates.")]
+    gates = [p for name, p in net.named_parameters() if name.startswith("gates.")]
+    groups = [{"params": weights, "factor": 1.0}] + [{"params": gates, "factor": GATES}] * bool(gates)
+    return torch.optim.SGD(groups, lr, momentum=MOMENTUM, weight_decay=DECAY)
+
+
+def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: Teacher | None = None, start: int = 0, track=lambda steps: steps):
+    """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
+    device, batch = images.labels.device, min(BATCH, len(images))
+    steps = len(images) // batch  # ours: the last, smaller batch is left out; another one each epoch
+    for epoch in range(start, plan.epochs):
+        net.train()
+        order, place = images.view(seed, epoch)
+        soft = teacher.probabilities(epoch) if teacher else None
+        total = torch.zeros((), device=device)
+        for step in track(range(steps)):
+            index = order[step * batch : (step + 1) * batch]
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps))
+            with half(device):
+                logits = net(images.batch(index, place))
+            loss = loss_of(logits.float(), images.labels[index], soft[index] if teacher else None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        yield epoch, total.item() / steps
+
+
+# ---- the LSTM -----------------------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """Reads a net layer by layer and says for each prunable layer: keep (0) or prune (1). (L, 4) -> logits (L, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, HIDDEN, LAYERS, dropout=DROPOUT), nn.Linear(HIDDEN, 2)
+
+    def forward(self, cells: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(cells)[0])
+
+
+def cells(net: Net, structure) -> torch.Tensor:
+    """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size. Sizes are widths over the widest
+    (ours: the script's raw sizes saturate an LSTM); a pooling's size is its 2 pixels."""
+    full, rows = max(models.default_widths(net.arch)), []
+    width = dict(zip((p.layer for p in net.prunable), structure))
+    kind = lambda name: models.LINEAR if isinstance(net.get_submodule(name), nn.Linear) else models.CONV
+    for p, k in zip(net.prunable, structure):
+        following = (models.POOL, 2) if p.pool else (kind(p.next), width.get(p.next, net.get_submodule(p.next).weight.shape[0]))
+        rows.append((kind(p.layer), k / full, following[0], following[1] / full))
+    return torch.tensor(rows, dtype=torch.float)
+
+
+def shrink(structure, scheme, rate: float) -> tuple[int, ...]:
+    """The structure after one step: a chosen layer keeps int((1 - rate) * width) channels, at least one (paper)."""
+    return tuple(max(1, int((1 - rate) * w + 1e-9)) if d else w for w, d in zip(structure, scheme))
+
+
+def trim(parent, child, cut, target: float) -> tuple[int, ...]:
+    """The smallest part of the step from `parent` to `child` that still cuts `target`; `cut` gives a structure's cut."""
+    for part in range(1, 65):
+        between = tuple(p - (p - c) * part // 64 for p, c in zip(parent, child))
+        if cut(between) >= target:
+            return between
+    return child
+
+
+def uniform(widths, cut, target: float) -> tuple[int, ...]:
+    """The structure with the same share of channels in every layer whose cut is nearest to `target`."""
+    removals = sorted(((w - n) / w, i) for i, w in enumerate(widths) for n in range(1, w))  # one channel at a time
+    now, gaps = list(widths), {tuple(widths): abs(cut(widths) - target)}
+    for _, i in removals:
+        now[i] -= 1
+        gaps[tuple(now)] = abs(cut(now) - target)
+        if cut(now) > target:
+            break
+    return min(gaps, key=gaps.get)
+
+
+@dataclass
+class Candidate:
+    """A structure that was tried, and how it did. `scheme` and `parent` are what first led to it."""
+
+    structure: tuple[int, ...]
+    scheme: tuple[int, ...]
+    parent: tuple[int, ...] | None
+    epoch: int  # of the LSTM
+    validation_accuracy: float
+    macs: int
+    cut: float
+    reward: float
+    seconds: float
+
+
+def reward(accuracy: float, cut: float, target: float | None) -> float:
+    """accuracy - 0.16 * MACs / MACs0 (script), where going past the `target` cut earns nothing more."""
+    return accuracy - COMPLEXITY * max(1 - cut, 1 - target if target else 0.0)
+
+
+def choose(candidates: list[Candidate], target: float | None) -> Candidate:
+    """The best network: the largest reward, at or past the target where one got there, else the largest cut."""
+    there = [c for c in candidates if target is None or c.cut >= target]
+    return max(there, key=lambda c: c.reward) if there else max(candidates, key=lambda c: c.cut)
+
+
+def learn(policy: Policy, adam, logits: torch.Tensor, scheme: torch.Tensor, advantage: float) -> None:
+    """One REINFORCE step: logits (L, 2), decisions (L,); the advantage is the child's reward less the parent's."""
+    chosen = F.log_softmax(logits, 1).gather(1, scheme[:, None])
+    adam.zero_grad()
+    (-ADVANTAGE * advantage * chosen.mean()).backward()
+    adam.step()
+
+
+# ---- a run and its folder -----------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """What a run tells while it works; the command line shows it. This one is silent."""
+
+    def say(self, text: str) -> None: ...
+
+    def stage(self, title: str, epochs: int, start: int) -> None: ...
+
+    def steps(self, steps):
+        return steps
+
+    def epoch(self, title: str, epoch: int, epochs: int, loss: float, accuracy: float | None, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a run. They are kept in its folder: other numbers are another run."""
+
+    baseline: Plan
+    recovery: Plan
+    final: Plan
+    rate: float
+    target: float | None
+    parents: int
+    patience: int
+    trim: bool
+    seed: int
+
+
+class Run:
+    """A run folder, and the work that fills it. Every method picks up what the folder already holds."""
+
+    def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None):
+        self.folder, self.settings, self.test, self.watch = Path(folder), settings, test, watch or Watch()
+        self.all, (self.train, self.validation) = train, split(train, settings.seed)
+        self.device, self.teachers, self.began = train.labels.device, {}, time.time()
+        head = head | dict(seed=settings.seed, device=describe(self.device), versions=versions(), seconds=0.0)
+        self.results = head | dict(settings=asdict(settings), rows=[], search={})
+        if (found := read_results(self.folder, missing_ok=True)) is not None:
+            ours = json.loads(json.dumps({k: self.results[k] for k in ("experiment", "schedule", "data", "settings", "source")}))
+            if differing := [k for k, v in ours.items() if found.get(k) != v]:
+                raise Failure(f"{self.folder} holds a run with other {' and '.join(differing)}; give another --out, or --fresh to start over", 2)
+            self.results = found
+        self.before = self.results["seconds"]
+        self.keep_results()
+
+    def keep_results(self) -> None:
+        self.results["seconds"] = round(self.before + time.time() - self.began, 1)
+        path = self.folder / "results.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".part").write_text(json.dumps(self.results, indent=1) + "\n")
+            os.replace(path.with_suffix(".part"), path)
+        except OSError as e:
+            raise Failure(f"cannot write {path}: {e.strerror}") from e
+
+    def complete(self, title: str, net: Net, images: Images, plan: Plan, *, teacher: Net | None = None, choose_best: bool = False):
+        """Train `net` to the end of its plan, going on where an earlier run was stopped in it.
+
+        Returns (net, validation accuracy, seconds): the last epoch's, or with `choose_best` the best epoch's by
+        validation accuracy. Trainings are told apart by `title`.
+        """
+        path, best, spent, start = self.folder / "progress.pt", (-1.0, None), 0.0, 0
+        net = net.to(self.device).to(memory_format=torch.channels_last)
+        optimizer = sgd(net, plan.lr)
+        state = models.read_progress(path, title)
+        if state:
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            best, spent, start = (state["accuracy"], state["best"]), state["seconds"], state["epoch"] + 1
+        self.watch.stage(title, plan.epochs, start)
+        began = time.time()
+        guide = self.teacher(teacher, images) if teacher else None
+        for epoch, loss in fit(net, images, plan, optimizer=optimizer, seed=self.settings.seed, teacher=guide, start=start, track=self.watch.steps):
+            found = accuracy(net, self.validation) if images is self.train else None
+            if not choose_best or found > best[0]:
+                best = (found if found is not None else -1.0, deepcopy(net.state_dict()) if choose_best else None)
+            seconds = spent + time.time() - began
+            models.write(path, dict(title=title, epoch=epoch, net=net.state_dict(), optimizer=optimizer.state_dict(),
+                                    accuracy=best[0], best=best[1], seconds=seconds))
+            self.watch.epoch(title, epoch, plan.epochs, loss, found, (time.time() - began) / (epoch + 1 - start))
+        if best[1] is not None:
+            net.load_state_dict(best[1])
+        return net, best[0], spent + time.time() - began
+
+    def teacher(self, net: Net, images: Images) -> Teacher:
+        if images not in self.teachers:
+            self.teachers = {images: Teacher(net, images, self.settings.seed)}
+        return self.teachers[images]
+
+    def baseline(self, fresh: Net | None = None, given: Net | None = None) -> Net:
+        """The trained baseline: from the folder, or `given` by the user, or the net `fresh` trained on the training part."""
+        path = self.folder / "baseline.pt"
+        if path.exists():
+            net = sep.load(path)[0].to(self.device)
+        else:
+            net, seconds = given, 0.0
+            if net is None:
+                net, _, seconds = self.complete("baseline", fresh, self.train, self.settings.baseline)
+            net = net.to(self.device)
+            self.save(path, net, "baseline", accuracy(net, self.validation), seconds)
+        if not self.row("baseline"):
+            self.report("baseline", net, sep.load(path)[1])
+        return net
+
+    def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float) -> dict:
+        r = self.results
+        facts = dict(method=method, data=r["data"], schedule=r["schedule"], seed=r["seed"], versions=r["versions"], macs=sep.macs(net),
+                     parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1), baseline=self.row("baseline"))
+        models.save(path, net, facts)
+        return facts
+
+    def row(self, method: str) -> dict | None:
+        return next((r for r in self.results["rows"] if r["method"] == method), None)
+
+    def report(self, method: str, net: Net, facts: dict) -> None:
+        """Add the row of a finished net. This alone reads the test images, once per row."""
+        cut = 1 - facts["macs"] / (self.row("baseline") or facts)["macs"]
+        self.results["rows"].append(dict(
+            method=method, test_accuracy=accuracy(net, self.test, exact=True), validation_accuracy=facts["validation_accuracy"],
+            macs=facts["macs"], params=facts["parameters"], cut=cut, widths=list(net.structure), seconds=facts["seconds"]))
+        self.keep_results()
+
+    def cut(self, macs: int) -> float:
+        return 1 - macs / self.row("baseline")["macs"]
+
+    def method(self, method: str, baseline: Net, target: float | None) -> None:
+        """The whole of a row: search (or the uniform steps), final training, test; nothing where the row is there."""
+        if self.row(method):
+            return
+        path = self.folder / f"{method}.pt"
+        if not path.exists():
+            found, chosen = self.uniform(baseline, target) if method == "uniform" else self.search(method, baseline, target)
+            net, _, seconds = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
+            self.save(path, net, method, chosen.validation_accuracy, seconds + sum(c["seconds"] for c in self.results["search"][method]))
+        net, facts = sep.load(path)
+        self.report(method, net.to(self.device), facts)
+        shutil.rmtree(self.folder / f"{method}-pool", ignore_errors=True)
+
+    def recover(self, method: str, baseline: Net, parent: Net, structure, scheme, epoch: int, number: int, target) -> tuple[Net, Candidate]:
+        """Bring a parent to a structure, train it with the teacher, and say how good it is."""
+        torch.manual_seed(stream(self.settings.seed, method, structure))  # for the weights of fresh gates
+        child = METHODS.get(method, METHODS["lstm"])[0](parent, structure)
+        title = f"{method}: candidate {number}, {'-'.join(map(str, structure))}"
+        net, found, seconds = self.complete(title, child, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
+        macs = sep.macs(net)
+        return net, Candidate(structure, scheme, parent.structure, epoch, found, macs, self.cut(macs), reward(found, self.cut(macs), target), round(seconds, 2))
+
+    def uniform(self, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
+        """The same share of every layer, in steps of the pruning rate with a recovery each, as the search goes."""
+        if target is None:
+            raise Failure("uniform needs a cut to land on: a target, or the row of another method", 2)
+        end = uniform(baseline.widths, lambda w: self.cut(models.macs(baseline, w)), target)
+        folder, net, log = self.folder / "uniform-pool", baseline, []
+        while net.structure != end:
+            structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
+            path = folder / f"{len(log) + 1}.pt"
+            if path.exists():
+                net, facts = sep.load(path)
+                candidate = Candidate(**facts)
+            else:
+                net, candidate = self.recover("uniform", baseline, net, structure, tuple(int(a != b) for a, b in zip(structure, net.structure)), len(log) + 1, len(log) + 1, target)
+                models.save(path, net, asdict(candidate))
+            log.append(candidate)
+        self.results["search"]["uniform"] = [asdict(c) for c in log]
+        self.keep_results()
+        return net, log[-1]
+
+    def search(self, method: str, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
+        """The LSTM's search (dice for `random`): (best network, what is known of it).
+
+        Parents of an LSTM epoch are the nets of the largest rewards so far; it ends after `patience` epochs without a
+        better one. A structure is trained once: who meets it again takes its reward from memory.
+        """
+        s, folder = self.settings, self.folder / f"{method}-pool"
+        torch.manual_seed(stream(s.seed, method, "policy"))
+        policy = Policy()
+        adam = torch.optim.Adam(policy.parameters(), POLICY_LR)
+        cost = METHODS[method][1]
+        first = self.row("baseline")
+        start = Candidate(baseline.structure, (), None, 0, first["validation_accuracy"], first["macs"], 0.0,
+                          reward(first["validation_accuracy"], 0.0, target), 0.0)
+        tried, epoch, idle, queue, best = {start.structure: start}, 1, 0, [], start.reward
+        if state := models.read_progress(folder / "search.pt", method):
+            policy.load_state_dict(state["policy"])
+            adam.load_state_dict(state["adam"])
+            tried = {c["structure"]: Candidate(**c) for c in state["tried"]}
+            epoch, idle, queue, best = (state[k] for k in ("epoch", "idle", "queue", "best"))
+
+        def weights(structure) -> Net:
+            return baseline if structure == start.structure else sep.load(path_of(structure))[0].to(self.device)
+
+        def path_of(structure) -> Path:
+            return folder / f"{'-'.join(map(str, structure))}.pt"
+
+        while idle < s.patience:
+            if not queue:
+                queue = [c.structure for c in sorted(tried.values(), key=lambda c: -c.reward)[: s.parents]]
+                best = max(c.reward for c in tried.values())
+            parent = queue[0]
+            torch.manual_seed(stream(s.seed, method, "decisions", epoch, parent))
+            logits = policy(cells(baseline, parent))
+            odds = torch.full_like(logits, 0.5) if method == "random" else logits.detach().softmax(1)
+            scheme = torch.multinomial(odds, 1)[:, 0]
+            structure = shrink(parent, scheme.tolist(), s.rate)
+            if s.trim and target:
+                structure = trim(parent, structure, lambda w: self.cut(cost(baseline, w)), target)
+            if structure not in tried:
+                net, child = self.recover(method, baseline, weights(parent), structure, tuple(scheme.tolist()), epoch, len(tried), target)
+                models.save(path_of(structure), net, {})
+                tried[structure] = child
+            if method != "random":
+                learn(policy, adam, logits, scheme, tried[structure].reward - tried[parent].reward)
+            queue = queue[1:]
+            if not queue:
+                better = max(c.reward for c in tried.values()) > best
+                epoch, idle = epoch + 1, 0 if better else idle + 1
+                chosen = choose(list(tried.values()), target)
+                self.watch.say(f"{method}: LSTM epoch {epoch - 1}, {len(tried) - 1} candidates, best {chosen.validation_accuracy:.2%} at a cut of "
+                               f"{chosen.cut:.1%} ({'-'.join(map(str, chosen.structure))}); {idle} of {s.patience} epochs without a better one")
+            models.write(folder / "search.pt", dict(title=method, policy=policy.state_dict(), adam=adam.state_dict(), epoch=epoch, idle=idle,
+                                                    queue=queue, best=best, tried=[asdict(c) for c in tried.values()]))
+            self.results["search"][method] = [asdict(c) for c in tried.values()]
+            self.keep_results()
+            needed = {c.structure for c in sorted(tried.values(), key=lambda c: -c.reward)[: s.parents]} | set(queue) | {choose(list(tried.values()), target).structure}
+            for old in folder.glob("*-*.pt"):
+                if old not in map(path_of, needed):
+                    old.unlink()
+        chosen = choose(list(tried.values()), target)
+        return weights(chosen.structure), chosen
+
+
+def read_results(folder: Path, missing_ok: bool = False) -> dict | None:
+    """The results.json of a run folder. Raises Failure."""
+    path = Path(folder) / "results.json"
+    if missing_ok and not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise Failure(f"{path} cannot be read ({type(e).__name__}); --fresh starts the run over") from e
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict:
+    return dict(python=platform.python_version(), torch=str(torch.__version__))

@@ -1,0 +1,403 @@
+"""What a network is: LeNet-5, VGG and CIFAR ResNet built from their widths, pruning by removal, MACs, checkpoints.
+
+The *structure* of a net is the tuple of the widths of its prunable layers. `prune(net, structure)` removes channels
+as the IJCAI 2018 paper's released script chooses them: channel i of layer l counts as much as the sum of the squared
+weights that the next layer applies to it.
+"""
+import os
+import re
+from collections import OrderedDict
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+FORMAT = 1  # of the checkpoint files
+CONV, LINEAR, POOL = 0, 1, 2  # the script's codes for what the LSTM reads
+
+
+class Failure(Exception):
+    """What went wrong, in one line that a user understands: exit status 1, or 2 for a wrong call."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(" ".join(str(message).split()))
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """A group of channels that can be pruned: the outputs of `layer`, normalised by `norm`, read by `next`."""
+
+    layer: str  # the convolution or linear layer that makes the channels
+    norm: str | None  # their batch normalisation
+    next: str  # the layer that reads them
+    pool: bool = False  # a 2x2 max-pooling stands in between
+
+
+class Net(nn.Module):
+    """A network of prunable layers. `gates` holds one SEP gate (sep.py) or None for each of them."""
+
+    def __init__(self, arch: str, widths, classes: int, channels: int, size: int):
+        super().__init__()
+        self.arch, self.widths, self.classes, self.channels, self.size = arch, tuple(widths), classes, channels, size
+        self.prunable: list[Prunable] = []
+        self.gates: nn.ModuleList | None = None
+
+    def unit(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """relu(norm(layer(x))) of prunable layer i, pooled where it pools: (B, C_in, H, W) -> (B, C, H', W')."""
+        p = self.prunable[i]
+        layer, norm = self.get_submodule(p.layer), self.get_submodule(p.norm) if p.norm else None
+        if self.gates is not None and self.gates[i] is not None:
+            return self.gates[i](x, layer, norm, p.pool)
+        y = layer(x.flatten(1) if isinstance(layer, nn.Linear) else x)
+        return activate(y if norm is None else norm(y), p.pool)
+
+    @property
+    def structure(self) -> tuple[int, ...]:
+        """The number of channels at work in each prunable layer: of a gated layer, as many as its gate keeps."""
+        return tuple(g.keep if g is not None else w for g, w in zip(self.gates or [None] * len(self.widths), self.widths))
+
+    def initialise(self):
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+
+def activate(y: torch.Tensor, pool: bool) -> torch.Tensor:
+    return F.relu(F.max_pool2d(y, 2) if pool else y)  # relu and max commute: pooling first spares 3/4 of the relu
+
+
+class LeNet5(Net):
+    """Caffe's LeNet 20-50-500-10 (431,080 parameters at 28 x 28), with a relu behind each hidden layer."""
+
+    def __init__(self, arch, widths, classes, channels, size):
+        super().__init__(arch, widths, classes, channels, size)
+        a, b, c = self.widths
+        side = ((size - 4) // 2 - 4) // 2
+        if side < 1:
+            raise Failure(f"{arch} needs images of at least 16 x 16 pixels, not {size} x {size}")
+        self.conv1, self.conv2 = nn.Conv2d(channels, a, 5), nn.Conv2d(a, b, 5)
+        self.fc1, self.fc2 = nn.Linear(b * side * side, c), nn.Linear(c, classes)
+        self.prunable = [Prunable("conv1", None, "conv2", True), Prunable("conv2", None, "fc1", True), Prunable("fc1", None, "fc2")]
+        self.initialise()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(3):
+            x = self.unit(i, x)
+        return self.fc2(x)
+
+
+VGG_STAGES = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions per stage; a pooling ends each stage
+
+
+class VGG(Net):
+    """VGG with batch normalisation and one linear layer (the script's), keys `features.N`, `classifier` as in torchvision."""
+
+    def __init__(self, arch, widths, classes, channels, size):
+        super().__init__(arch, widths, classes, channels, size)
+        if size < 32:
+            raise Failure(f"{arch} needs images of at least 32 x 32 pixels, not {size} x {size}")
+        last, ends = channels, {sum(VGG_STAGES[arch][: i + 1]) for i in range(5)}
+        features, convs = [], []
+        for n, width in enumerate(self.widths, 1):
+            convs.append((len(features), n in ends))
+            features += [nn.Conv2d(last, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            features += [nn.MaxPool2d(2)] if n in ends else []
+            last = width
+        self.features, self.classifier = nn.Sequential(*features), nn.Linear(last, classes)
+        names = [f"features.{k}" for k, _ in convs] + ["classifier"]
+        self.prunable = [Prunable(names[j], f"features.{k + 1}", names[j + 1], pool) for j, (k, pool) in enumerate(convs)]
+        self.initialise()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(len(self.prunable)):
+            x = self.unit(i, x)
+        return self.classifier(x.mean((2, 3)))  # 1 x 1 at 32 x 32 pixels
+
+
+class Block(nn.Module):
+    """A basic block; its inner width can be pruned, its option-A shortcut (subsample, pad with zeros) stays."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int):
+        super().__init__()
+        self.stride, self.pad = (1, 0) if inputs == outputs else (2, (outputs - inputs) // 2)
+        self.conv1 = nn.Conv2d(inputs, inner, 3, self.stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
+
+
+class ResNet(Net):
+    """CIFAR ResNet of depth 6n + 2 (He et al. 2016), keys as in akamaster/pytorch_resnet_cifar10."""
+
+    def __init__(self, arch, widths, classes, channels, size):
+        super().__init__(arch, widths, classes, channels, size)
+        n = len(self.widths) // 3
+        self.conv1, self.bn1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        stages, last = [], 16
+        for s, width in enumerate((16, 32, 64)):
+            stages.append(nn.Sequential(*(Block(last if b == 0 else width, self.widths[s * n + b], width) for b in range(n))))
+            last = width
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(64, classes)
+        names = [f"layer{s}.{b}" for s in (1, 2, 3) for b in range(n)]
+        self.prunable = [Prunable(f"{k}.conv1", f"{k}.bn1", f"{k}.conv2") for k in names]
+        self.initialise()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for i, block in enumerate([*self.layer1, *self.layer2, *self.layer3]):
+            x = F.relu(block.bn2(block.conv2(self.unit(i, x))) + block.shortcut(x))
+        return self.linear(x.mean((2, 3)))
+
+
+def default_widths(arch: str) -> tuple[int, ...]:
+    """The widths of the unpruned net; raises Failure for an unknown arch."""
+    if arch == "lenet5":
+        return (20, 50, 500)
+    if arch in VGG_STAGES:
+        return tuple(w for w, n in zip((64, 128, 256, 512, 512), VGG_STAGES[arch]) for _ in range(n))
+    depth = int(arch[6:]) if re.fullmatch(r"resnet\d{1,4}", str(arch)) else 0
+    if depth >= 8 and depth % 6 == 2:
+        return tuple(w for w in (16, 32, 64) for _ in range(depth // 6))
+    raise Failure(f"unknown network '{arch}': lenet5, vgg16, vgg19 or resnetN with N = 6n + 2")
+
+
+def build(arch: str, widths=None, *, classes: int = 10, channels: int = 3, size: int = 32) -> Net:
+    """A new net of that arch; `widths` of its prunable layers (default: unpruned), for `channels` x `size` x `size` images."""
+    full = default_widths(arch)
+    widths = full if widths is None else tuple(widths)
+    if len(widths) != len(full) or min(widths) < 1:
+        raise Failure(f"{arch} has {len(full)} prunable layers, each at least 1 wide, not {list(widths)}")
+    return {"l": LeNet5, "v": VGG, "r": ResNet}[arch[0]](arch, widths, classes, channels, size)
+
+
+# ---- MACs -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def positions(arch: str, classes: int, channels: int, size: int) -> dict[str, int]:
+    """For each convolution and linear layer, by name: MACs per pair of one input and one output (kernel area x places)."""
+    net, found = build(arch, classes=classes, channels=channels, size=size).eval(), {}
+
+    def look(name):
+        return lambda m, x, y: found.update({name: prod(m.weight.shape[2:]) * prod(y.shape[2:])})
+
+    hooks = [m.register_forward_hook(look(n)) for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        net(torch.zeros(1, channels, size, size))
+    for h in hooks:
+        h.remove()
+    return found
+
+
+def macs(net: Net, structure=None) -> int:
+    """Multiply-accumulates for one image, all convolutions and linear layers, if `net` had that structure (default: its
+    own). Half of what `torch.utils.flop_counter.FlopCounterMode` counts. Gates come on top: see sep.macs."""
+    structure = net.structure if structure is None else structure
+    out = {p.layer: k for p, k in zip(net.prunable, structure)}
+    into = {p.next: (k, w) for p, k, w in zip(net.prunable, structure, net.widths)}
+    total = 0
+    for name, area in positions(net.arch, net.classes, net.channels, net.size).items():
+        outputs, inputs = net.get_submodule(name).weight.shape[:2]
+        k, w = into.get(name, (1, 1))
+        total += area * out.get(name, outputs) * (inputs * k // w)
+    return total
+
+
+def parameters(net: Net) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+# ---- removing channels ------------------------------------------------------------------------------------------------
+
+
+def per_channel(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """The weights of a layer by input channel: (out, channels x r, ...) -> (out, channels, r x ...)."""
+    return weight.reshape(weight.shape[0], channels, -1)
+
+
+def importance(net: Net, at_work: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Per prunable layer (C,): the sum of squared weights that the next layer applies to each channel (script).
+
+    `at_work`: per prunable layer the filters that count, where they are not all (a gated net's).
+    """
+    filters = {p.layer: index for p, index in zip(net.prunable, at_work or ())}
+    found = []
+    for p, w in zip(net.prunable, net.widths):
+        weight = net.get_submodule(p.next).weight.detach()
+        found.append(per_channel(weight[filters.get(p.next, slice(None))], w).square().sum((0, 2)))
+    return found
+
+
+def most_important(net: Net, structure) -> list[torch.Tensor]:
+    """Per prunable layer the indices, ascending, of the channels that stay."""
+    return [s.topk(k).indices.sort().values for s, k in zip(importance(net), structure)]
+
+
+@torch.no_grad()
+def compensate(net: Net, kept: list[torch.Tensor], had: list[torch.Tensor] | None = None) -> None:
+    """Scale, in place, each filter that loses a channel holding more than 0.8 / C_in of its energy to its old energy (script).
+
+    `kept` are the channels that stay, `had` those at work before (default: all), indices per prunable layer.
+    """
+    for i, (p, w, stay) in enumerate(zip(net.prunable, net.widths, kept)):
+        weight = net.get_submodule(p.next).weight
+        energy = per_channel(weight, w).square().sum(2)  # (out, C)
+        lost = torch.zeros(w, dtype=torch.bool, device=weight.device)
+        lost[slice(None) if had is None else had[i]] = True
+        count, before = lost.sum(), energy[:, lost].sum(1)
+        lost[stay] = False
+        after = energy[:, stay].sum(1)
+        hurt = (energy[:, lost] > 0.8 / count * before[:, None]).any(1) & (after > 0)
+        scale = torch.where(hurt, (before / after.clamp_min(1e-30)).sqrt(), 1.0)
+        weight.mul_(scale.reshape(-1, *[1] * (weight.dim() - 1)))
+
+
+def remove(net: Net, kept: list[torch.Tensor]) -> Net:
+    """A new, smaller net that has only the channels `kept` (ascending indices per prunable layer); no gates."""
+    small = build(net.arch, [len(s) for s in kept], classes=net.classes, channels=net.channels, size=net.size)
+    state = net.state_dict()
+    for p, w, stay in zip(net.prunable, net.widths, kept):
+        for name in (p.layer, p.norm):
+            for key in [k for k in state if name and k.rpartition(".")[0] == name and state[k].dim()]:
+                state[key] = state[key][stay]
+        key = p.next + ".weight"
+        weight = state[key]
+        state[key] = per_channel(weight, w)[:, stay].reshape(weight.shape[0], -1, *weight.shape[2:])
+    small.load_state_dict({k: v for k, v in state.items() if not k.startswith("gates.")})
+    return small.to(next(net.parameters()).device)
+
+
+def prune(net: Net, structure) -> Net:
+    """Hard pruning (IJCAI 2018): a new net of that structure, without the least important channels, compensated."""
+    net, kept = deepcopy(net), most_important(net, structure)
+    compensate(net, kept)
+    return remove(net, kept)
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: dict) -> None:
+    """Save tensors and plain values; the old file stays until the new one is complete."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def save(path: Path, net: Net, facts: dict) -> None:
+    """Write a checkpoint: all that rebuilds the net, and `facts` about it (plain values)."""
+    gates = [None if g is None else g.keep for g in net.gates] if net.gates is not None else None
+    state = {k: v.detach().cpu() for k, v in net.state_dict().items()}
+    write(path, dict(format=FORMAT, arch=net.arch, widths=list(net.widths), classes=net.classes, channels=net.channels,
+                     size=net.size, gates=gates, state=state, facts=facts))
+
+
+def read(path: Path) -> dict:
+    """A checkpoint as `save` wrote it, or anybody's state dict brought into that form; tensors on the CPU.
+
+    Never runs code from the file. Raises Failure (status 2 where there is no such file).
+    """
+    if not Path(path).is_file():
+        raise Failure(f"there is no checkpoint {path}", 2)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        if "Weights only load failed" in str(e) or "weights_only" in str(e):
+            raise Failure(f"{path} is not a file of weights alone (reading it could run code); save the state dict and try again") from e
+        raise Failure(f"{path} is not a checkpoint that torch can read") from e
+    if isinstance(found, dict) and "format" in found:
+        if found["format"] != FORMAT:
+            raise Failure(f"{path} has checkpoint format {found['format']}; this version reads {FORMAT}")
+        if lacking := {"arch", "widths", "classes", "channels", "size", "gates", "state", "facts"} - found.keys():
+            raise Failure(f"{path} is damaged: it lacks {', '.join(sorted(lacking))}")
+        return found
+    return recognise(found, path)
+
+
+def restore(checkpoint: dict, path: Path, attach=None) -> Net:
+    """The net of a checkpoint that was read from `path`; `attach(net, gates)` puts its gates on. Raises Failure."""
+    try:
+        c = checkpoint
+        net = build(c["arch"], c["widths"], classes=c["classes"], channels=c["channels"], size=c["size"])
+        if c["gates"] is not None:
+            attach(net, c["gates"])
+        net.load_state_dict(c["state"])
+    except Failure as e:
+        raise Failure(f"{path}: {e}") from e
+    except Exception as e:
+        raise Failure(f"{path}: its weights do not fit a {c['arch']} of the widths it names") from e
+    if not all(v.isfinite().all() for v in c["state"].values() if v.is_floating_point()):
+        raise Failure(f"{path}: some of its weights are not finite numbers")
+    return net
+
+
+def recognise(found, path) -> dict:
+    """Somebody else's state dict as a checkpoint: arch and widths follow from names and shapes."""
+    for key in ("state_dict", "model", "net"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise Failure(f"{path} holds no state dict")
+    state = OrderedDict((str(k).removeprefix("module."), v.float() if v.is_floating_point() else v) for k, v in found.items())
+    try:
+        arch, widths, channels, head = shape_of(state)
+        size = 32
+        if arch == "lenet5":  # the first linear layer sees side x side places: invert LeNet5's arithmetic
+            side = round((state["fc1.weight"].shape[1] / widths[1]) ** 0.5)
+            size = (side * 2 + 4) * 2 + 4
+        checkpoint = dict(format=FORMAT, arch=arch, widths=widths, classes=state[head].shape[0], channels=channels, size=size,
+                          gates=None, state=state, facts={})
+        fold_biases(state, build(arch, widths, classes=checkpoint["classes"], channels=channels, size=size))
+    except (KeyError, IndexError, StopIteration, ZeroDivisionError, RuntimeError, Failure) as e:
+        known = "lenet5, vgg16, vgg19 (with batch norm) and CIFAR ResNets"
+        raise Failure(f"{path}: not a net this tool knows; its names and shapes fit none of {known}") from e
+    return checkpoint
+
+
+def shape_of(state) -> tuple[str, list[int], int, str]:
+    """(arch, widths, input channels, key of the last layer's weight) by the names in a state dict."""
+    if "layer1.0.conv1.weight" in state:
+        blocks = [k for k in state if re.fullmatch(r"layer\d\.\d+\.conv1\.weight", k)]
+        blocks.sort(key=lambda k: [int(n) for n in re.findall(r"\d+", k)])
+        return f"resnet{2 * len(blocks) + 2}", [state[k].shape[0] for k in blocks], state["conv1.weight"].shape[1], "linear.weight"
+    if "features.0.weight" in state:
+        convs = sorted((k for k in state if re.fullmatch(r"features\.\d+\.weight", k) and state[k].dim() == 4),
+                       key=lambda k: int(k.split(".")[1]))
+        return f"vgg{len(convs) + 3}", [state[k].shape[0] for k in convs], state[convs[0]].shape[1], "classifier.weight"
+    widths = [state[f"{k}.weight"].shape[0] for k in ("conv1", "conv2", "fc1")]
+    return "lenet5", widths, state["conv1.weight"].shape[1], "fc2.weight"
+
+
+def fold_biases(state, net: Net) -> None:
+    """Move each convolution's bias into the batch norm behind it: norm(y + b) has the running mean less b."""
+    for p in net.prunable:
+        bias = state.pop(p.layer + ".bias", None) if p.norm else None
+        if bias is not None:
+            state[p.norm + ".running_mean"] = state[p.norm + ".running_mean"] - bias
+
+
+def read_progress(path: Path, title: str) -> dict | None:
+    """What `write` left at `path` for the work of that `title`; None where there is nothing of it."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # not there, or not readable: that work starts over
+        return None
+    return found if isinstance(found, dict) and found.get("title") == title else None

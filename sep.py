@@ -1,0 +1,190 @@
+"""Soft pruning (SEP, IEEE TIP 2021): a squeeze-and-excitation gate per layer chooses, image by image, which kernels run.
+
+Nothing is removed: all C filters of a layer keep their weights, and the k of them that a gate scores highest for an
+image take part in that image's forward and backward pass. What the paper does not give (the gate's inner size, how it
+starts) is marked `ours`.
+"""
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+import models
+from models import Net
+
+REDUCTION, LEAST = 16, 8  # ours: the bottleneck of a gate is C_in / 16 as in SENet, at least 8
+SPREAD = 1.0  # ours: a fresh gate's logits lie in [-SPREAD, SPREAD], in the order of importance
+GRAIN = 8  # ours: kernels are gathered in multiples of 8, so that few distinct shapes occur
+
+
+class Gate(nn.Module):
+    """Chooses `keep` of `outputs` channels from the mean of each of the `inputs` channels that the layer reads."""
+
+    def __init__(self, inputs: int, outputs: int, keep: int):
+        super().__init__()
+        self.keep = keep
+        hidden = max(LEAST, inputs // REDUCTION)
+        self.squeeze, self.excite = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.excite.weight)
+        nn.init.zeros_(self.excite.bias)
+        self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
+        self.frozen: torch.Tensor | None = None  # (C,) zeros and ones: the same choice for every image, scale 1
+
+    @torch.no_grad()
+    def start(self, importance: torch.Tensor) -> None:
+        """Prefer channels by `importance` (C,), as hard pruning would, and leave the scales as they are: 1 for a fresh gate."""
+        scale = torch.sigmoid(self.excite.bias) / self.unit
+        rank = importance.argsort().argsort().float()
+        self.excite.bias.copy_(SPREAD * (2 * rank / max(1, len(rank) - 1) - 1))
+        self.unit.copy_(torch.sigmoid(self.excite.bias) / scale)
+
+    @property
+    def first_choice(self) -> torch.Tensor:
+        """The `keep` channels (ascending indices) that the gate prefers before it sees an image."""
+        return self.excite.bias.detach().topk(self.keep).indices.sort().values
+
+    @property
+    def macs(self) -> int:
+        return self.squeeze.weight.numel() + self.excite.weight.numel()
+
+    def scale(self, z: torch.Tensor) -> torch.Tensor:
+        """s * m: (B, C_in) means -> (B, C); 0 for an excluded channel, else its scale, which averages 1."""
+        if self.frozen is not None:
+            return self.frozen.to(z).expand(len(z), -1)
+        s = torch.sigmoid(self.excite(torch.relu(self.squeeze(z))))
+        s = s / self.unit * torch.zeros_like(s).scatter_(1, s.topk(self.keep, 1).indices, 1.0)
+        # ours: over the mean of the chosen, so that a gate cannot turn all of its channels down together, below the excluded
+        # ones, which no gradient moves: then choices flip to kernels that were never trained
+        return s * (self.keep / s.sum(1, keepdim=True))
+
+    def forward(self, x, layer, norm, pool: bool) -> torch.Tensor:
+        """(B, C_in, H, W) -> (B, C, H', W'): s * m * relu(norm(layer(x))), pooled where the net pools."""
+        with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
+            z = x.float().mean((2, 3)) if x.dim() == 4 else x.float()
+            scale = self.scale(z)
+        outputs, inputs = (None, None) if x.is_cuda else (gather(scale != 0), gather(z != 0))
+        y = run(x, layer, outputs, inputs)
+        part = scale if outputs is None else scale[:, outputs]
+        part = part.reshape(*part.shape, *[1] * (y.dim() - 2))
+        if norm is not None:
+            y = masked_norm(y, (part.detach() != 0).float(), norm, outputs)
+        y = models.activate(y, pool) * part.to(y.dtype)
+        if outputs is None:
+            return y
+        full = torch.zeros(len(y), scale.shape[1], *y.shape[2:], dtype=y.dtype, device=y.device)
+        if y.dim() == 4:
+            full = full.to(memory_format=torch.channels_last)
+        return full.index_copy(1, outputs, y)
+
+
+def gather(used: torch.Tensor) -> torch.Tensor | None:
+    """The channels (ascending indices) that some image of the batch uses, filled up to whole grains; None: nearly all."""
+    used = used.any(0)
+    count = -(-max(1, int(used.sum())) // GRAIN) * GRAIN
+    return used.float().topk(count).indices.sort().values if count <= 0.75 * len(used) else None
+
+
+def run(x, layer, outputs, inputs) -> torch.Tensor:
+    """The layer on the channels `inputs` (the others are zero in every image), for the channels `outputs` alone."""
+    weight, bias, width = layer.weight, layer.bias, x.shape[1]
+    if outputs is not None:
+        weight, bias = weight[outputs], None if bias is None else bias[outputs]
+    if inputs is not None:
+        x = x[:, inputs]
+        weight = models.per_channel(weight, width)[:, inputs].reshape(len(weight), -1, *weight.shape[2:])
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x.flatten(1), weight, bias)
+    return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding)
+
+
+def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
+    """Batch norm whose statistics count only the images that use a channel: excluded ones take no part, forward or backward.
+
+    y (B, C', H, W), mask (B, C', 1, 1); `outputs` are the C' channels of `norm` that y holds, None for all.
+    """
+    pick = slice(None) if outputs is None else outputs
+    gamma, beta, mean, var = (v[pick] for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    y = y.float()
+    if norm.training:
+        count = mask.sum((0, 2, 3)) * y.shape[2] * y.shape[3]
+        n = count.clamp_min(1)
+        batch_mean = (y * mask).sum((0, 2, 3)) / n
+        batch_var = ((y - batch_mean[:, None, None]) * mask).square().sum((0, 2, 3)) / n
+        with torch.no_grad():
+            seen = (count > 1).float() * norm.momentum
+            norm.running_mean[pick] = mean + seen * (batch_mean - mean)
+            norm.running_var[pick] = var + seen * (batch_var * n / (n - 1).clamp_min(1) - var)
+            norm.num_batches_tracked += 1
+        mean, var = batch_mean, batch_var
+    factor = gamma * (var + norm.eps).rsqrt()
+    return y * factor[:, None, None] + (beta - mean * factor)[:, None, None]
+
+
+def attach(net: Net, keeps) -> None:
+    """Put gates on `net`, in place: one that keeps k channels for every k in `keeps`, none where k is None."""
+    net.gates = net.gates if net.gates is not None else nn.ModuleList([None] * len(net.widths))
+    for i, (p, width, k) in enumerate(zip(net.prunable, net.widths, keeps, strict=True)):
+        if k is None or net.gates[i] is not None:
+            continue
+        if not 1 <= k <= width:
+            raise models.Failure(f"a gate of {p.layer} keeps {k} of {width} channels")
+        net.gates[i] = Gate(reads(net, i), width, k).to(next(net.parameters()).device)
+
+
+def reads(net: Net, i: int) -> int:
+    """The number of input channels of prunable layer i (a linear layer reads several numbers of each)."""
+    name = net.prunable[i].layer
+    before = [w for p, w in zip(net.prunable, net.widths) if p.next == name]
+    return before[0] if before else net.get_submodule(name).weight.shape[1]
+
+
+def soften(net: Net, structure) -> Net:
+    """Soft pruning (TIP 2021): a new net of the same weights whose gates keep as many channels as `structure` says.
+
+    A layer gets its gate when it is first pruned; the gate begins with hard pruning's choice, and the filters that read
+    the layer are compensated like those of a hard-pruned net.
+    """
+    net = deepcopy(net)
+    had = preferred(net)
+    importance = models.importance(net, had)
+    attach(net, [k if k < w else None for k, w in zip(structure, net.widths)])
+    for gate, k, score, at_work in zip(net.gates, structure, importance, had):
+        if gate is not None and gate.keep > k or gate is not None and len(at_work) == len(score):
+            score[at_work] += score.max() + 1  # who was excluded stays behind
+            gate.start(score)
+            gate.keep = k
+    models.compensate(net, preferred(net), had)
+    return net
+
+
+def preferred(net: Net) -> list[torch.Tensor]:
+    """Per prunable layer the channels (ascending indices) at work before an image is seen."""
+    return [torch.arange(w) if g is None else g.first_choice for g, w in zip(net.gates or [None] * len(net.widths), net.widths)]
+
+
+def freeze(net: Net, kept: list[torch.Tensor]) -> None:
+    """Let every gate choose the channels `kept` (indices per prunable layer) for every image, at scale 1, in place."""
+    for gate, width, stay in zip(net.gates, net.widths, kept):
+        if gate is not None:
+            gate.frozen = torch.zeros(width).index_fill(0, stay.cpu(), 1.0)
+
+
+def macs(net: Net, structure=None) -> int:
+    """models.macs with the gates counted: those that `net` has or, for a `structure`, a gate for every layer below its width.
+
+    Excluded kernels cost nothing, nor do the next layer's kernels on excluded channels.
+    """
+    if structure is None:
+        return models.macs(net) + sum(g.macs for g in net.gates or () if g is not None)
+    gates = 0
+    for i, (k, w) in enumerate(zip(structure, net.widths)):
+        if k < w:
+            inputs = reads(net, i)
+            gates += max(LEAST, inputs // REDUCTION) * (inputs + w)
+    return models.macs(net, structure) + gates
+
+
+def load(path) -> tuple[Net, dict]:
+    """The net in a checkpoint, gates and all, and the facts saved with it. Raises Failure."""
+    checkpoint = models.read(path)
+    return models.restore(checkpoint, path, attach), checkpoint["facts"]

@@ -1,0 +1,477 @@
+#!/usr/bin/env python3
+"""Where to prune: an LSTM decides which layers of a CNN lose channels (IJCAI 2018; SEP, IEEE TIP 2021).
+
+    python wtp.py reproduce mnist            every row of an experiment's table
+    python wtp.py train mnist                the baseline alone
+    python wtp.py prune --rate 0.2 net.pt    a smaller net from your own checkpoint
+    python wtp.py evaluate net.pt            accuracy, MACs, parameters, size, latency
+
+Here: the table of experiments and schedules, the commands, what they show. PyTorch is imported inside the commands, so
+that --help is quick.
+"""
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# ---- experiments --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is pruned, on which data, how long; the defaults are the CIFAR numbers."""
+
+    arch: str
+    data: str
+    classes: int = 10
+    channels: int = 3
+    size: int = 32
+    crop: int = 4  # pixels (script)
+    flip: bool = True  # (script)
+    target: float | None = None  # the cut to reach (the published one); None: as far as the published reward goes
+    recovery: int = 30  # epochs of a candidate (paper)
+    final: int = 250  # epochs of the final training (paper)
+    baseline: int = 200  # ours: no source gives the baseline's training
+    baseline_lr: float = 0.1  # ours
+
+
+# ours: MNIST is neither cropped nor flipped (a mirrored digit is another sign), as the papers say nothing of it
+GRAY = dict(channels=1, size=28, crop=0, flip=False)
+EXPERIMENTS = {
+    "mnist": Experiment("lenet5", "mnist", **GRAY, recovery=10, final=100, baseline=20, baseline_lr=0.05),  # 10, 100: paper
+    "vgg-cifar10": Experiment("vgg19", "cifar10", target=0.701),  # 70.1 %: IJCAI 2018
+    "vgg16-cifar10": Experiment("vgg16", "cifar10", target=0.701),
+    "vgg-cifar100": Experiment("vgg19", "cifar100", classes=100, target=0.701),
+    "resnet56-cifar10": Experiment("resnet56", "cifar10", target=0.475),  # 47.5 %: IJCAI 2018
+    "resnet56-cifar100": Experiment("resnet56", "cifar100", classes=100, target=0.475),
+    "digits": Experiment("lenet5", "digits", **GRAY, recovery=10, final=100, baseline=20, baseline_lr=0.05),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is spent; `published` is the papers' and the default, the others state their differences."""
+
+    rate: float = 0.2  # R_prune (paper)
+    lr: float = 0.001  # of recoveries and final training (script)
+    cycle: bool = False  # a fixed learning rate (script)
+    parents: int = 5  # (paper)
+    patience: int = 10  # LSTM epochs without a better network (paper)
+    trim: bool = False  # the last step is cut short to land on the target
+    recovery: int | None = None  # epochs; None: the experiment's
+    final: int | None = None
+    baseline: int | None = None
+    images: int | None = None  # training images at most; as many test images
+
+
+SCHEDULES = {
+    "published": Schedule(),
+    "fast": Schedule(lr=0.02, cycle=True, parents=3, patience=3, trim=True, recovery=2, final=20, baseline=20),
+    "smoke": Schedule(lr=0.02, cycle=True, parents=2, patience=1, trim=True, recovery=1, final=1, baseline=2, images=3000),
+}
+ROWS = ("lstm", "sep", "random", "uniform")  # the order of the work: `uniform` lands where `lstm` landed
+
+Name = StrEnum("Name", list(SCHEDULES))
+Method = StrEnum("Method", ["uniform", "lstm", "sep", "random"])
+Pruning = StrEnum("Pruning", ["lstm", "sep"])
+
+
+def settings_of(experiment: Experiment, schedule: Schedule, seed: int, *, rate: float | None = None, target: float | None = None):
+    """The numbers of a run: the experiment's, where the schedule does not say otherwise."""
+    from controller import Plan, Settings
+
+    e, s = experiment, schedule
+    training = lambda epochs: Plan(epochs, s.lr, s.cycle)
+    return Settings(baseline=Plan(s.baseline or e.baseline, e.baseline_lr, True), recovery=training(s.recovery or e.recovery),
+                    final=training(s.final or e.final), rate=rate or s.rate, target=target or e.target, parents=s.parents,
+                    patience=s.patience, trim=s.trim, seed=seed)
+
+
+# ---- what the user sees -------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0])
+
+
+def console(stderr: bool = False):
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+class Screen:
+    """Shows a run on standard error: a bar with the time left on a terminal, one plain line per epoch elsewhere."""
+
+    def __init__(self, expected: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.console, self.expected, self.measured = console(stderr=True), expected, False
+        self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
+                             TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task, self.epochs, self.done = None, 0, 0
+
+    def __enter__(self):
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def stage(self, title: str, epochs: int, start: int) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+        self.task, self.epochs, self.done = self.bars.add_task(title, total=None), epochs, start
+        if start:
+            self.say(f"{title}: goes on after epoch {start} of {epochs}")
+
+    def steps(self, steps):
+        self.bars.update(self.task, total=self.epochs * len(steps), completed=self.done * len(steps))
+        for step in steps:
+            yield step
+            self.bars.advance(self.task)
+        self.done += 1
+
+    def epoch(self, title: str, epoch: int, epochs: int, loss: float, accuracy: float | None, seconds: float) -> None:
+        found = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
+        if not self.console.is_terminal:
+            self.say(f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{found}, {seconds:.1f} s an epoch")
+        if not self.measured:
+            self.measured = True
+            self.say(f"one epoch of the whole net takes {seconds:.1f} s here: {span(self.expected * seconds)} at most, less as the nets get smaller")
+
+
+def span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def table_of(results: dict):
+    """The table of a run: a row per method, before -> after."""
+    from rich.table import Table
+
+    r, base = results, next((row for row in results["rows"] if row["method"] == "baseline"), None)
+    table = Table(title=f"{r['experiment']}, {r['schedule']} schedule, {r['data']}, seed {r['seed']}, {r['device']}", title_justify="left")
+    for name in ("method", "test accuracy", "MACs", "cut", "parameters", "time", "kept of each layer"):
+        table.add_column(name, justify="left" if name in ("method", "kept of each layer") else "right", overflow="fold")
+    for row in sorted(r["rows"], key=lambda row: ["baseline", "uniform", "random", "lstm", "sep"].index(row["method"])):
+        table.add_row(row["method"], f"{row['test_accuracy']:.2%}", f"{row['macs'] / 1e6:.3f} M", f"{row['cut']:.1%}", f"{row['params']:,}",
+                      span(row["seconds"]), " ".join(f"{k}/{w}" for k, w in zip(row["widths"], base["widths"])))
+    return table
+
+
+def spared(results: dict) -> list[str]:
+    """For each LSTM search, how often it chose to prune each layer, early and late."""
+    lines = []
+    for method, log in results["search"].items():
+        schemes = [c["scheme"] for c in log if c["parent"]]
+        if method != "uniform" and len(schemes) > 1:
+            halves = schemes[: len(schemes) // 2], schemes[len(schemes) // 2 :]
+            share = [" ".join(f"{sum(layer) / len(layer):.0%}" for layer in zip(*half)) for half in halves]
+            lines.append(f"{method}: {len(schemes)} candidates; each layer chosen for pruning in {share[0]} of the first half, {share[1]} of the second")
+    return lines
+
+
+# ---- commands -----------------------------------------------------------------------------------------------------------
+
+
+def share(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not between 0 and 1")
+    return value
+
+
+DataDir = Annotated[Path, typer.Option(help="where the data is, or is downloaded to")]
+Out = Annotated[Path, typer.Option(help="where run folders are made")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
+Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="start over instead of going on")]
+Effort = Annotated[Name, typer.Option(help="published: the papers' numbers; fast: a verdict within hours on a CPU; smoke: a test")]
+Rate = Annotated[float, typer.Option(callback=share, help="share of a chosen layer's channels that one step removes")]
+Target = Annotated[float | None, typer.Option(callback=share, help="share of the MACs to remove; default: as far as the papers' reward goes")]
+
+
+def experiment_of(name: str) -> Experiment:
+    from models import Failure
+
+    if name not in EXPERIMENTS:
+        raise Failure(f"unknown experiment '{name}'; there are {', '.join(EXPERIMENTS)}", 2)
+    return EXPERIMENTS[name]
+
+
+def device_of(name: str):
+    import torch
+
+    from models import Failure
+
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except Exception as e:
+        raise Failure(f"device '{name}' cannot be used here; try cpu or auto", 2) from e
+    return device
+
+
+def begin(folder: Path, experiment: Experiment, name: str, schedule: str, settings, *, data_dir, device, fresh, source=None, methods=(), own=None):
+    """The run of a folder, its data loaded, and the screen that shows it."""
+    import shutil
+
+    from controller import Run, load_data, stream
+
+    e, s = experiment, SCHEDULES[schedule]
+    if fresh and (folder / "results.json").exists():
+        shutil.rmtree(folder)
+    searches = [m for m in methods if m != "uniform"]
+    many = settings.patience * settings.parents * 2 + 10  # ours: twice the patience is what a search takes, about
+    epochs = 0 if source else settings.baseline.epochs
+    epochs += len(searches) * many * settings.recovery.epochs + len(methods) * settings.final.epochs
+    screen = Screen(epochs)
+    train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
+    if s.images:
+        import torch
+
+        few = lambda images: images.part(torch.randperm(len(images), generator=torch.Generator().manual_seed(stream("few")))[: s.images])
+        train, test = few(train), few(test)
+    head = dict(experiment=name, schedule=str(schedule), data=what, source=str(source) if source else None)
+    run = Run(folder, settings, head, train.to(device), test.to(device), screen)
+    detail = f"{len(searches)} searches of about {many} candidates x {settings.recovery.epochs} epochs, " if searches else ""
+    screen.say(f"{folder}: up to {epochs:,} epochs ({detail}final training {settings.final.epochs}); stop it when you like, the same command goes on")
+    return run, screen
+
+
+def fresh_net(experiment: Experiment, seed: int):
+    import torch
+
+    from controller import stream
+    from models import build
+
+    torch.manual_seed(stream(seed, "net"))
+    e = experiment
+    return build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
+
+
+def finish(run) -> None:
+    out = console()
+    out.print(table_of(run.results))
+    for line in spared(run.results):
+        out.print(line, markup=False)
+    out.print(f"{run.folder / 'results.json'}, {span(run.results['seconds'])} in all", markup=False)
+
+
+@app.command()
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="without it: the list of them")] = "",
+    method: Annotated[list[Method] | None, typer.Option(help="the rows; default: uniform, lstm, sep")] = None,
+    schedule: Effort = Name.published,
+    data_dir: DataDir = Path("data"),
+    out: Out = Path("runs"),
+    device: Device = "auto",
+    seed: Seed = 0,
+    fresh: Fresh = False,
+):
+    """Every row of an experiment's table: baseline, uniform, lstm (IJCAI 2018), sep (TIP 2021)."""
+    if not experiment:
+        return show_experiments()
+    e = experiment_of(experiment)
+    settings = settings_of(e, SCHEDULES[schedule], seed)
+    rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
+    folder = out / f"{experiment}-{schedule}-s{seed}"
+    run, screen = begin(folder, e, experiment, schedule, settings, data_dir=data_dir, device=device_of(device), fresh=fresh, methods=rows)
+    with screen:
+        baseline = run.baseline(fresh=fresh_net(e, seed))
+        for row in rows:
+            landed = next((run.row(r)["cut"] for r in ("lstm", "sep", "random") if run.row(r)), None)
+            run.method(row, baseline, settings.target if row != "uniform" and settings.target else landed or settings.target)
+    finish(run)
+
+
+def show_experiments() -> None:
+    from rich.table import Table
+
+    from models import build, macs
+
+    table = Table()
+    for name in ("experiment", "net", "data", "MACs", "published cut"):
+        table.add_column(name)
+    for name, e in EXPERIMENTS.items():
+        net = build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
+        table.add_row(name, e.arch, e.data, f"{macs(net) / 1e6:.2f} M", f"{e.target:.1%}" if e.target else "none known")
+    console().print(table)
+
+
+@app.command()
+def train(
+    experiment: str,
+    output: Annotated[Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")] = None,
+    schedule: Effort = Name.published,
+    data_dir: DataDir = Path("data"),
+    out: Out = Path("runs"),
+    device: Device = "auto",
+    seed: Seed = 0,
+    fresh: Fresh = False,
+):
+    """The baseline of an experiment alone, to a checkpoint."""
+    import shutil
+
+    e = experiment_of(experiment)
+    free(output)
+    settings = settings_of(e, SCHEDULES[schedule], seed)
+    run, screen = begin(out / f"{experiment}-{schedule}-s{seed}", e, experiment, schedule, settings, data_dir=data_dir, device=device_of(device), fresh=fresh)
+    with screen:
+        run.baseline(fresh=fresh_net(e, seed))
+    if output:
+        shutil.copyfile(run.folder / "baseline.pt", output)
+    finish(run)
+    console().print(str(output or run.folder / "baseline.pt"), markup=False)
+
+
+def free(output: Path | None) -> None:
+    """Refuse an output that would overwrite a file."""
+    from models import Failure
+
+    if output and output.exists():
+        raise Failure(f"{output} exists already and is kept; give another --output", 2)
+    if output and not output.absolute().parent.is_dir():
+        raise Failure(f"cannot write {output}: there is no folder {output.parent}")
+
+
+def data_of(net, facts: dict) -> Experiment:
+    """The experiment whose data fits a net: the one it was trained on, else by its input and classes."""
+    from models import Failure
+
+    for e in EXPERIMENTS.values():
+        known = facts.get("data") in (e.data, None) or facts.get("data") not in {x.data for x in EXPERIMENTS.values()} | {"digits (drawn)"}
+        if (facts.get("data") == "digits (drawn)" and e.data == "digits") or known:
+            if (e.channels, e.classes) == (net.channels, net.classes) and (e.data != "digits" or facts.get("data")):
+                return e
+    raise Failure(f"no data set here has {net.channels} channels and {net.classes} classes; name a folder with train/CLASS and test/CLASS by --data-dir")
+
+
+@app.command()
+def prune(
+    ckpt: Path,
+    rate: Rate = 0.2,
+    method: Annotated[Pruning, typer.Option(help="lstm removes channels, sep switches them off per image")] = Pruning.lstm,
+    target: Target = None,
+    schedule: Effort = Name.published,
+    output: Annotated[Path | None, typer.Option(help="default: CKPT with -pruned in its name")] = None,
+    data_dir: DataDir = Path("data"),
+    out: Out = Path("runs"),
+    device: Device = "auto",
+    seed: Seed = 0,
+    fresh: Fresh = False,
+):
+    """A smaller net from your own checkpoint: the search and the final training."""
+    import shutil
+
+    import sep
+
+    output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
+    net, facts = sep.load(ckpt)
+    free(output)
+    e = data_of(net, facts)
+    settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate, target=target)
+    folder = out / f"prune-{ckpt.stem}-{method}-{schedule}-s{seed}"
+    run, screen = begin(folder, e, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device_of(device), fresh=fresh,
+                        source=ckpt.resolve(), methods=[method])
+    with screen:
+        run.method(method.value, run.baseline(given=net), settings.target)
+    shutil.copyfile(run.folder / f"{method}.pt", output)
+    finish(run)
+    console().print(f"wrote {output}", markup=False)
+
+
+@app.command()
+def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "auto"):
+    """Accuracy, MACs, parameters, size and latency of a checkpoint, beside its baseline's where it names one."""
+    from rich.table import Table
+
+    import models
+    import sep
+    from controller import accuracy, load_data
+
+    net, facts = sep.load(ckpt)
+    e, where = data_of(net, facts), device_of(device)
+    test, what = load_data(e.data, data_dir)[1:]
+    net, base = net.to(where), facts.get("baseline") or {}
+    found = accuracy(net, test.to(where), exact=True)
+    table = Table(title=f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images", title_justify="left")
+    for name in ("", "baseline", "this net", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+
+    def line(name, key, value, text):
+        known = base.get(key)
+        table.add_row(name, text(known) if known else "", text(value), f"{value / known:.3f}" if known else "")
+
+    line("test accuracy", "test_accuracy", found, lambda v: f"{v:.2%}")
+    line("MACs", "macs", sep.macs(net), lambda v: f"{v / 1e6:.3f} M")
+    line("parameters", "params", models.parameters(net), lambda v: f"{v:,}")
+    line("bytes on disk", None, ckpt.stat().st_size, lambda v: f"{v:,}")
+    for batch in (1, 128):
+        line(f"latency, batch {batch}", None, latency(net, test, batch, where), lambda v: f"{v * 1e3:.2f} ms")
+    console().print(table)
+    console().print("kept of each layer: " + " ".join(f"{k}/{w}" for k, w in zip(net.structure, models.default_widths(net.arch))), markup=False)
+
+
+def latency(net, images, batch: int, device) -> float:
+    """Median seconds of a forward pass in float32, warm."""
+    import torch
+
+    x = images.batch(torch.arange(batch) % len(images)).to(device)
+    net.eval()
+    times = []
+    with torch.no_grad():
+        for _ in range(30):
+            began = time.perf_counter()
+            net(x)
+            torch.cuda.synchronize() if device.type == "cuda" else None
+            times.append(time.perf_counter() - began)
+    return sorted(times[10:])[10]
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+
+def stop(number, _frame):
+    raise Stopped(number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 for a wrong call, 1 for what failed, 130 after Ctrl-C, 143 after SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except Stopped as e:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        return 128 + e.args[0]
+    except Exception as e:
+        message, status = explain(e)
+        print(f"wtp: {message}", file=sys.stderr)
+        return status
+
+
+def explain(e: Exception) -> tuple[str, int]:
+    """(one line, exit status) for whatever went wrong."""
+    if hasattr(e, "format_message"):  # Typer's own: a wrong call
+        return " ".join(e.format_message().split()) + "; see --help", 2
+    if hasattr(e, "status"):  # models.Failure
+        return str(e), e.status
+    if isinstance(e, OSError):
+        return " ".join(str(e).split()), 1
+    if isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate memory" in str(e):
+        return "out of memory", 1
+    raise e
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,15 +8,23 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there, nothing keeps two processes from one folder
+    fcntl = None
 
 import models
 import sep
@@ -63,6 +71,10 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device), mean=self.mean, std=self.std, crop=self.crop, flip=self.flip)
 
     @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    @property
     def augmented(self) -> bool:
         return bool(self.crop or self.flip)
 
@@ -100,15 +112,19 @@ def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> 
 
     A `folder` with train/CLASS and test/CLASS in it is the user's own data set and goes before `name`.
     """
-    folder = Path(folder)
-    own = (folder / "train").is_dir() and (folder / "test").is_dir()
+    folder, own = Path(folder), is_own(folder)
     keep = dict(mean=STATISTICS[name][0], std=STATISTICS[name][1])
     if name == "digits":
         train, test = (digits(n, stream("digits", n)) for n in (6000, 2000))
-        return Images(*train, **keep), Images(*test, **keep), "digits (drawn)"
+        return Images(*train, **keep), Images(*test, **keep), "digits"
     gray = name == "mnist"
     train, test = (own_images(folder, part, gray) if own else from_torchvision(name, folder, part) for part in ("train", "test"))
     return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), str(folder) if own else name
+
+
+def is_own(folder: Path) -> bool:
+    """Whether `folder` is a user's own data set: train/CLASS/images and test/CLASS/images."""
+    return (Path(folder) / "train").is_dir() and (Path(folder) / "test").is_dir()
 
 
 def from_torchvision(name: str, folder: Path, part: str):
@@ -120,7 +136,8 @@ def from_torchvision(name: str, folder: Path, part: str):
         try:
             found = kind(folder, train=part == "train")
         except RuntimeError:  # not there, or not complete
-            found = kind(folder, train=part == "train", download=True)
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                found = kind(folder, train=part == "train", download=True)
         pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
     except Exception as e:
         reason = f"{type(e).__name__}: {e}"[:120]
@@ -149,8 +166,6 @@ STROKES = ["-6-9 6-9 8 0 6 9 -6 9 -8 0 -6-9", "-4-6 0-9 0 9", "-7-5 0-9 7-5 -7 9
 
 def digits(count: int, seed: int):
     """(pixels (N, 28, 28, 1) uint8, labels): strokes whose thickness, slant, scale, shift and noise vary. Not MNIST."""
-    import re
-
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 10, (count,), generator=g)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(count, *shape, generator=g)
@@ -310,23 +325,34 @@ def shrink(structure, scheme, rate: float) -> tuple[int, ...]:
 
 def trim(parent, child, cut, target: float) -> tuple[int, ...]:
     """The smallest part of the step from `parent` to `child` that still cuts `target`; `cut` gives a structure's cut."""
-    for part in range(1, 65):
-        between = tuple(p - (p - c) * part // 64 for p, c in zip(parent, child))
-        if cut(between) >= target:
-            return between
-    return child
+    removals = sorted(((p - n) / (p - c), i) for i, (p, c) in enumerate(zip(parent, child)) for n in range(c, p))
+    now = list(parent)
+    for _, i in removals:  # channel by channel, all layers in step
+        if cut(now) >= target:
+            break
+        now[i] -= 1
+    return tuple(now)
 
 
 def uniform(widths, cut, target: float) -> tuple[int, ...]:
-    """The structure with the same share of channels in every layer whose cut is nearest to `target`."""
-    removals = sorted(((w - n) / w, i) for i, w in enumerate(widths) for n in range(1, w))  # one channel at a time
-    now, gaps = list(widths), {tuple(widths): abs(cut(widths) - target)}
-    for _, i in removals:
-        now[i] -= 1
-        gaps[tuple(now)] = abs(cut(now) - target)
-        if cut(now) > target:
+    """The structure with the same share of channels in every layer, to a channel or 3 %, whose cut is nearest to `target`."""
+    best = tuple(widths)
+    step = [cut([k - (i == j) for j, k in enumerate(widths)]) for i in range(len(widths))]
+    coarse = sorted(range(len(widths)), key=lambda i: -step[i])  # a channel of some layers cuts much more than one of others
+    for share in (n / 1000 for n in range(1000, 0, -1)):
+        now = [max(1, int(share * k)) for k in widths]
+        if cut(now) < target:
+            continue
+        for i in coarse:
+            for _ in range(1 + int(0.03 * widths[i])):
+                up = [k + (i == j) for j, k in enumerate(now)]
+                if up[i] > widths[i] or cut(up) < target:
+                    break
+                now = up
+        best = min(best, tuple(now), key=lambda w: abs(cut(w) - target))
+        if cut(now) - target > 0.05:
             break
-    return min(gaps, key=gaps.get)
+    return best
 
 
 @dataclass
@@ -347,6 +373,11 @@ class Candidate:
 def reward(accuracy: float, cut: float, target: float | None) -> float:
     """accuracy - 0.16 * MACs / MACs0 (script), where going past the `target` cut earns nothing more."""
     return accuracy - COMPLEXITY * max(1 - cut, 1 - target if target else 0.0)
+
+
+def best_of(tried: dict, count: int) -> list[Candidate]:
+    """The `count` candidates of the largest rewards."""
+    return sorted(tried.values(), key=lambda c: -c.reward)[:count]
 
 
 def choose(candidates: list[Candidate], target: float | None) -> Candidate:
@@ -397,8 +428,9 @@ class Settings:
 class Run:
     """A run folder, and the work that fills it. Every method picks up what the folder already holds."""
 
-    def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None):
+    def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None, fresh: bool = False):
         self.folder, self.settings, self.test, self.watch = Path(folder), settings, test, watch or Watch()
+        self.claim(fresh)
         self.all, (self.train, self.validation) = train, split(train, settings.seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
         head = head | dict(seed=settings.seed, device=describe(self.device), versions=versions(), seconds=0.0)
@@ -411,11 +443,24 @@ class Run:
         self.before = self.results["seconds"]
         self.keep_results()
 
+    def claim(self, fresh: bool) -> None:
+        """Make the folder, or empty it if it was a run's and `fresh` is asked for; keep other processes out of it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.folder / "lock").open("w")
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for old in self.folder.iterdir() if fresh and (self.folder / "results.json").exists() else ():
+                shutil.rmtree(old) if old.is_dir() else old.unlink() if old.name != "lock" else None
+        except BlockingIOError as e:
+            raise Failure(f"{self.folder} is in use by another process") from e
+        except OSError as e:
+            raise Failure(f"cannot write {self.folder}: {e.strerror}") from e
+
     def keep_results(self) -> None:
         self.results["seconds"] = round(self.before + time.time() - self.began, 1)
         path = self.folder / "results.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".part").write_text(json.dumps(self.results, indent=1) + "\n")
             os.replace(path.with_suffix(".part"), path)
         except OSError as e:
@@ -458,17 +503,22 @@ class Run:
     def baseline(self, fresh: Net | None = None, given: Net | None = None) -> Net:
         """The trained baseline: from the folder, or `given` by the user, or the net `fresh` trained on the training part."""
         path = self.folder / "baseline.pt"
-        if path.exists():
-            net = sep.load(path)[0].to(self.device)
-        else:
+        if not path.exists():
             net, seconds = given, 0.0
             if net is None:
                 net, _, seconds = self.complete("baseline", fresh, self.train, self.settings.baseline)
             net = net.to(self.device)
             self.save(path, net, "baseline", accuracy(net, self.validation), seconds)
+        net, facts = self.load(path)
         if not self.row("baseline"):
-            self.report("baseline", net, sep.load(path)[1])
+            self.report("baseline", net, facts)
         return net
+
+    def load(self, path: Path) -> tuple[Net, dict]:
+        """(net, facts) of a checkpoint. Nets go on from their files even where they are at hand, so that a stopped run and
+        an undisturbed one compute the same to the last bit."""
+        net, facts = sep.load(path)
+        return net.to(self.device).to(memory_format=torch.channels_last), facts
 
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float) -> dict:
         r = self.results
@@ -500,9 +550,13 @@ class Run:
             found, chosen = self.uniform(baseline, target) if method == "uniform" else self.search(method, baseline, target)
             net, _, seconds = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
             self.save(path, net, method, chosen.validation_accuracy, seconds + sum(c["seconds"] for c in self.results["search"][method]))
-        net, facts = sep.load(path)
-        self.report(method, net.to(self.device), facts)
+        self.report(method, *self.load(path))
         shutil.rmtree(self.folder / f"{method}-pool", ignore_errors=True)
+
+    def start(self, baseline: Net, target: float | None) -> Candidate:
+        """The baseline as the first candidate of a search."""
+        row = self.row("baseline")
+        return Candidate(baseline.structure, (), None, 0, row["validation_accuracy"], row["macs"], 0.0, reward(row["validation_accuracy"], 0.0, target), 0.0)
 
     def recover(self, method: str, baseline: Net, parent: Net, structure, scheme, epoch: int, number: int, target) -> tuple[Net, Candidate]:
         """Bring a parent to a structure, train it with the teacher, and say how good it is."""
@@ -518,17 +572,16 @@ class Run:
         if target is None:
             raise Failure("uniform needs a cut to land on: a target, or the row of another method", 2)
         end = uniform(baseline.widths, lambda w: self.cut(models.macs(baseline, w)), target)
-        folder, net, log = self.folder / "uniform-pool", baseline, []
+        folder, net, log = self.folder / "uniform-pool", deepcopy(baseline), [self.start(baseline, target)]  # the teacher stays
         while net.structure != end:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
-            path = folder / f"{len(log) + 1}.pt"
-            if path.exists():
-                net, facts = sep.load(path)
-                candidate = Candidate(**facts)
-            else:
-                net, candidate = self.recover("uniform", baseline, net, structure, tuple(int(a != b) for a, b in zip(structure, net.structure)), len(log) + 1, len(log) + 1, target)
+            path = folder / f"{len(log)}.pt"
+            if not path.exists():
+                scheme = tuple(int(a != b) for a, b in zip(structure, net.structure))
+                net, candidate = self.recover("uniform", baseline, net, structure, scheme, len(log), len(log), target)
                 models.save(path, net, asdict(candidate))
-            log.append(candidate)
+            net, facts = self.load(path)
+            log.append(Candidate(**facts))
         self.results["search"]["uniform"] = [asdict(c) for c in log]
         self.keep_results()
         return net, log[-1]
@@ -544,9 +597,7 @@ class Run:
         policy = Policy()
         adam = torch.optim.Adam(policy.parameters(), POLICY_LR)
         cost = METHODS[method][1]
-        first = self.row("baseline")
-        start = Candidate(baseline.structure, (), None, 0, first["validation_accuracy"], first["macs"], 0.0,
-                          reward(first["validation_accuracy"], 0.0, target), 0.0)
+        start = self.start(baseline, target)
         tried, epoch, idle, queue, best = {start.structure: start}, 1, 0, [], start.reward
         if state := models.read_progress(folder / "search.pt", method):
             policy.load_state_dict(state["policy"])
@@ -554,15 +605,13 @@ class Run:
             tried = {c["structure"]: Candidate(**c) for c in state["tried"]}
             epoch, idle, queue, best = (state[k] for k in ("epoch", "idle", "queue", "best"))
 
-        def weights(structure) -> Net:
-            return baseline if structure == start.structure else sep.load(path_of(structure))[0].to(self.device)
-
         def path_of(structure) -> Path:
-            return folder / f"{'-'.join(map(str, structure))}.pt"
+            return self.folder / "baseline.pt" if structure == start.structure else folder / f"{'-'.join(map(str, structure))}.pt"
 
-        while idle < s.patience:
+        reached = lambda: not (s.trim and target) or choose(list(tried.values()), target).cut >= target
+        while idle < s.patience or (not reached() and idle < 10 * s.patience):  # ours: beyond the published rules, land first
             if not queue:
-                queue = [c.structure for c in sorted(tried.values(), key=lambda c: -c.reward)[: s.parents]]
+                queue = [c.structure for c in best_of(tried, s.parents)]
                 best = max(c.reward for c in tried.values())
             parent = queue[0]
             torch.manual_seed(stream(s.seed, method, "decisions", epoch, parent))
@@ -573,7 +622,7 @@ class Run:
             if s.trim and target:
                 structure = trim(parent, structure, lambda w: self.cut(cost(baseline, w)), target)
             if structure not in tried:
-                net, child = self.recover(method, baseline, weights(parent), structure, tuple(scheme.tolist()), epoch, len(tried), target)
+                net, child = self.recover(method, baseline, self.load(path_of(parent))[0], structure, tuple(scheme.tolist()), epoch, len(tried), target)
                 models.save(path_of(structure), net, {})
                 tried[structure] = child
             if method != "random":
@@ -589,12 +638,11 @@ class Run:
                                                     queue=queue, best=best, tried=[asdict(c) for c in tried.values()]))
             self.results["search"][method] = [asdict(c) for c in tried.values()]
             self.keep_results()
-            needed = {c.structure for c in sorted(tried.values(), key=lambda c: -c.reward)[: s.parents]} | set(queue) | {choose(list(tried.values()), target).structure}
-            for old in folder.glob("*-*.pt"):
-                if old not in map(path_of, needed):
-                    old.unlink()
+            needed = [c.structure for c in best_of(tried, s.parents)] + queue + [choose(list(tried.values()), target).structure]
+            for old in set(folder.glob("*-*.pt")) - set(map(path_of, needed)):
+                old.unlink()
         chosen = choose(list(tried.values()), target)
-        return weights(chosen.structure), chosen
+        return self.load(path_of(chosen.structure))[0], chosen
 
 
 def read_results(folder: Path, missing_ok: bool = False) -> dict | None:

@@ -6,6 +6,7 @@ weights that the next layer applies to it.
 """
 import os
 import re
+import warnings
 from collections import OrderedDict
 from copy import deepcopy
 from dataclasses import dataclass
@@ -318,7 +319,8 @@ def read(path: Path) -> dict:
     if not Path(path).is_file():
         raise Failure(f"there is no checkpoint {path}", 2)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         if "Weights only load failed" in str(e) or "weights_only" in str(e):
             raise Failure(f"{path} is not a file of weights alone (reading it could run code); save the state dict and try again") from e

@@ -149,7 +149,7 @@ def soften(net: Net, structure) -> Net:
     importance = models.importance(net, had)
     attach(net, [k if k < w else None for k, w in zip(structure, net.widths)])
     for gate, k, score, at_work in zip(net.gates, structure, importance, had):
-        if gate is not None and gate.keep > k or gate is not None and len(at_work) == len(score):
+        if gate is not None and k < len(at_work):
             score[at_work] += score.max() + 1  # who was excluded stays behind
             gate.start(score)
             gate.keep = k

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -106,12 +106,12 @@ def console(stderr: bool = False):
 class Screen:
     """Shows a run on standard error: a bar with the time left on a terminal, one plain line per epoch elsewhere."""
 
-    def __init__(self, expected: int):
+    def __init__(self):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.console, self.expected, self.measured = console(stderr=True), expected, False
-        self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
-                             TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.console, self.planned = console(stderr=True), 0
+        self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeElapsedColumn(),
+                             TextColumn("gone, left"), TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task, self.epochs, self.done = None, 0, 0
 
     def __enter__(self):
@@ -142,39 +142,37 @@ class Screen:
         found = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
         if not self.console.is_terminal:
             self.say(f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{found}, {seconds:.1f} s an epoch")
-        if not self.measured:
-            self.measured = True
-            self.say(f"one epoch of the whole net takes {seconds:.1f} s here: {span(self.expected * seconds)} at most, less as the nets get smaller")
+        if self.planned:
+            self.say(f"{seconds:.1f} s for this epoch: {span(self.planned * seconds)} for all, less as the nets get smaller")
+            self.planned = 0
 
 
 def span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def table_of(results: dict):
-    """The table of a run: a row per method, before -> after."""
+def show_results(results: dict, out) -> None:
+    """The table of a run, a row per method; below, what is left of each layer and how often each search pruned it."""
     from rich.table import Table
 
-    r, base = results, next((row for row in results["rows"] if row["method"] == "baseline"), None)
-    table = Table(title=f"{r['experiment']}, {r['schedule']} schedule, {r['data']}, seed {r['seed']}, {r['device']}", title_justify="left")
-    for name in ("method", "test accuracy", "MACs", "cut", "parameters", "time", "kept of each layer"):
-        table.add_column(name, justify="left" if name in ("method", "kept of each layer") else "right", overflow="fold")
-    for row in sorted(r["rows"], key=lambda row: ["baseline", "uniform", "random", "lstm", "sep"].index(row["method"])):
-        table.add_row(row["method"], f"{row['test_accuracy']:.2%}", f"{row['macs'] / 1e6:.3f} M", f"{row['cut']:.1%}", f"{row['params']:,}",
-                      span(row["seconds"]), " ".join(f"{k}/{w}" for k, w in zip(row["widths"], base["widths"])))
-    return table
-
-
-def spared(results: dict) -> list[str]:
-    """For each LSTM search, how often it chose to prune each layer, early and late."""
-    lines = []
+    order = ["baseline", "uniform", "random", "lstm", "sep"]
+    rows = sorted(results["rows"], key=lambda row: order.index(row["method"]))
+    table = Table(title="{experiment}, {schedule} schedule, data {data}, seed {seed}, {device}".format_map(results), title_justify="left")
+    for name in ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for r in rows:
+        table.add_row(r["method"], f"{r['test_accuracy']:.2%}", f"{r['validation_accuracy']:.2%}", f"{r['macs'] / 1e6:.3f} M", f"{r['cut']:.1%}",
+                      f"{r['params']:,}", span(r["seconds"]))
+    out.print(table)
+    say = lambda text: out.print(text, markup=False)
+    for r in rows[1:]:
+        say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
     for method, log in results["search"].items():
         schemes = [c["scheme"] for c in log if c["parent"]]
         if method != "uniform" and len(schemes) > 1:
             halves = schemes[: len(schemes) // 2], schemes[len(schemes) // 2 :]
-            share = [" ".join(f"{sum(layer) / len(layer):.0%}" for layer in zip(*half)) for half in halves]
-            lines.append(f"{method}: {len(schemes)} candidates; each layer chosen for pruning in {share[0]} of the first half, {share[1]} of the second")
-    return lines
+            early, late = (" ".join(f"{sum(layer) / len(layer):.0%}" for layer in zip(*half)) for half in halves)
+            say(f"{method} tried {len(schemes)} candidates; it chose each layer in {early} of the first half, {late} of the second")
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------------
@@ -217,50 +215,55 @@ def device_of(name: str):
     return device
 
 
-def begin(folder: Path, experiment: Experiment, name: str, schedule: str, settings, *, data_dir, device, fresh, source=None, methods=(), own=None):
-    """The run of a folder, its data loaded, and the screen that shows it."""
-    import shutil
+def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, net=None, source=None, methods=()):
+    """The run of a folder with its data loaded, and the screen that shows it; `net` is the user's, that the data must fit."""
+    import torch
 
     from controller import Run, load_data, stream
 
-    e, s = experiment, SCHEDULES[schedule]
-    if fresh and (folder / "results.json").exists():
-        shutil.rmtree(folder)
-    searches = [m for m in methods if m != "uniform"]
-    many = settings.patience * settings.parents * 2 + 10  # ours: twice the patience is what a search takes, about
-    epochs = 0 if source else settings.baseline.epochs
-    epochs += len(searches) * many * settings.recovery.epochs + len(methods) * settings.final.epochs
-    screen = Screen(epochs)
+    where, screen = device_of(device), Screen()
     train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
-    if s.images:
-        import torch
-
-        few = lambda images: images.part(torch.randperm(len(images), generator=torch.Generator().manual_seed(stream("few")))[: s.images])
+    if net is not None:
+        fits(net, train, what)
+    if limit := SCHEDULES[schedule].images:
+        few = lambda images: images.part(torch.randperm(len(images), generator=torch.Generator().manual_seed(stream("few")))[:limit])
         train, test = few(train), few(test)
-    head = dict(experiment=name, schedule=str(schedule), data=what, source=str(source) if source else None)
-    run = Run(folder, settings, head, train.to(device), test.to(device), screen)
-    detail = f"{len(searches)} searches of about {many} candidates x {settings.recovery.epochs} epochs, " if searches else ""
-    screen.say(f"{folder}: up to {epochs:,} epochs ({detail}final training {settings.final.epochs}); stop it when you like, the same command goes on")
+    head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
+    run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh)
+    s, methods = settings, [m for m in methods if not run.row(m)]
+    many = 2 * s.patience * s.parents  # ours: what a search takes, about: as long again as its patience
+    searches = sum(m != "uniform" for m in methods)
+    screen.planned = (0 if run.row("baseline") or net else s.baseline.epochs) + searches * many * s.recovery.epochs + len(methods) * s.final.epochs
+    detail = f" ({searches} searches of about {many} candidates x {s.recovery.epochs}, {len(methods)} final trainings of {s.final.epochs})" if searches else ""
+    screen.say(f"{folder}: up to {screen.planned:,} epochs{detail}; stop it when you like, the same command goes on")
     return run, screen
 
 
-def fresh_net(experiment: Experiment, seed: int):
+def fits(net, images, what: str) -> None:
+    """Raise Failure where a net cannot read the images or tell their classes apart."""
+    from models import Failure
+
+    size, channels = images.pixels.shape[2:]
+    if (size, channels) != (net.size, net.channels) or images.classes > net.classes:
+        raise Failure(f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} classes; "
+                      f"{what} has {channels} x {images.pixels.shape[1]} x {size} images of {images.classes} classes")
+
+
+def fresh_net(e: Experiment, run):
+    """The untrained net of an experiment, for the data of a run (its own, or the user's)."""
     import torch
 
     from controller import stream
     from models import build
 
-    torch.manual_seed(stream(seed, "net"))
-    e = experiment
-    return build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
+    torch.manual_seed(stream(run.settings.seed, "net"))
+    own = run.results["data"] != e.data
+    return build(e.arch, classes=run.all.classes if own else e.classes, channels=e.channels, size=run.all.pixels.shape[1])
 
 
 def finish(run) -> None:
-    out = console()
-    out.print(table_of(run.results))
-    for line in spared(run.results):
-        out.print(line, markup=False)
-    out.print(f"{run.folder / 'results.json'}, {span(run.results['seconds'])} in all", markup=False)
+    show_results(run.results, console())
+    console().print(f"{run.folder / 'results.json'}; {span(run.results['seconds'])} in all", markup=False)
 
 
 @app.command()
@@ -281,9 +284,9 @@ def reproduce(
     settings = settings_of(e, SCHEDULES[schedule], seed)
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
     folder = out / f"{experiment}-{schedule}-s{seed}"
-    run, screen = begin(folder, e, experiment, schedule, settings, data_dir=data_dir, device=device_of(device), fresh=fresh, methods=rows)
+    run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, methods=rows)
     with screen:
-        baseline = run.baseline(fresh=fresh_net(e, seed))
+        baseline = run.baseline(fresh=fresh_net(e, run))
         for row in rows:
             landed = next((run.row(r)["cut"] for r in ("lstm", "sep", "random") if run.row(r)), None)
             run.method(row, baseline, settings.target if row != "uniform" and settings.target else landed or settings.target)
@@ -321,9 +324,9 @@ def train(
     e = experiment_of(experiment)
     free(output)
     settings = settings_of(e, SCHEDULES[schedule], seed)
-    run, screen = begin(out / f"{experiment}-{schedule}-s{seed}", e, experiment, schedule, settings, data_dir=data_dir, device=device_of(device), fresh=fresh)
+    run, screen = begin(out / f"{experiment}-{schedule}-s{seed}", experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e)
     with screen:
-        run.baseline(fresh=fresh_net(e, seed))
+        run.baseline(fresh=fresh_net(e, run))
     if output:
         shutil.copyfile(run.folder / "baseline.pt", output)
     finish(run)
@@ -340,16 +343,16 @@ def free(output: Path | None) -> None:
         raise Failure(f"cannot write {output}: there is no folder {output.parent}")
 
 
-def data_of(net, facts: dict) -> Experiment:
-    """The experiment whose data fits a net: the one it was trained on, else by its input and classes."""
+def data_of(net, facts: dict, data_dir: Path) -> Experiment:
+    """The experiment whose data a net is for: what its checkpoint says, else the data set with its input and classes."""
+    from controller import is_own
     from models import Failure
 
-    for e in EXPERIMENTS.values():
-        known = facts.get("data") in (e.data, None) or facts.get("data") not in {x.data for x in EXPERIMENTS.values()} | {"digits (drawn)"}
-        if (facts.get("data") == "digits (drawn)" and e.data == "digits") or known:
-            if (e.channels, e.classes) == (net.channels, net.classes) and (e.data != "digits" or facts.get("data")):
-                return e
-    raise Failure(f"no data set here has {net.channels} channels and {net.classes} classes; name a folder with train/CLASS and test/CLASS by --data-dir")
+    own = is_own(data_dir)
+    fitting = [e for e in EXPERIMENTS.values() if e.channels == net.channels and (own or e.classes == net.classes)]
+    if not fitting:
+        raise Failure(f"no data set here has {net.channels} channels and {net.classes} classes; --data-dir can name a folder with train/CLASS and test/CLASS")
+    return next((e for e in fitting if e.data == facts.get("data")), fitting[0])
 
 
 @app.command()
@@ -367,18 +370,23 @@ def prune(
     fresh: Fresh = False,
 ):
     """A smaller net from your own checkpoint: the search and the final training."""
+    import hashlib
     import shutil
 
     import sep
+    from models import Failure
 
     output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
     net, facts = sep.load(ckpt)
     free(output)
-    e = data_of(net, facts)
+    if net.gates is not None:
+        raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
+    e = data_of(net, facts, data_dir)
     settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate, target=target)
     folder = out / f"prune-{ckpt.stem}-{method}-{schedule}-s{seed}"
-    run, screen = begin(folder, e, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device_of(device), fresh=fresh,
-                        source=ckpt.resolve(), methods=[method])
+    source = f"{ckpt.name}, sha256 {hashlib.sha256(ckpt.read_bytes()).hexdigest()[:16]}"  # another file is another run
+    run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, net=net, source=source,
+                        methods=[method])
     with screen:
         run.method(method.value, run.baseline(given=net), settings.target)
     shutil.copyfile(run.folder / f"{method}.pt", output)
@@ -396,8 +404,9 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     from controller import accuracy, load_data
 
     net, facts = sep.load(ckpt)
-    e, where = data_of(net, facts), device_of(device)
+    e, where = data_of(net, facts, data_dir), device_of(device)
     test, what = load_data(e.data, data_dir)[1:]
+    fits(net, test, what)
     net, base = net.to(where), facts.get("baseline") or {}
     found = accuracy(net, test.to(where), exact=True)
     table = Table(title=f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images", title_justify="left")

@@ -1,0 +1,348 @@
+import itertools
+import json
+
+import pytest
+import torch
+from test_models import NETS
+
+import controller
+import models
+import sep
+from controller import Images, Plan, Run, Settings, Watch, accuracy, fit, sgd, stream
+
+
+QUICK = Plan(2, 0.05, True)
+
+
+def few(count=600, seed=0):
+    return Images(*controller.digits(count, seed), mean=(0.16,), std=(0.33,))
+
+
+def lenet(widths=(6, 8, 20)):
+    torch.manual_seed(0)
+    return models.build("lenet5", widths, channels=1, size=28)
+
+
+def trained(net, images, plan=QUICK, **kind):
+    return [loss for _, loss in fit(net, images, plan, optimizer=sgd(net, plan.lr), **{"seed": 0, **kind})]
+
+
+# ---- data
+
+
+def test_a_batch_is_what_crop_flip_and_normalisation_make_of_the_images():
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 9, 7, 3), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    images = Images(pixels, torch.arange(50), mean=mean, std=std, crop=2, flip=True)
+    order, place = images.view(seed=1, epoch=4)
+    assert sorted(order.tolist()) == list(range(50))
+    assert {tuple(p) for p in place.tolist()} > set() and place[:, :2].max() == 4 and place[:, :2].min() == 0 and set(place[:, 2].tolist()) == {0, 1}
+    x = images.batch(order[:20], place)
+    for i, got in zip(order[:20].tolist(), x):
+        padded = torch.zeros(13, 11, 3)
+        padded[2:11, 2:9] = pixels[i].float() / 255
+        top, left, flip = place[i].tolist()
+        want = padded[top : top + 9, left : left + 7]
+        want = ((want.flip(1) if flip else want) - torch.tensor(mean)) / torch.tensor(std)
+        assert torch.allclose(got.permute(1, 2, 0), want, atol=1e-5)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_common_random_numbers_hang_on_seed_and_epoch_alone():
+    images = Images(torch.zeros(40, 8, 8, 3, dtype=torch.uint8), torch.zeros(40), mean=(0.0,) * 3, std=(1.0,) * 3, crop=4, flip=True)
+    for a, b in zip(images.view(1, 2), images.view(1, 2)):
+        assert torch.equal(a, b)
+    assert not torch.equal(images.view(1, 2)[0], images.view(1, 3)[0]) and not torch.equal(images.view(1, 2)[1], images.view(2, 2)[1])
+
+
+def test_the_split_takes_a_tenth_by_seed():
+    images = few(300)
+    train, validation = controller.split(images, 0)
+    assert (len(train), len(validation)) == (270, 30)
+    rows = lambda i: {p.numpy().tobytes() for p in i.pixels}
+    assert not rows(train) & rows(validation) and rows(train) | rows(validation) == rows(images)
+    assert rows(controller.split(images, 0)[1]) == rows(validation) != rows(controller.split(images, 1)[1])
+
+
+def test_digits_are_ten_learnable_classes():
+    images = few(1500)
+    assert images.pixels.shape == (1500, 28, 28, 1) and torch.bincount(images.labels, minlength=10).min() > 100
+    net = lenet((20, 50, 100))
+    trained(net, images, Plan(4, 0.05, True))
+    assert accuracy(net, few(500, seed=9)) > 0.8
+
+
+# ---- the teacher-student loop
+
+
+def test_the_loss_is_the_scripts():
+    logits, teacher, labels = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([2])
+    p = torch.tensor([2.718281828, 1.0, 7.389056]) / (2.718281828 + 1 + 7.389056)
+    mse = sum((a - b) ** 2 for a, b in zip(p, teacher[0])) / 3
+    assert controller.loss_of(logits, labels, teacher).item() == pytest.approx((mse - 0.1 * p[2].log()).item(), rel=1e-5)
+    assert controller.loss_of(logits, labels, None).item() == pytest.approx(-p[2].log().item(), rel=1e-5)
+
+
+def test_the_teacher_runs_once_for_a_view_and_stays_as_it_is():
+    teacher, images = lenet((20, 50, 100)), few(300)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    guide = controller.Teacher(teacher, images, 0)
+    for _ in range(2):
+        trained(lenet(), images, Plan(3, 0.05), teacher=guide)
+    assert len(calls) == len(controller.chunks(images))  # the images are not augmented: one view in all
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    images.flip = True
+    guide = controller.Teacher(teacher, images, 0)
+    calls.clear()
+    for _ in range(2):
+        trained(lenet(), images, Plan(3, 0.05), teacher=guide)
+    assert len(calls) == 3 * len(controller.chunks(images))
+    place, i = images.view(0, 2)[1], torch.arange(50)
+    with torch.no_grad():
+        assert torch.allclose(guide.probabilities(2)[:50], teacher(images.batch(i, place)).softmax(1), atol=0.02)
+
+
+def test_learning_rates_follow_the_plan():
+    assert [Plan(5, 0.1).rate(x) for x in (0.01, 0.5, 0.99)] == [0.1] * 3
+    cycle = Plan(5, 0.1, True)
+    assert (cycle.rate(0.1), cycle.rate(0.2), cycle.rate(0.6), cycle.rate(1.0)) == pytest.approx((0.05, 0.1, 0.05, 0.0))
+    net = sep.soften(lenet(), (6, 4, 20))
+    rates = {id(p): g["factor"] for g in sgd(net, 0.1).param_groups for p in g["params"]}
+    assert len(rates) == len(list(net.parameters())) and rates[id(net.gates[1].excite.bias)] == controller.GATES and rates[id(net.fc1.weight)] == 1
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    runs = [(trained(net := lenet(), few(), seed=seed), net.fc2.weight.detach()) for seed in (0, 0, 1)]
+    assert runs[0][0] == runs[1][0] != runs[2][0] and torch.equal(runs[0][1], runs[1][1])
+    assert runs[0][0][1] < runs[0][0][0]
+
+
+def test_bfloat16_agrees_with_float32_within_noise(monkeypatch):
+    images, other = few(2000), few(1000, seed=5)
+    found = []
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert controller.half(torch.device("cpu"))._enabled == native
+        net = lenet((20, 50, 100))
+        trained(net, images, Plan(4, 0.05, True))
+        found.append(accuracy(net, other))
+    assert abs(found[0] - found[1]) < 3 * (2 * found[1] * (1 - found[1]) / 1000) ** 0.5 and min(found) > 0.8
+
+
+# ---- the LSTM and the structures
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_the_lstm_reads_type_and_size_of_each_layer_and_the_next(arch):
+    net = models.build(arch, **NETS[arch])
+    cells = controller.cells(net, net.widths)
+    assert controller.Policy()(cells).shape == (len(net.widths), 2) and cells.max() <= 2
+    if arch == "lenet5":
+        assert (cells * torch.tensor([1, 500, 1, 500])).tolist() == [[0, 20, 2, 2], [0, 50, 2, 2], [1, 500, 1, 10]]
+    if arch == "resnet20":
+        assert (cells * torch.tensor([1, 64, 1, 64]))[3].tolist() == [0, 32, 0, 32]
+
+
+def test_the_lstm_learns_which_layers_to_spare():
+    net = models.build("vgg16")
+    cost = torch.tensor([0.06 if i in (0, 1, 2) else -0.02 for i in range(13)])  # pruning the first three layers hurts
+    torch.manual_seed(0)
+    policy = controller.Policy()
+    adam = torch.optim.Adam(policy.parameters(), controller.POLICY_LR)
+    for _ in range(400):
+        logits = policy(controller.cells(net, net.widths))
+        scheme = torch.multinomial(logits.detach().softmax(1), 1)[:, 0]
+        controller.learn(policy, adam, logits, scheme, -(cost * scheme).sum().item())
+    policy.eval()
+    odds = policy(controller.cells(net, net.widths)).softmax(1)[:, 1]
+    assert odds[:3].max() < 0.4 and odds[3:].min() > 0.6
+
+
+def test_reward_and_complexity():
+    assert controller.reward(0.9, 0.0, None) == pytest.approx(0.9 - 0.16)
+    assert pytest.approx(398.136e6 * 4e-10, rel=0.01) == controller.COMPLEXITY  # the script's 4e-10 a MAC, on its VGG-19
+    assert controller.reward(0.9, 0.6, 0.7) == pytest.approx(0.9 - 0.16 * 0.4)
+    assert controller.reward(0.9, 0.9, 0.7) == controller.reward(0.9, 0.7, 0.7) < controller.reward(0.9, 0.9, None)
+
+
+def test_a_step_keeps_the_whole_part_of_four_fifths():
+    assert controller.shrink((64, 10, 5, 2, 1), (1, 1, 1, 1, 1), 0.2) == (51, 8, 4, 1, 1)
+    assert controller.shrink((64, 10, 5), (0, 1, 0), 0.5) == (64, 5, 5)
+    assert all(controller.shrink((w,), (1,), 0.2) == (max(1, w * 4 // 5),) for w in range(1, 600))
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "vgg19", "resnet56"])
+def test_uniform_and_trimmed_structures_land_on_the_target(arch):
+    net = models.build(arch, **NETS[arch])
+    full = models.macs(net)
+    cut = lambda w: 1 - models.macs(net, w) / full
+    for target in [t / 100 for t in range(10, 95, 5)] if arch == "lenet5" else (0.3, 0.475):
+        w = controller.uniform(net.widths, cut, target)
+        assert abs(cut(w) - target) <= 0.005, target
+        shares = [k / full for k, full in zip(w, net.widths)]
+        assert max(shares) - min(shares) <= 1 / min(net.widths) + 0.03
+    parent = net.widths
+    child = controller.shrink(parent, [1] * len(parent), 0.2)
+    trimmed = controller.trim(parent, child, cut, 0.2)
+    assert 0.2 <= cut(trimmed) < cut(child) and cut(trimmed) < 0.23 and all(c <= t <= p for c, t, p in zip(child, trimmed, parent))
+    assert controller.trim(parent, child, cut, 0.99) == child
+
+
+def candidate(structure, accuracy, cut, target=None):
+    return controller.Candidate(structure, (), None, 1, accuracy, 0, cut, controller.reward(accuracy, cut, target), 0.0)
+
+
+def test_the_best_network_is_the_best_at_or_past_the_target():
+    found = [candidate((9,), 0.99, 0.0, 0.5), candidate((6,), 0.95, 0.51, 0.5), candidate((5,), 0.96, 0.6, 0.5), candidate((3,), 0.97, 0.49, 0.5)]
+    assert controller.choose(found, 0.5).structure == (5,) and controller.choose(found, 0.9).structure == (5,)
+    assert controller.choose([candidate((9,), 0.99, 0.0), candidate((6,), 0.98, 0.5)], None).structure == (6,)
+
+
+# ---- the run
+
+TINY = Settings(baseline=Plan(4, 0.05, True), recovery=Plan(2, 0.01), final=Plan(2, 0.01), rate=0.3, target=None, parents=2, patience=1, trim=False, seed=0)
+HEAD = dict(experiment="tiny", schedule="test", data="digits", source=None)
+METHODS = ("lstm", "sep", "uniform")
+
+
+class Interrupted(BaseException):
+    pass
+
+
+class Spy(Watch):
+    """Notes the trainings, and stops the run after so many epochs."""
+
+    def __init__(self, stop=None):
+        self.titles, self.left, self.epochs, self.lines = [], stop, 0, []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def stage(self, title, epochs, start):
+        self.titles.append(title)
+
+    def epoch(self, title, epoch, *_):
+        self.epochs += 1
+        if self.left is not None and self.epochs >= self.left:
+            raise Interrupted
+
+
+def work(folder, spy, settings=TINY, methods=METHODS):
+    run = Run(folder, settings, HEAD, few(400), few(100, seed=3), spy)
+    baseline = run.baseline(fresh=lenet())
+    for method in methods:
+        run.method(method, baseline, next((run.row(m)["cut"] for m in ("lstm", "random") if run.row(m)), None))
+    return run.results
+
+
+def timeless(results):
+    return json.loads(json.dumps(results), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    spy, folder = Spy(), tmp_path_factory.mktemp("undisturbed")
+    return work(folder, spy), spy, folder
+
+
+def test_a_run_leaves_its_results(undisturbed):
+    results, _, folder = undisturbed
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {"experiment", "schedule", "seed", "data", "device", "versions", "seconds", "rows", "search"} <= results.keys()
+    for row in results["rows"]:
+        assert row.keys() == {"method", "test_accuracy", "validation_accuracy", "macs", "params", "cut", "widths", "seconds"}
+        net, facts = sep.load(folder / f"{row['method']}.pt")
+        assert sep.macs(net) == row["macs"] == facts["macs"] and models.parameters(net) == row["params"] and list(net.structure) == row["widths"]
+        assert accuracy(net, few(100, seed=3), exact=True) == row["test_accuracy"]
+    rows = {r["method"]: r for r in results["rows"]}
+    assert list(rows) == ["baseline", "lstm", "sep", "uniform"] and abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.1
+    assert not list(folder.glob("*.part"))
+
+
+def test_the_search_keeps_the_published_rules(undisturbed):
+    results, spy, _ = undisturbed
+    assert len(set(spy.titles)) == len(spy.titles)
+    for method in ("lstm", "sep"):
+        log = results["search"][method]
+        structures = [tuple(c["structure"]) for c in log]
+        assert len(set(structures)) == len(structures) == 1 + sum(t.startswith(f"{method}: candidate") for t in spy.titles)
+        known = {structures[0]: log[0]["reward"]}
+        for epoch, born in itertools.groupby(log[1:], key=lambda c: c["epoch"]):
+            best = sorted(known.values(), reverse=True)[: TINY.parents]
+            born = list(born)
+            assert len(born) <= TINY.parents and all(known[tuple(c["parent"])] in best for c in born), epoch
+            known |= {tuple(c["structure"]): c["reward"] for c in born}
+        for c in log[1:]:
+            assert tuple(c["structure"]) == controller.shrink(c["parent"], c["scheme"], TINY.rate)
+
+
+def test_the_test_images_are_read_once_per_row(tmp_path, monkeypatch):
+    read, plain = [], controller.accuracy
+    monkeypatch.setattr(controller, "accuracy", lambda net, images, exact=False: read.append(len(images)) or plain(net, images, exact))
+    results = work(tmp_path, Spy(), methods=("lstm",))
+    assert read.count(100) == len(results["rows"]) == 2 and read.count(40) > 2
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7, 11])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, undisturbed, stop):
+    expected, whole, _ = undisturbed
+    total = 0
+    for _ in range(100):
+        spy = Spy(stop)
+        try:
+            results = work(tmp_path, spy)
+            break
+        except Interrupted:
+            total += spy.epochs
+    assert timeless(results) == timeless(expected)
+    assert total + spy.epochs == whole.epochs  # no finished epoch is trained again
+
+
+def test_a_finished_run_trains_nothing_more(undisturbed):
+    results, _, folder = undisturbed
+    spy = Spy()
+    assert timeless(work(folder, spy)) == timeless(results) and spy.epochs == 0
+
+
+def test_a_folder_of_another_run_is_left_alone(undisturbed):
+    before = (undisturbed[2] / "results.json").read_bytes()
+    with pytest.raises(models.Failure, match="settings") as e:
+        work(undisturbed[2], Spy(), settings=Settings(**(vars(TINY) | {"rate": 0.4})))
+    assert e.value.status == 2 and (undisturbed[2] / "results.json").read_bytes() == before
+
+
+def test_the_teacher_stays_the_baseline_even_where_the_baseline_itself_is_chosen(tmp_path):
+    settings = Settings(**(vars(TINY) | {"recovery": Plan(1, 0.0)}))
+    run = Run(tmp_path, settings, HEAD, few(400), few(100, seed=3))
+    baseline = run.baseline(fresh=lenet())
+    before = {k: v.clone() for k, v in baseline.state_dict().items()}
+    for method, target in (("lstm", None), ("uniform", 1e-9)):
+        run.method(method, baseline, target)
+    assert all(torch.equal(v, before[k]) for k, v in baseline.state_dict().items())
+    assert run.row("uniform")["widths"] == list(baseline.widths)
+
+
+def test_dice_learn_nothing_and_find_something(tmp_path):
+    results = work(tmp_path, Spy(), methods=("random",))
+    assert results["rows"][1]["method"] == "random" and results["rows"][1]["cut"] > 0
+
+
+def test_streams_differ_by_place():
+    assert len({stream(*w) for w in [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1)]}) == 4 and stream(0, "a") == stream(0, "a")
+
+
+@pytest.mark.gpu
+def test_a_gpu_run_ends_with_a_net_like_the_cpus():
+    device, images = torch.device("cuda"), few(2000)
+    found = []
+    for where in (device, torch.device("cpu")):
+        net = lenet((20, 50, 100)).to(where)
+        trained(net, images.to(where), Plan(4, 0.05, True))
+        soft = sep.soften(net, (20, 25, 100))
+        trained(soft, images.to(where), Plan(1, 0.01), teacher=controller.Teacher(net, images.to(where), 0))
+        found.append(accuracy(soft, few(1000, seed=5).to(where)))
+    assert abs(found[0] - found[1]) < 0.05

@@ -1,0 +1,190 @@
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from models import Failure, build, macs, parameters, prune
+
+NETS = {"lenet5": dict(channels=1, size=28), "vgg16": {}, "vgg19": {}, "resnet20": {}, "resnet56": {}}
+
+
+def lively(arch, widths=None, **kind):
+    """A net in evaluation mode whose batch norms have seen something, and a batch for it."""
+    torch.manual_seed(0)
+    net = build(arch, widths, **(NETS[arch] | kind))
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.2)
+            nn.init.normal_(m.running_mean, 0, 0.2)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return net.eval(), torch.randn(4, net.channels, net.size, net.size)
+
+
+def some(net, share=0.6):
+    """A structure in which the layers lose different shares, and one of them none."""
+    return tuple(w if i == 1 else max(1, int(w * (share + 0.3 * (i % 2)))) for i, w in enumerate(net.widths))
+
+
+@pytest.mark.parametrize(("arch", "mega", "params"), [("lenet5", 2.293, 431_080), ("vgg16", 313.20, None), ("vgg19", 398.14, 20_035_018),
+                                                     ("resnet56", 125.49, 853_018)])
+def test_macs_and_parameters_are_the_published_counts(arch, mega, params):
+    net = build(arch, **NETS[arch])
+    assert macs(net) / 1e6 == pytest.approx(mega, abs=0.005)
+    assert params is None or parameters(net) == params
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_macs_are_half_of_what_the_flop_counter_counts(arch):
+    net, x = lively(arch)
+    for candidate in (net, prune(net, some(net))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            candidate.eval()(x[:1])
+        assert macs(candidate) * 2 == counter.get_total_flops()
+    assert macs(net, some(net)) == macs(candidate) < macs(net)
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_removing_channels_equals_masking_them(arch):
+    net, x = lively(arch)
+    kept = models.most_important(net, some(net))
+    small = prune(net, some(net)).eval()
+    models.compensate(net, kept)
+    for p, width, stay in zip(net.prunable, net.widths, kept):  # the mask sits where the next layer reads
+        mask = torch.zeros(width).index_fill(0, stay, 1.0)
+        net.get_submodule(p.next).register_forward_pre_hook(
+            lambda m, x, mask=mask: x[0] * (mask.repeat_interleave(x[0].shape[1] // len(mask)) if x[0].dim() == 2 else mask[:, None, None]))
+    with torch.no_grad():
+        masked, removed = net(x), small(x)
+    assert small.widths == some(net) and parameters(small) < parameters(net)
+    assert (masked - removed).abs().max() < 1e-5 * masked.abs().max()
+
+
+def test_a_net_that_keeps_everything_is_the_same_net():
+    net, x = lively("resnet20")
+    assert torch.equal(net(x), prune(net, net.widths).eval()(x))
+
+
+def test_importance_is_the_energy_that_the_next_layer_applies():
+    net, _ = lively("lenet5")
+    with torch.no_grad():
+        net.fc1.weight.zero_()
+        net.fc1.weight[:, 7 * 16 : 8 * 16] = 0.5  # channel 7 of conv2 feeds 16 inputs of 500 neurons
+    found = models.importance(net)[1]
+    assert found[7] == pytest.approx(0.25 * 16 * 500) and found.sum() == found[7]
+    assert models.most_important(net, (20, 1, 500))[1].tolist() == [7]
+
+
+def test_compensation_keeps_the_energy_of_hurt_filters_and_leaves_the_others():
+    net, _ = lively("lenet5", (2, 2, 2))
+    with torch.no_grad():
+        net.fc2.weight.zero_()
+        net.fc2.weight[0] = torch.tensor([3.0, 4.0])  # channel 1 holds 16/25 > 0.8/2 of this filter
+        net.fc2.weight[1] = torch.tensor([4.0, 1.0])  # and 1/17 of this one
+    models.compensate(net, [torch.arange(2), torch.arange(2), torch.tensor([0])])
+    assert net.fc2.weight[0, 0].item() == pytest.approx(5.0)  # (3, 4) -> (5, gone)
+    assert net.fc2.weight[1, 0].item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("kind", [dict(classes=7, channels=1), dict(classes=100, channels=3)])
+def test_any_class_count_and_channels(kind):
+    for arch in ("lenet5", "vgg16", "resnet8"):
+        net = build(arch, **kind)
+        assert net(torch.zeros(2, kind["channels"], 32, 32)).shape == (2, kind["classes"])
+
+
+@pytest.mark.parametrize("arch", ["resnet57", "resnet", "vgg11", "alexnet", "resnet2"])
+def test_unknown_nets_are_refused(arch):
+    with pytest.raises(Failure, match="unknown network"):
+        build(arch)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
+def test_a_checkpoint_comes_back_as_it_was(tmp_path, arch):
+    net, x = lively(arch)
+    small = prune(net, some(net)).eval()
+    models.save(tmp_path / "a.pt", small, {"seed": 3})
+    found = models.read(tmp_path / "a.pt")
+    assert found["facts"] == {"seed": 3} and [f.name for f in tmp_path.iterdir()] == ["a.pt"]
+    assert torch.equal(models.restore(found, "a.pt").eval()(x), small(x))
+
+
+@pytest.mark.parametrize("arch", NETS)
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "best_prec1": 1.0}, lambda s: {"net": {f"module.{k}": v for k, v in s.items()}},
+                                  lambda s: {"model": {k: v.double() if v.is_floating_point() else v for k, v in s.items()}}])
+def test_a_strangers_state_dict_is_recognised(tmp_path, arch, wrap):
+    net, x = lively(arch)
+    small = prune(net, some(net)).eval()
+    torch.save(wrap(small.state_dict()), tmp_path / "a.pth")
+    found = models.read(tmp_path / "a.pth")
+    assert found["arch"] == arch and tuple(found["widths"]) == small.widths
+    assert torch.allclose(models.restore(found, "a.pth").eval()(x), small(x), atol=1e-6)
+
+
+def test_a_convolution_bias_in_front_of_batch_norm_is_folded(tmp_path):
+    net, x = lively("vgg16")
+    expected, state = net(x), net.state_dict()
+    for p in net.prunable:
+        bias = torch.randn(net.get_submodule(p.layer).out_channels)
+        state[p.layer + ".bias"] = bias
+        state[p.norm + ".running_mean"] = state[p.norm + ".running_mean"] + bias
+    torch.save(state, tmp_path / "a.pth")
+    assert torch.allclose(models.restore(models.read(tmp_path / "a.pth"), "").eval()(x), expected, atol=1e-4)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def broken_files(folder):
+    net = build("resnet8")
+    state = net.state_dict()
+    torch.save(state, folder / "whole.pt")
+    (folder / "cut.pt").write_bytes((folder / "whole.pt").read_bytes()[:5000])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("hello")
+    (folder / "pickle.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"state_dict": Evil()}, folder / "evil.pt")
+    torch.save(net, folder / "module.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"a.weight": torch.ones(2)}, folder / "other.pt")
+    torch.save({k: v for k, v in state.items() if "bn2" not in k}, folder / "lacking.pt")
+    torch.save(state | {"linear.weight": torch.ones(10, 63)}, folder / "shape.pt")
+    torch.save(state | {"linear.bias": torch.full((10,), float("nan"))}, folder / "nan.pt")
+    torch.save({"format": 99}, folder / "format.pt")
+    torch.save({"format": 1, "arch": "resnet8"}, folder / "half.pt")
+    kind = dict(format=1, arch="resnet8", widths=[1], classes=10, channels=3, size=32, gates=None, state=state, facts={})
+    torch.save(kind, folder / "widths.pt")
+    torch.save(kind | dict(widths="abc", classes=None), folder / "types.pt")
+    torch.save(kind | dict(state=7), folder / "state.pt")
+    return [f"{n}.pt" for n in ("cut", "empty", "text", "pickle", "evil", "module", "list", "other", "lacking", "shape", "nan", "format", "half",
+                                "widths", "types", "state")]
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in broken_files(tmp_path):
+        with pytest.raises(Failure) as e:
+            models.restore(models.read(tmp_path / name), name)
+        assert name in str(e.value) and "\n" not in str(e.value), name
+    assert not (tmp_path / "hacked").exists()
+    with pytest.raises(Failure, match=r"no checkpoint .*gone") as e:
+        models.read(tmp_path / "gone.pt")
+    assert e.value.status == 2
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    models.write(tmp_path / "a.pt", {"old": 1})
+    with pytest.raises((Failure, TypeError, AttributeError, pickle.PicklingError)):
+        models.write(tmp_path / "a.pt", {"new": lambda: 0})
+    assert torch.load(tmp_path / "a.pt") == {"old": 1}
+    with pytest.raises(Failure, match="cannot write"):
+        models.write(tmp_path / "a.pt" / "b.pt", {})

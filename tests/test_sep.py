@@ -1,0 +1,144 @@
+import pytest
+import torch
+from test_models import NETS, lively, some
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+import sep
+
+
+def gated(arch, share=0.5, **kind):
+    """A gated net whose choices differ from image to image, and a batch for it."""
+    net, x = lively(arch, **kind)
+    net = sep.soften(net, some(net, share)).eval()
+    for gate in filter(None, net.gates):
+        torch.nn.init.normal_(gate.excite.weight, 0, 2)
+    return net, x
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_frozen_to_the_criterions_choice_it_equals_the_hard_pruned_net(arch):
+    net, x = lively(arch)
+    hard, soft = models.prune(net, some(net)).eval(), sep.soften(net, some(net)).eval()
+    with torch.no_grad():
+        assert (soft(x) - hard(x)).abs().max() < 1e-5 * hard(x).abs().max()  # a fresh gate starts there
+        for gate in filter(None, soft.gates):
+            torch.nn.init.normal_(gate.excite.weight, 0, 2)
+        assert (soft(x) - hard(x)).abs().max() > 1e-3 * hard(x).abs().max()
+        sep.freeze(soft, models.most_important(net, some(net)))
+        assert (soft(x) - hard(x)).abs().max() < 1e-5 * hard(x).abs().max()
+
+
+def test_a_second_step_starts_where_a_second_hard_step_starts():
+    net, x = lively("lenet5")
+    first, second = (16, 40, 400), (12, 40, 320)
+    hard, soft = models.prune(models.prune(net, first), second), sep.soften(sep.soften(net, first), second)
+    assert (soft.eval()(x) - hard.eval()(x)).abs().max() < 1e-4
+    assert soft.structure == second and soft.widths == net.widths
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
+def test_gathering_the_kernels_changes_nothing(arch, monkeypatch):
+    net, x = gated(arch)
+    net.train()
+
+    def step():
+        torch.manual_seed(0)
+        net.zero_grad()
+        y = net(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    used = []
+    gather = sep.gather
+    monkeypatch.setattr(sep, "gather", lambda u: used.append(gather(u)) or used[-1])
+    gathered = step()
+    assert any(u is not None for u in used)
+    net.load_state_dict(state)
+    monkeypatch.setattr(sep, "gather", lambda used: None)
+    for a, b in zip(gathered, step(), strict=True):
+        assert torch.allclose(a, b, atol=1e-3 * b.abs().max())
+
+
+def choices(net, x):
+    """The scales (B, C) of every gate on a batch."""
+    found, scale = [], sep.Gate.scale
+    sep.Gate.scale = lambda self, z: found.append(scale(self, z)) or found[-1]
+    try:
+        net(x)
+    finally:
+        sep.Gate.scale = scale
+    return found
+
+
+def test_each_image_gets_exactly_as_many_kernels_as_the_structure_says():
+    net, _ = gated("lenet5")
+    scales = choices(net, torch.rand(64, 1, 28, 28) + torch.linspace(-2, 3, 64)[:, None, None, None])
+    keeps = [g.keep for g in net.gates if g is not None]
+    assert len(scales) == len(keeps) == 2
+    for scale, keep in zip(scales, keeps):
+        assert ((scale != 0).sum(1) == keep).all() and torch.allclose(scale.sum(1) / keep, torch.ones(64))
+        assert len({tuple(row.nonzero()[:, 0].tolist()) for row in scale}) > 1  # it looks at the image
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "vgg16"])
+def test_an_excluded_kernel_gets_no_gradient_from_the_image_that_excludes_it(arch):
+    net, x = gated(arch)
+    net.train()
+    scales = choices(net, x)
+    net.zero_grad()
+    (net(x) * torch.tensor([1.0, 0, 0, 0])[:, None]).sum().backward() if arch == "lenet5" else net(x[:1].repeat(4, 1, 1, 1)).sum().backward()
+    gates = [i for i, g in enumerate(net.gates) if g is not None]
+    for i, scale in zip(gates, scales if arch == "lenet5" else choices(net, x[:1].repeat(4, 1, 1, 1))):
+        grad = net.get_submodule(net.prunable[i].layer).weight.grad.flatten(1).abs().sum(1)
+        assert (grad[scale[0] == 0] == 0).all() and (scale[0] == 0).any()
+        assert (grad[scale[0] != 0] != 0).any()
+
+
+def test_batch_norm_counts_only_the_images_that_use_a_channel():
+    torch.manual_seed(0)
+    norm, y = torch.nn.BatchNorm2d(3), torch.randn(6, 3, 4, 4, requires_grad=True)
+    mask = torch.ones(6, 3, 1, 1)
+    mask[2:, 1] = 0  # channel 1 is used by images 0 and 1 alone, channel 2 by none
+    mask[:, 2] = 0
+    out = sep.masked_norm(y, mask, norm, None) * mask
+    reference = torch.nn.BatchNorm2d(3)
+    assert torch.allclose(out[:, 0], reference(y)[:, 0], atol=1e-5)
+    assert torch.allclose(norm.running_var[0], reference.running_var[0], atol=1e-6)
+    reference = torch.nn.BatchNorm2d(3)
+    assert torch.allclose(out[:2, 1], reference(y[:2])[:, 1], atol=1e-5)
+    assert torch.allclose(norm.running_mean[1], reference.running_mean[1], atol=1e-6)
+    assert norm.running_mean[2] == 0 and norm.running_var[2] == 1
+    (out * torch.randn_like(out)).sum().backward()
+    assert (y.grad[2:, 1] == 0).all() and (y.grad[:, 2] == 0).all() and (y.grad[:2, 1] != 0).any()
+
+
+def test_macs_are_what_runs_with_the_gates(monkeypatch):
+    net, x = lively("vgg16")
+    for p in net.prunable:  # no channel is dead
+        torch.nn.init.constant_(net.get_submodule(p.norm).weight, 0.01)
+        torch.nn.init.constant_(net.get_submodule(p.norm).bias, 1)
+    structure = tuple(w // 2 for w in net.widths)
+    soft = sep.soften(net, structure).eval()
+    monkeypatch.setattr(sep, "GRAIN", 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        soft(x[:1])
+    # at batch 1 the gathered net runs only the kernels it keeps; the classifier still reads the zeros
+    assert counter.get_total_flops() / 2 == sep.macs(soft) + (512 - 256) * 10
+    assert sep.macs(soft) == sep.macs(net, structure)
+    assert sep.macs(soft) - models.macs(net, structure) == sum(max(8, i // 16) * (i + o) for i, o in zip((3, *net.widths), net.widths))
+    assert sep.macs(net) == sep.macs(net, net.widths) == models.macs(net)
+
+
+def test_a_gated_net_comes_back_from_its_checkpoint(tmp_path):
+    net, x = gated("lenet5")
+    models.save(tmp_path / "a.pt", net, {"method": "sep"})
+    found, facts = sep.load(tmp_path / "a.pt")
+    assert facts["method"] == "sep" and found.structure == net.structure and sep.macs(found) == sep.macs(net)
+    assert torch.equal(found.eval()(x), net(x))
+    content = torch.load(tmp_path / "a.pt")
+    for gates in ([1, 2], [99, 40, 400], "abc", [0, 40, 400]):
+        torch.save(content | {"gates": gates}, tmp_path / "b.pt")
+        with pytest.raises(models.Failure, match=r"b\.pt"):
+            sep.load(tmp_path / "b.pt")

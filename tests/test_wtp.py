@@ -1,0 +1,275 @@
+import ast
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_controller import timeless
+from test_models import broken_files
+
+import controller
+import models
+import sep
+import wtp
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for n, handler in kept.items():
+        signal.signal(n, handler)
+
+
+def call(capsys, *arguments):
+    """(exit status, standard output, standard error) of a command."""
+    capsys.readouterr()
+    status = wtp.main([str(a) for a in arguments])
+    return status, *capsys.readouterr()
+
+
+def shell(*arguments, **kind):
+    return subprocess.run([sys.executable, ROOT / "wtp.py", *map(str, arguments)], capture_output=True, text=True, check=False, **kind)
+
+
+# ---- experiments
+
+
+@pytest.mark.parametrize("name", wtp.EXPERIMENTS)
+@pytest.mark.parametrize("schedule", wtp.SCHEDULES)
+def test_every_experiment_binds(name, schedule):
+    e = wtp.EXPERIMENTS[name]
+    settings = wtp.settings_of(e, wtp.SCHEDULES[schedule], 0)
+    net = models.build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
+    structure = controller.shrink(net.widths, controller.Policy()(controller.cells(net, net.widths)).argmax(1).tolist(), settings.rate)
+    x = torch.zeros(2, e.channels, e.size, e.size)
+    for make, cost in controller.METHODS.values():
+        small = make(net, structure)
+        assert small.eval()(x).shape == (2, e.classes) and sep.macs(small) == cost(net, structure)
+    assert e.data in controller.STATISTICS and len(controller.STATISTICS[e.data][0]) == e.channels
+    assert settings.recovery.epochs >= 1 and settings.final.epochs >= 1
+
+
+def test_the_published_schedule_is_the_papers():
+    cifar, mnist = (wtp.settings_of(wtp.EXPERIMENTS[n], wtp.SCHEDULES["published"], 0) for n in ("vgg-cifar10", "mnist"))
+    assert (cifar.rate, cifar.parents, cifar.patience, cifar.trim, cifar.target) == (0.2, 5, 10, False, 0.701)
+    assert (cifar.recovery, cifar.final) == (controller.Plan(30, 0.001), controller.Plan(250, 0.001))
+    assert (mnist.recovery, mnist.final, mnist.target) == (controller.Plan(10, 0.001), controller.Plan(100, 0.001), None)
+    assert wtp.EXPERIMENTS["resnet56-cifar10"].target == 0.475
+    assert (controller.MOMENTUM, controller.DECAY, controller.BATCH, controller.VALIDATION) == (0.9, 5e-4, 128, 0.1)
+    assert (controller.HIDDEN, controller.LAYERS, controller.DROPOUT, controller.ADVANTAGE) == (100, 2, 0.8, 10)
+
+
+# ---- the house
+
+
+def test_help_comes_without_torch():
+    code = "import sys, wtp; status = wtp.main(['--help']); assert status == 0 and 'torch' not in sys.modules and 'rich.progress' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_imports_never_point_back():
+    order = ["models", "sep", "controller", "wtp"]
+    for name in order:
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert not found & set(order[order.index(name) :]), name
+
+
+# ---- the commands, from end to end
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    done = shell("reproduce", "digits", "--schedule", "smoke", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "digits-smoke-s0", done
+
+
+def test_reproduce_makes_every_row(smoke):
+    folder, done = smoke
+    results = json.loads((folder / "results.json").read_text())
+    assert [r["method"] for r in results["rows"]] == ["baseline", "lstm", "sep", "uniform"]
+    assert (results["experiment"], results["schedule"], results["data"], results["seed"]) == ("digits", "smoke", "digits", 0)
+    rows = {r["method"]: r for r in results["rows"]}
+    assert min(r["test_accuracy"] for r in rows.values()) > 0.6 and rows["lstm"]["cut"] > 0.2
+    assert abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.005 and abs(rows["sep"]["cut"] - rows["lstm"]["cut"]) < 0.05
+    for word in ("digits, smoke schedule, data digits, seed 0", "uniform keeps", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
+        assert word in done.stdout
+    assert "up to" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/2" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_kill_and_go_on(smoke, tmp_path):
+    expected = json.loads((smoke[0] / "results.json").read_text())
+    command = [sys.executable, ROOT / "wtp.py", "reproduce", "digits", "--schedule", "smoke", "--out", tmp_path]
+    for number, status, wait in ((signal.SIGKILL, -9, "lstm: candidate 2"), (signal.SIGTERM, 143, "sep: candidate 1"), (signal.SIGINT, 130, "uniform: candidate 1")):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+            lines = []
+            for line in p.stderr:
+                lines.append(line)
+                if line.startswith(wait):
+                    p.send_signal(number)
+            assert p.wait() == status and "Traceback" not in "".join(lines)
+            assert number == signal.SIGKILL or "the same command goes on" in lines[-1]
+    done = shell("reproduce", "digits", "--schedule", "smoke", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert timeless(json.loads((tmp_path / "digits-smoke-s0" / "results.json").read_text())) == timeless(expected)
+
+
+def test_two_processes_do_not_share_a_folder(capsys, tmp_path):
+    (tmp_path / "digits-smoke-s0").mkdir()
+    lock = (tmp_path / "digits-smoke-s0" / "lock").open("w")
+    controller.fcntl.flock(lock, controller.fcntl.LOCK_EX)
+    status, _, err = call(capsys, "train", "digits", "--schedule", "smoke", "--out", tmp_path)
+    assert status == 1 and "in use by another process" in err
+
+
+@pytest.mark.parametrize("method", ["lstm", "sep"])
+def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, method):
+    net, facts = sep.load(smoke[0] / "baseline.pt")
+    models.save(tmp_path / "my.pt", net, {"data": facts["data"]})
+    given = (tmp_path / "my.pt").read_bytes()
+    command = ["prune", tmp_path / "my.pt", "--rate", "0.5", "--target", "0.6", "--method", method, "--schedule", "smoke", "--out", tmp_path / "runs"]
+    status, out, err = call(capsys, *command)
+    assert status == 0, err
+    small, facts = sep.load(tmp_path / "my-pruned.pt")
+    cut = 1 - sep.macs(small) / sep.macs(net)
+    assert 0.6 <= cut < 0.66 and (small.gates is not None) == (method == "sep") and "my-pruned.pt" in out
+    assert (tmp_path / "my.pt").read_bytes() == given
+    status, out, _ = call(capsys, "evaluate", tmp_path / "my-pruned.pt")
+    assert status == 0 and "latency, batch 128" in out
+    for value in (f"{facts['macs'] / 1e6:.3f} M", "2.293 M", f"{1 - cut:.3f}", f"{facts['parameters']:,}"):
+        assert value in out
+    status, _, err = call(capsys, *command)
+    assert status == 2 and "exists already" in err
+
+
+def test_train_writes_the_baseline(capsys, smoke, tmp_path):
+    status, out, err = call(capsys, "train", "digits", "--schedule", "smoke", "--out", tmp_path, "--output", tmp_path / "net.pt")
+    assert status == 0 and "net.pt" in out, err
+    a, b = (sep.load(f)[0].state_dict() for f in (tmp_path / "net.pt", smoke[0] / "baseline.pt"))
+    assert a.keys() == b.keys()
+
+
+def test_reproduce_alone_lists_the_experiments(capsys):
+    status, out, _ = call(capsys, "reproduce")
+    assert status == 0 and all(name in out for name in wtp.EXPERIMENTS) and "70.1%" in out and "398.14 M" in out
+
+
+def picture_folder(folder, classes=3, count=40, size=28):
+    from torchvision.utils import save_image
+
+    torch.manual_seed(0)
+    for part in ("train", "test"):
+        for c in range(classes):
+            (folder / part / f"class{c}").mkdir(parents=True)
+            for i in range(count):
+                image = torch.rand(1, size, size) * 0.3
+                image[0, :, c * size // classes : (c + 1) * size // classes] += 0.7
+                save_image(image, folder / part / f"class{c}" / f"{i}.png")
+
+
+def test_a_users_own_images_are_a_data_set(capsys, tmp_path):
+    picture_folder(tmp_path / "pictures")
+    status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", "--out", tmp_path / "runs", "--data-dir", tmp_path / "pictures")
+    assert status == 0, err
+    assert f"data {tmp_path / 'pictures'}" in out.replace("\n", " ") and sep.load(tmp_path / "runs/mnist-smoke-s0/lstm.pt")[0].classes == 3
+
+
+# ---- bad input: one clear line, the right status, nothing overwritten
+
+
+def tree(folder):
+    return {p: hashlib.md5(p.read_bytes()).hexdigest() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+WRONG = [
+    (2, "unknown experiment 'imagenet'", ["reproduce", "imagenet"]),
+    (2, "unknown experiment 'imagenet'", ["train", "imagenet"]),
+    (2, "no checkpoint gone.pt", ["prune", "gone.pt"]),
+    (2, "no checkpoint gone.pt", ["evaluate", "gone.pt"]),
+    (2, "no checkpoint folder", ["evaluate", "folder"]),
+    (2, "1.0 is not between 0 and 1", ["prune", "net.pt", "--rate", "1"]),
+    (2, "-0.1 is not between 0 and 1", ["prune", "net.pt", "--rate", "-0.1"]),
+    (2, "nan is not between 0 and 1", ["prune", "net.pt", "--rate", "nan"]),
+    (2, "0.0 is not between 0 and 1", ["prune", "net.pt", "--target", "0"]),
+    (2, "7.0 is not between 0 and 1", ["prune", "net.pt", "--target", "7"]),
+    (2, "--rate", ["prune", "net.pt", "--rate", "lots"]),
+    (2, "--speed", ["reproduce", "mnist", "--speed"]),
+    (2, "quick", ["reproduce", "mnist", "--schedule", "quick"]),
+    (2, "magic", ["reproduce", "mnist", "--method", "magic"]),
+    (2, "magic", ["magic"]),
+    (2, "--seed", ["reproduce", "digits", "--seed", "-1"]),
+    (2, "device 'tpu9' cannot be used", ["reproduce", "digits", "--device", "tpu9"]),
+    (2, "taken.pt exists already", ["prune", "net.pt", "--output", "taken.pt"]),
+    (2, "taken.pt exists already", ["train", "digits", "--output", "taken.pt"]),
+    (1, "no folder nowhere", ["prune", "net.pt", "--output", "nowhere/a.pt"]),
+    (1, "cannot write", ["reproduce", "digits", "--schedule", "smoke", "--out", "taken.pt"]),
+    (1, "cannot write", ["prune", "drawn.pt", "--schedule", "smoke", "--out", "/proc/nothing"]),
+    (1, "no complete mnist data", ["evaluate", "net.pt", "--data-dir", "folder"]),
+    (1, "no complete mnist data", ["reproduce", "mnist", "--data-dir", "folder"]),
+    (1, "no complete cifar10 data", ["reproduce", "vgg-cifar10", "--data-dir", "taken.pt"]),
+    (1, "no data set here has 2 channels", ["evaluate", "odd.pt"]),
+    (1, "the net reads 1 x 32 x 32 images", ["evaluate", "large.pt"]),
+    (2, "soft-pruned already", ["prune", "soft.pt"]),
+]
+
+
+@pytest.mark.parametrize(("status", "words", "arguments"), WRONG, ids=lambda v: "-".join(v) if isinstance(v, list) else "")
+def test_wrong_calls_get_one_line(capsys, tmp_path, monkeypatch, status, words, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    net = models.build("lenet5", channels=1, size=28)
+    models.save(tmp_path / "net.pt", net, {})
+    models.save(tmp_path / "drawn.pt", net, {"data": "digits"})
+    models.save(tmp_path / "soft.pt", sep.soften(net, (10, 20, 30)), {})
+    models.save(tmp_path / "odd.pt", models.build("vgg16", channels=2), {})
+    models.save(tmp_path / "large.pt", models.build("lenet5", channels=1, size=32), {"data": "digits"})
+    (tmp_path / "taken.pt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    before = tree(tmp_path)
+    got, out, err = call(capsys, *arguments)
+    assert got == status and words in err and err.count("\n") == 1 and "Traceback" not in err and not out, err
+    assert before.items() <= tree(tmp_path).items()
+
+
+def no_network(*_, **__):
+    raise OSError("there is no network")
+
+
+def test_broken_checkpoints_get_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in broken_files(tmp_path):
+        for command in ("evaluate", "prune"):
+            status, out, err = call(capsys, command, name)
+            assert status == 1 and name in err and err.count("\n") == 1 and not out, err
+    assert not (tmp_path / "hacked").exists() and not list(tmp_path.glob("*-pruned.pt"))
+
+
+def test_results_that_cannot_be_read_are_kept(capsys, tmp_path):
+    folder = tmp_path / "digits-smoke-s0"
+    folder.mkdir()
+    (folder / "results.json").write_text("{half")
+    status, _, err = call(capsys, "train", "digits", "--schedule", "smoke", "--out", tmp_path)
+    assert status == 1 and "results.json" in err and "--fresh" in err and (folder / "results.json").read_text() == "{half"
+
+
+def test_ctrl_c_while_nothing_runs_yet(tmp_path):
+    with subprocess.Popen([sys.executable, ROOT / "wtp.py", "reproduce", "digits", "--out", tmp_path], stderr=subprocess.PIPE, text=True) as p:
+        time.sleep(1.0)
+        p.send_signal(signal.SIGINT)
+        assert p.wait() == 130 and "Traceback" not in p.stderr.read()
+
+
+def test_no_environment_is_needed():
+    assert shell("reproduce", env={"PATH": os.environ["PATH"], "TERM": "dumb"}).returncode == 0

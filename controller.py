@@ -36,7 +36,6 @@ HARD_LABELS = 0.1  # weight of the cross-entropy beside the teacher's MSE (scrip
 COMPLEXITY = 0.16  # reward = accuracy - 0.16 * MACs / MACs of the baseline (script: 4e-10 a MAC on VGG-19)
 ADVANTAGE, POLICY_LR = 10, 0.001  # scale of the advantage, Adam (script)
 HIDDEN, LAYERS, DROPOUT = 100, 2, 0.8  # of the LSTM (script)
-GATES = 10  # ours: the learning rate of SEP's gates over that of the weights, for they begin at zero
 TEACHER_BYTES = 1 << 29  # ours: outputs of the teacher kept at most; beyond, they are computed epoch by epoch
 
 # How a method brings a net to a structure, and what that will cost.
@@ -262,11 +261,7 @@ class Plan:
 
 
 def sgd(net: Net, lr: float) -> torch.optim.SGD:
-    """The script's optimizer; gates learn faster (GATES)."""
-    weights = [p for name, p in net.named_parameters() if not name.startswith("gates.")]
-    gates = [p for name, p in net.named_parameters() if name.startswith("gates.")]
-    groups = [{"params": weights, "factor": 1.0}] + [{"params": gates, "factor": GATES}] * bool(gates)
-    return torch.optim.SGD(groups, lr, momentum=MOMENTUM, weight_decay=DECAY)
+    return torch.optim.SGD(net.parameters(), lr, momentum=MOMENTUM, weight_decay=DECAY)
 
 
 def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: Teacher | None = None, start: int = 0, track=lambda steps: steps):
@@ -281,7 +276,7 @@ def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: 
         for step in track(range(steps)):
             index = order[step * batch : (step + 1) * batch]
             for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps))
+                group["lr"] = plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps))
             with half(device):
                 logits = net(images.batch(index, place))
             loss = loss_of(logits.float(), images.labels[index], soft[index] if teacher else None)

@@ -12,7 +12,7 @@ from torch import nn
 import models
 from models import Net
 
-REDUCTION, LEAST = 16, 8  # ours: the bottleneck of a gate is C_in / 16 as in SENet, at least 8
+REDUCTION, LEAST = 16, 4  # ours: the bottleneck of a gate is C_in / 16 as in SENet, at least 4
 SPREAD = 1.0  # ours: a fresh gate's logits lie in [-SPREAD, SPREAD], in the order of importance
 GRAIN = 8  # ours: kernels are gathered in multiples of 8, so that few distinct shapes occur
 

@@ -127,7 +127,7 @@ def test_macs_are_what_runs_with_the_gates(monkeypatch):
     # at batch 1 the gathered net runs only the kernels it keeps; the classifier still reads the zeros
     assert counter.get_total_flops() / 2 == sep.macs(soft) + (512 - 256) * 10
     assert sep.macs(soft) == sep.macs(net, structure)
-    assert sep.macs(soft) - models.macs(net, structure) == sum(max(8, i // 16) * (i + o) for i, o in zip((3, *net.widths), net.widths))
+    assert sep.macs(soft) - models.macs(net, structure) == sum(max(4, i // 16) * (i + o) for i, o in zip((3, *net.widths), net.widths))
     assert sep.macs(net) == sep.macs(net, net.widths) == models.macs(net)
 
 

@@ -80,7 +80,8 @@ def test_imports_never_point_back():
     order = ["models", "sep", "controller", "wtp"]
     for name in order:
         tree = ast.parse((ROOT / f"{name}.py").read_text())
-        found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        found |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         assert not found & set(order[order.index(name) :]), name
 
 
@@ -111,7 +112,8 @@ def test_reproduce_makes_every_row(smoke):
 def test_kill_and_go_on(smoke, tmp_path):
     expected = json.loads((smoke[0] / "results.json").read_text())
     command = [sys.executable, ROOT / "wtp.py", "reproduce", "digits", "--schedule", "smoke", "--out", tmp_path]
-    for number, status, wait in ((signal.SIGKILL, -9, "lstm: candidate 2"), (signal.SIGTERM, 143, "sep: candidate 1"), (signal.SIGINT, 130, "uniform: candidate 1")):
+    stops = (signal.SIGKILL, -9, "lstm: candidate 2"), (signal.SIGTERM, 143, "sep: candidate 1"), (signal.SIGINT, 130, "uniform: candidate 1")
+    for number, status, wait in stops:
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
             lines = []
             for line in p.stderr:
@@ -180,7 +182,8 @@ def picture_folder(folder, classes=3, count=40, size=28):
 
 def test_a_users_own_images_are_a_data_set(capsys, tmp_path):
     picture_folder(tmp_path / "pictures")
-    status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", "--out", tmp_path / "runs", "--data-dir", tmp_path / "pictures")
+    places = ["--out", tmp_path / "runs", "--data-dir", tmp_path / "pictures"]
+    status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
     assert status == 0, err
     assert f"data {tmp_path / 'pictures'}" in out.replace("\n", " ") and sep.load(tmp_path / "runs/mnist-smoke-s0/lstm.pt")[0].classes == 3
 

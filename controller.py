@@ -381,6 +381,14 @@ def choose(candidates: list[Candidate], target: float | None) -> Candidate:
     return max(there, key=lambda c: c.reward) if there else max(candidates, key=lambda c: c.cut)
 
 
+def decide(policy: Policy, cells: torch.Tensor, seed: int, dice: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits (L, 2) of the policy, decisions (L,) sampled from them, or from even odds where dice decide)."""
+    torch.manual_seed(seed)
+    logits = policy(cells)
+    odds = torch.full_like(logits, 0.5) if dice else logits.detach().softmax(1)
+    return logits, torch.multinomial(odds, 1)[:, 0]
+
+
 def learn(policy: Policy, adam, logits: torch.Tensor, scheme: torch.Tensor, advantage: float) -> None:
     """One REINFORCE step: logits (L, 2), decisions (L,); the advantage is the child's reward less the parent's."""
     chosen = F.log_softmax(logits, 1).gather(1, scheme[:, None])
@@ -565,7 +573,7 @@ class Run:
     def uniform(self, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
         """The same share of every layer, in steps of the pruning rate with a recovery each, as the search goes."""
         if target is None:
-            raise Failure("uniform needs a cut to land on: a target, or the row of another method", 2)
+            raise Failure("uniform needs a cut to land on: run it with, or after, another method", 2)
         end = uniform(baseline.widths, lambda w: self.cut(models.macs(baseline, w)), target)
         folder, net, log = self.folder / "uniform-pool", deepcopy(baseline), [self.start(baseline, target)]  # the teacher stays
         while net.structure != end:
@@ -609,10 +617,8 @@ class Run:
                 queue = [c.structure for c in best_of(tried, s.parents)]
                 best = max(c.reward for c in tried.values())
             parent = queue[0]
-            torch.manual_seed(stream(s.seed, method, "decisions", epoch, parent))
-            logits = policy(cells(baseline, parent))
-            odds = torch.full_like(logits, 0.5) if method == "random" else logits.detach().softmax(1)
-            scheme = torch.multinomial(odds, 1)[:, 0]
+            seed = stream(s.seed, method, "decisions", epoch, parent)
+            logits, scheme = decide(policy, cells(baseline, parent), seed, dice=method == "random")
             structure = shrink(parent, scheme.tolist(), s.rate)
             if s.trim and target:
                 structure = trim(parent, structure, lambda w: self.cut(cost(baseline, w)), target)

@@ -278,6 +278,8 @@ def reproduce(
     fresh: Fresh = False,
 ):
     """Every row of an experiment's table: baseline, uniform, lstm (IJCAI 2018), sep (TIP 2021)."""
+    from models import Failure
+
     if not experiment:
         return show_experiments()
     e = experiment_of(experiment)
@@ -285,11 +287,13 @@ def reproduce(
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
     folder = out / f"{experiment}-{schedule}-s{seed}"
     run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, methods=rows)
+    landed = lambda: next((run.row(r)["cut"] for r in ROWS if run.row(r)), None)  # all rows of a table are compared at one cut
+    if rows == ["uniform"] and not (landed() or settings.target):
+        raise Failure("uniform needs a cut to land on; add --method lstm", 2)
     with screen:
         baseline = run.baseline(fresh=fresh_net(e, run))
         for row in rows:
-            landed = next((run.row(r)["cut"] for r in ("lstm", "sep", "random") if run.row(r)), None)
-            run.method(row, baseline, settings.target if row != "uniform" and settings.target else landed or settings.target)
+            run.method(row, baseline, (row != "uniform" and settings.target) or landed() or settings.target)
     finish(run)
 
 

@@ -16,12 +16,15 @@ def lively(arch, widths=None, **kind):
     """A net in evaluation mode whose batch norms have seen something, and a batch for it."""
     torch.manual_seed(0)
     net = build(arch, widths, **(NETS[arch] | kind))
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.2)
-            nn.init.normal_(m.running_mean, 0, 0.2)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        nn.init.uniform_(m.weight, 0.5, 1.5)
+        nn.init.normal_(m.bias, 0, 0.2)
+        m.momentum = 1.0
+    with torch.no_grad():
+        net(torch.randn(8, net.channels, net.size, net.size))
+    for m in norms:
+        m.momentum = 0.1
     return net.eval(), torch.randn(4, net.channels, net.size, net.size)
 
 

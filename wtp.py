@@ -38,18 +38,19 @@ class Experiment:
     final: int = 250  # epochs of the final training (paper)
     baseline: int = 200  # ours: no source gives the baseline's training
     baseline_lr: float = 0.1  # ours
+    images: int = 50_000  # that train
 
 
 # ours: MNIST is neither cropped nor flipped (a mirrored digit is another sign), as the papers say nothing of it
 GRAY = dict(channels=1, size=28, crop=0, flip=False)
 EXPERIMENTS = {
-    "mnist": Experiment("lenet5", "mnist", **GRAY, recovery=10, final=100, baseline=20, baseline_lr=0.05),  # 10, 100: paper
+    "mnist": Experiment("lenet5", "mnist", **GRAY, images=60_000, recovery=10, final=100, baseline=20, baseline_lr=0.05),  # 10, 100: paper
     "vgg-cifar10": Experiment("vgg19", "cifar10", target=0.701),  # 70.1 %: IJCAI 2018
     "vgg16-cifar10": Experiment("vgg16", "cifar10", target=0.701),
     "vgg-cifar100": Experiment("vgg19", "cifar100", classes=100, target=0.701),
     "resnet56-cifar10": Experiment("resnet56", "cifar10", target=0.475),  # 47.5 %: IJCAI 2018
     "resnet56-cifar100": Experiment("resnet56", "cifar100", classes=100, target=0.475),
-    "digits": Experiment("lenet5", "digits", **GRAY, recovery=10, final=100, baseline=20, baseline_lr=0.05),
+    "digits": Experiment("lenet5", "digits", **GRAY, images=6_000, recovery=10, final=100, baseline=20, baseline_lr=0.05),
 }
 
 
@@ -100,7 +101,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 def console(stderr: bool = False):
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, width=None if terminal else 120, soft_wrap=not terminal)
 
 
 class Screen:
@@ -109,10 +111,12 @@ class Screen:
     def __init__(self):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.console, self.planned = console(stderr=True), 0
-        self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeElapsedColumn(),
-                             TextColumn("gone, left"), TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task, self.epochs, self.done = None, 0, 0
+        self.console, self.planned, self.measured = console(stderr=True), 0, False
+        self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]},"),
+                             TimeElapsedColumn(), TextColumn("gone, left"), TimeRemainingColumn(), console=self.console, transient=True,
+                             disable=not self.console.is_terminal)
+        self.run = self.bars.add_task("the run", unit="epochs", total=None)
+        self.task, self.epochs, self.done = self.run, 0, 0
 
     def __enter__(self):
         self.bars.start()
@@ -124,10 +128,14 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
+    def plan(self, epochs: int) -> None:
+        self.planned = epochs
+        self.bars.update(self.run, total=epochs)
+
     def stage(self, title: str, epochs: int, start: int) -> None:
-        if self.task is not None:
+        if self.task != self.run:
             self.bars.remove_task(self.task)
-        self.task, self.epochs, self.done = self.bars.add_task(title, total=None), epochs, start
+        self.task, self.epochs, self.done = self.bars.add_task(title, unit="steps", total=None), epochs, start
         if start:
             self.say(f"{title}: goes on after epoch {start} of {epochs}")
 
@@ -139,16 +147,20 @@ class Screen:
         self.done += 1
 
     def epoch(self, title: str, epoch: int, epochs: int, loss: float, accuracy: float | None, seconds: float) -> None:
+        self.bars.advance(self.run)
         found = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
         if not self.console.is_terminal:
             self.say(f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{found}, {seconds:.1f} s an epoch")
-        if self.planned:
+        if not self.measured:
+            self.measured = True
             self.say(f"{seconds:.1f} s for this epoch: {span(self.planned * seconds)} for all, less as the nets get smaller")
-            self.planned = 0
 
 
 def span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{int(unit == 'h')}f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def show_results(results: dict, out) -> None:
@@ -215,6 +227,12 @@ def device_of(name: str):
     return device
 
 
+def epochs_of(settings, methods, baseline: bool = True) -> int:
+    """How many epochs the rows of `methods` may take. ours: rewards grow for about ten LSTM epochs; `uniform` takes about ten steps."""
+    recoveries = sum(10 if m == "uniform" else (settings.patience + 10) * settings.parents for m in methods)
+    return baseline * settings.baseline.epochs + recoveries * settings.recovery.epochs + len(methods) * settings.final.epochs
+
+
 def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, net=None, source=None, methods=()):
     """The run of a folder with its data loaded, and the screen that shows it; `net` is the user's, that the data must fit."""
     import torch
@@ -230,12 +248,10 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
         train, test = few(train), few(test)
     head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
     run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh)
-    s, methods = settings, [m for m in methods if not run.row(m)]
-    many = 2 * s.patience * s.parents  # ours: what a search takes, about: as long again as its patience
-    searches = sum(m != "uniform" for m in methods)
-    screen.planned = (0 if run.row("baseline") or net else s.baseline.epochs) + searches * many * s.recovery.epochs + len(methods) * s.final.epochs
-    detail = f" ({searches} searches of about {many} candidates x {s.recovery.epochs}, {len(methods)} final trainings of {s.final.epochs})" if searches else ""
-    screen.say(f"{folder}: up to {screen.planned:,} epochs{detail}; stop it when you like, the same command goes on")
+    methods = [m for m in methods if not run.row(m)]
+    screen.plan(epochs_of(settings, methods, baseline=not (run.row("baseline") or net)))
+    screen.say(f"{folder}: up to about {screen.planned:,} epochs, {len(methods)} final trainings of {settings.final.epochs} among them; "
+               "stop it when you like, the same command goes on")
     return run, screen
 
 
@@ -281,7 +297,7 @@ def reproduce(
     from models import Failure
 
     if not experiment:
-        return show_experiments()
+        return show_experiments(device_of(device))
     e = experiment_of(experiment)
     settings = settings_of(e, SCHEDULES[schedule], seed)
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
@@ -297,17 +313,24 @@ def reproduce(
     finish(run)
 
 
-def show_experiments() -> None:
+def show_experiments(device) -> None:
+    """The experiments, and about how long all rows of each take here: a few steps of each net are timed for it."""
     from rich.table import Table
 
+    from controller import speed
     from models import build, macs
 
-    table = Table()
-    for name in ("experiment", "net", "data", "MACs", "published cut"):
-        table.add_column(name)
+    table = Table(title=f"time for all rows on {device}, about, by a few steps just timed; MNIST and CIFAR are downloaded", title_justify="left")
+    for name in ("experiment", "net", "MACs", "published cut", *SCHEDULES):
+        table.add_column(name, justify="left" if name in ("experiment", "net") else "right", no_wrap=True)
+    pace = {}
     for name, e in EXPERIMENTS.items():
         net = build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
-        table.add_row(name, e.arch, e.data, f"{macs(net) / 1e6:.2f} M", f"{e.target:.1%}" if e.target else "none known")
+        pace[e.arch] = pace.get(e.arch) or speed(net, device)
+        cost = f"{macs(net) / 1e6:.2f} M"
+        epochs = (epochs_of(settings_of(e, s, 0), ("uniform", "lstm", "sep")) * min(e.images, s.images or e.images) for s in SCHEDULES.values())
+        # ours: half, for nets get smaller on the way and searches mostly end earlier (measured on MNIST)
+        table.add_row(name, e.arch, cost, f"{e.target:.1%}" if e.target else "none known", *(span(n / pace[e.arch] / 2) for n in epochs))
     console().print(table)
 
 

@@ -2,6 +2,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from test_controller import timeless
 from test_models import broken_files
 
@@ -85,6 +87,28 @@ def test_imports_never_point_back():
         assert not found & set(order[order.index(name) :]), name
 
 
+def readme(language=""):
+    """The code blocks of that language in the README."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_every_command_of_the_readme_is_one():
+    group = typer.main.get_command(wtp.app)
+    found = [line.partition("#")[0].split() for block in readme() + readme("sh") for line in re.findall(r"python wtp\.py (.*)", block)]
+    assert {c[0] for c in found} >= {"reproduce", "train", "prune", "evaluate"}
+    for name, *arguments in found:
+        group.commands[name].make_context(name, arguments)  # raises where an option or a value is unknown
+        assert name != "reproduce" or not arguments or arguments[0] in wtp.EXPERIMENTS
+
+
+def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models.save(tmp_path / "net-pruned.pt", sep.soften(models.build("resnet8"), (8, 16, 32)), {})
+    space = {"images": torch.zeros(2, 3, 32, 32)}
+    exec(readme("python")[0], space)
+    assert space["logits"].shape == (2, 10)
+
+
 # ---- the commands, from end to end
 
 
@@ -106,7 +130,7 @@ def test_reproduce_makes_every_row(smoke):
     assert abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.005 and abs(rows["sep"]["cut"] - rows["lstm"]["cut"]) < 0.05
     for word in ("digits, smoke schedule, data digits, seed 0", "uniform keeps", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
         assert word in done.stdout
-    assert "up to" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/2" in done.stderr and "\x1b" not in done.stderr
+    assert "up to about 59 epochs" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/2" in done.stderr and "\x1b" not in done.stderr
 
 
 def test_kill_and_go_on(smoke, tmp_path):

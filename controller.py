@@ -36,7 +36,7 @@ HARD_LABELS = 0.1  # weight of the cross-entropy beside the teacher's MSE (scrip
 COMPLEXITY = 0.16  # reward = accuracy - 0.16 * MACs / MACs of the baseline (script: 4e-10 a MAC on VGG-19)
 ADVANTAGE, POLICY_LR = 10, 0.001  # scale of the advantage, Adam (script)
 HIDDEN, LAYERS, DROPOUT = 100, 2, 0.8  # of the LSTM (script)
-TEACHER_BYTES = 1 << 29  # ours: outputs of the teacher kept at most; beyond, they are computed epoch by epoch
+TEACHER_BYTES = 1 << 30  # ours: outputs of the teacher kept at most; beyond, they are computed epoch by epoch
 
 # How a method brings a net to a structure, and what that will cost.
 METHODS = {"lstm": (models.prune, models.macs), "random": (models.prune, models.macs), "sep": (sep.soften, sep.macs)}
@@ -106,19 +106,23 @@ STATISTICS = {  # mean and standard deviation of the training pixels, in units o
 }
 
 
-def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> tuple[Images, Images, str]:
+def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False, statistics=None) -> tuple[Images, Images, str]:
     """(training, test, what it is) of a data set; downloads what `folder` lacks. Raises Failure.
 
-    A `folder` with train/CLASS and test/CLASS in it is the user's own data set and goes before `name`.
+    A `folder` with train/CLASS and test/CLASS in it is the user's own data set and goes before `name`, whose statistics
+    (mean, std) then serve it, unless others are given.
     """
     folder, own = Path(folder), is_own(folder)
-    keep = dict(mean=STATISTICS[name][0], std=STATISTICS[name][1])
+    keep = dict(zip(("mean", "std"), statistics or STATISTICS[name]))
     if name == "digits":
         train, test = (digits(n, stream("digits", n)) for n in (6000, 2000))
         return Images(*train, **keep), Images(*test, **keep), "digits"
     gray = name == "mnist"
-    train, test = (own_images(folder, part, gray) if own else from_torchvision(name, folder, part) for part in ("train", "test"))
-    return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), str(folder) if own else name
+    if own:
+        train, test, what = *own_images(folder, gray), f"images in {folder}"
+    else:
+        train, test, what = from_torchvision(name, folder, "train"), from_torchvision(name, folder, "test"), name
+    return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), what
 
 
 def is_own(folder: Path) -> bool:
@@ -144,17 +148,23 @@ def from_torchvision(name: str, folder: Path, part: str):
     return pixels.reshape(*pixels.shape[:3], -1), labels
 
 
-def own_images(folder: Path, part: str, gray: bool):
-    """(pixels, labels) of the image files in folder/part/CLASS; classes in the order of their names."""
+def own_images(folder: Path, gray: bool):
+    """(pixels, labels) of the image files in folder/train/CLASS, and of those in folder/test/CLASS; classes by name."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
 
-    try:
-        found = ImageFolder(folder / part)
-        pixels = [pil_to_tensor(image.convert("L") if gray else image).permute(1, 2, 0) for image, _ in found]
-        return torch.stack(pixels), torch.tensor(found.targets)
-    except Exception as e:
-        raise Failure(f"{folder / part}: not a folder of CLASS/images of one size ({type(e).__name__}: {str(e)[:100]})") from e
+    parts, sets = [], []
+    for part in ("train", "test"):
+        try:
+            found = ImageFolder(folder / part)
+            pixels = torch.stack([pil_to_tensor(image.convert("L" if gray else "RGB")).permute(1, 2, 0) for image, _ in found])
+        except Exception as e:
+            raise Failure(f"{folder / part}: not a folder of CLASS/images of one size ({type(e).__name__}: {str(e)[:100]})") from e
+        parts.append((pixels, torch.tensor(found.targets)))
+        sets.append((found.classes, pixels.shape[1:]))
+    if sets[0] != sets[1] or sets[0][1][0] != sets[0][1][1]:
+        raise Failure(f"{folder}: train and test must have the same classes, and square images of one size")
+    return parts
 
 
 # Ten classes of strokes, as corner points (x, y) in [-1, 1], y downwards.
@@ -203,7 +213,8 @@ def split(images: Images, seed: int) -> tuple[Images, Images]:
 
 def half(device: torch.device) -> torch.autocast:
     """bfloat16 autocast where the machine computes it natively, else float32."""
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    cuda = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
@@ -222,9 +233,10 @@ class Teacher:
             self.net.eval()
             with half(self.images.labels.device):
                 parts = [self.net(self.images.batch(i, place)).float().softmax(1) for i in chunks(self.images)]
-            if sum(p.nbytes for p in self.kept.values()) + sum(p.nbytes for p in parts) > TEACHER_BYTES:
-                self.kept.clear()
-            self.kept[epoch] = torch.cat(parts)
+            found = torch.cat(parts)
+            if found.nbytes * (len(self.kept) + 1) > TEACHER_BYTES:
+                return found
+            self.kept[epoch] = found
         return self.kept[epoch]
 
 
@@ -375,6 +387,12 @@ class Candidate:
     seconds: float
 
 
+def name_of(structure) -> str:
+    """A structure as a name for files and trainings: its widths, or a hash where there are too many of them."""
+    name = "-".join(map(str, structure))
+    return name if len(name) < 100 else f"{stream(name):x}"
+
+
 def reward(accuracy: float, cut: float, target: float | None) -> float:
     """accuracy - 0.16 * MACs / MACs0 (script), where going past the `target` cut earns nothing more."""
     return accuracy - COMPLEXITY * max(1 - cut, 1 - target if target else 0.0)
@@ -457,14 +475,17 @@ class Run:
         self.keep_results()
 
     def claim(self, fresh: bool) -> None:
-        """Make the folder, or empty it if it was a run's and `fresh` is asked for; keep other processes out of it."""
+        """Make the folder; if `fresh`, remove what a run left in it, and nothing else; keep other processes out of it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = (self.folder / "lock").open("w")
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for old in self.folder.iterdir() if fresh and (self.folder / "results.json").exists() else ():
-                shutil.rmtree(old) if old.is_dir() else old.unlink() if old.name != "lock" else None
+            for method in ("baseline", "uniform", *METHODS) if fresh else ():
+                shutil.rmtree(self.folder / f"{method}-pool", ignore_errors=True)
+                (self.folder / f"{method}.pt").unlink(missing_ok=True)
+            for name in ("progress.pt", "results.json") if fresh else ():  # the results last: they tell whose files these are
+                (self.folder / name).unlink(missing_ok=True)
         except BlockingIOError as e:
             raise Failure(f"{self.folder} is in use by another process") from e
         except OSError as e:
@@ -510,7 +531,7 @@ class Run:
 
     def teacher(self, net: Net, images: Images) -> Teacher:
         if images not in self.teachers:
-            self.teachers = {images: Teacher(net, images, self.settings.seed)}
+            self.teachers[images] = Teacher(net, images, self.settings.seed)
         return self.teachers[images]
 
     def baseline(self, fresh: Net | None = None, given: Net | None = None) -> Net:
@@ -533,12 +554,12 @@ class Run:
         net, facts = sep.load(path)
         return net.to(self.device).to(memory_format=torch.channels_last), facts
 
-    def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float) -> dict:
-        r = self.results
-        facts = dict(method=method, data=r["data"], schedule=r["schedule"], seed=r["seed"], versions=r["versions"], macs=sep.macs(net),
-                     parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1), baseline=self.row("baseline"))
+    def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float) -> None:
+        told = {k: self.results[k] for k in ("data", "schedule", "seed", "versions")}
+        facts = told | dict(method=method, mean=list(self.train.mean), std=list(self.train.std), test_images=len(self.test), macs=sep.macs(net),
+                            parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1),
+                            baseline=self.row("baseline"))
         models.save(path, net, facts)
-        return facts
 
     def row(self, method: str) -> dict | None:
         return next((r for r in self.results["rows"] if r["method"] == method), None)
@@ -575,7 +596,7 @@ class Run:
         """Bring a parent to a structure, train it with the teacher, and say how good it is."""
         torch.manual_seed(stream(self.settings.seed, method, structure))  # for the weights of fresh gates
         child = METHODS.get(method, METHODS["lstm"])[0](parent, structure)
-        title = f"{method}: candidate {number}, {'-'.join(map(str, structure))}"
+        title = f"{method}: candidate {number}, {name_of(structure)}"
         net, found, seconds = self.complete(title, child, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
         macs = sep.macs(net)
         return net, Candidate(structure, scheme, parent.structure, epoch, found, macs, self.cut(macs), reward(found, self.cut(macs), target), round(seconds, 2))
@@ -588,7 +609,7 @@ class Run:
         folder, net, log = self.folder / "uniform-pool", deepcopy(baseline), [self.start(baseline, target)]  # the teacher stays
         while net.structure != end:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
-            path = folder / f"{len(log)}.pt"
+            path = folder / f"{name_of((len(log), *end))}.pt"
             if not path.exists():
                 scheme = tuple(int(a != b) for a, b in zip(structure, net.structure))
                 net, candidate = self.recover("uniform", baseline, net, structure, scheme, len(log), len(log), target)
@@ -612,14 +633,17 @@ class Run:
         cost = METHODS[method][1]
         start = self.start(baseline, target)
         tried, epoch, idle, queue, best = {start.structure: start}, 1, 0, [], start.reward
-        if state := models.read_progress(folder / "search.pt", method):
+        title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew
+        if state := models.read_progress(folder / "search.pt", title):
             policy.load_state_dict(state["policy"])
             adam.load_state_dict(state["adam"])
             tried = {c["structure"]: Candidate(**c) for c in state["tried"]}
             epoch, idle, queue, best = (state[k] for k in ("epoch", "idle", "queue", "best"))
+        log = lambda: [asdict(c) for c in tried.values()]
+        self.results["search"][method] = log()
 
         def path_of(structure) -> Path:
-            return self.folder / "baseline.pt" if structure == start.structure else folder / f"{'-'.join(map(str, structure))}.pt"
+            return self.folder / "baseline.pt" if structure == start.structure else folder / f"{name_of(structure)}.pt"
 
         reached = lambda: not (s.trim and target) or choose(list(tried.values()), target).cut >= target
         while idle < s.patience or (not reached() and idle < 10 * s.patience):  # ours: beyond the published rules, land first
@@ -644,13 +668,13 @@ class Run:
                 epoch, idle = epoch + 1, 0 if better else idle + 1
                 chosen = choose(list(tried.values()), target)
                 self.watch.say(f"{method}: LSTM epoch {epoch - 1}, {len(tried) - 1} candidates, best {chosen.validation_accuracy:.2%} at a cut of "
-                               f"{chosen.cut:.1%} ({'-'.join(map(str, chosen.structure))}); {idle} of {s.patience} epochs without a better one")
-            models.write(folder / "search.pt", dict(title=method, policy=policy.state_dict(), adam=adam.state_dict(), epoch=epoch, idle=idle,
-                                                    queue=queue, best=best, tried=[asdict(c) for c in tried.values()]))
-            self.results["search"][method] = [asdict(c) for c in tried.values()]
+                               f"{chosen.cut:.1%} ({name_of(chosen.structure)}); {idle} of {s.patience} epochs without a better one")
+            models.write(folder / "search.pt", dict(title=title, policy=policy.state_dict(), adam=adam.state_dict(), epoch=epoch, idle=idle,
+                                                    queue=queue, best=best, tried=log()))
+            self.results["search"][method] = log()
             self.keep_results()
             needed = [c.structure for c in best_of(tried, s.parents)] + queue + [choose(list(tried.values()), target).structure]
-            for old in set(folder.glob("*-*.pt")) - set(map(path_of, needed)):
+            for old in set(folder.glob("*.pt")) - {folder / "search.pt"} - set(map(path_of, needed)):
                 old.unlink()
         chosen = choose(list(tried.values()), target)
         return self.load(path_of(chosen.structure))[0], chosen
@@ -662,8 +686,11 @@ def read_results(folder: Path, missing_ok: bool = False) -> dict | None:
     if missing_ok and not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        found = json.loads(path.read_text())
+        if not {"rows", "search", "seconds"} <= found.keys():
+            raise ValueError
+        return found
+    except (OSError, ValueError, AttributeError) as e:
         raise Failure(f"{path} cannot be read ({type(e).__name__}); --fresh starts the run over") from e
 
 

@@ -325,13 +325,16 @@ def read(path: Path) -> dict:
         if "Weights only load failed" in str(e) or "weights_only" in str(e):
             raise Failure(f"{path} is not a file of weights alone (reading it could run code); save the state dict and try again") from e
         raise Failure(f"{path} is not a checkpoint that torch can read") from e
-    if isinstance(found, dict) and "format" in found:
-        if found["format"] != FORMAT:
-            raise Failure(f"{path} has checkpoint format {found['format']}; this version reads {FORMAT}")
-        if lacking := {"arch", "widths", "classes", "channels", "size", "gates", "state", "facts"} - found.keys():
-            raise Failure(f"{path} is damaged: it lacks {', '.join(sorted(lacking))}")
-        return found
-    return recognise(found, path)
+    if not isinstance(found, dict) or "format" not in found:
+        return recognise(found, path)
+    if type(found["format"]) is not int or found["format"] != FORMAT:
+        raise Failure(f"{path} has another checkpoint format; this version reads {FORMAT}")
+    if lacking := {"arch", "widths", "classes", "channels", "size", "gates", "state", "facts"} - found.keys():
+        raise Failure(f"{path} is damaged: it lacks {', '.join(sorted(lacking))}")
+    plain = lambda facts: isinstance(facts, dict) and all(isinstance(facts.get(k, 0), int | float) for k in ("test_accuracy", "macs", "params"))
+    if not plain(found["facts"]) or not plain(found["facts"].get("baseline") or {}):
+        raise Failure(f"{path} is damaged: its facts are no facts")
+    return found
 
 
 def restore(checkpoint: dict, path: Path, attach=None) -> Net:
@@ -341,6 +344,8 @@ def restore(checkpoint: dict, path: Path, attach=None) -> Net:
         net = build(c["arch"], c["widths"], classes=c["classes"], channels=c["channels"], size=c["size"])
         if c["gates"] is not None:
             attach(net, c["gates"])
+        if any(v.is_complex() for v in c["state"].values()):
+            raise ValueError
         net.load_state_dict(c["state"])
     except Failure as e:
         raise Failure(f"{path}: {e}") from e

@@ -9,10 +9,11 @@
 Here: the table of experiments and schedules, the commands, what they show. PyTorch is imported inside the commands, so
 that --help is quick.
 """
+import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -82,20 +83,20 @@ Method = StrEnum("Method", ["uniform", "lstm", "sep", "random"])
 Pruning = StrEnum("Pruning", ["lstm", "sep"])
 
 
-def settings_of(experiment: Experiment, schedule: Schedule, seed: int, *, rate: float | None = None, target: float | None = None):
+def settings_of(experiment: Experiment, schedule: Schedule, seed: int, *, rate: float | None = None):
     """The numbers of a run: the experiment's, where the schedule does not say otherwise."""
     from controller import Plan, Settings
 
     e, s = experiment, schedule
     training = lambda epochs: Plan(epochs, s.lr, s.cycle)
     return Settings(baseline=Plan(s.baseline or e.baseline, e.baseline_lr, True), recovery=training(s.recovery or e.recovery),
-                    final=training(s.final or e.final), rate=rate or s.rate, target=target or e.target, parents=s.parents,
+                    final=training(s.final or e.final), rate=rate or s.rate, target=e.target, parents=s.parents,
                     patience=s.patience, trim=s.trim, seed=seed)
 
 
 # ---- what the user sees -------------------------------------------------------------------------------------------------
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0])
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0])
 
 
 def console(stderr: bool = False):
@@ -166,10 +167,12 @@ def span(seconds: float) -> str:
 def show_results(results: dict, out) -> None:
     """The table of a run, a row per method; below, what is left of each layer and how often each search pruned it."""
     from rich.table import Table
+    from rich.text import Text
 
     order = ["baseline", "uniform", "random", "lstm", "sep"]
     rows = sorted(results["rows"], key=lambda row: order.index(row["method"]))
-    table = Table(title="{experiment}, {schedule} schedule, data {data}, seed {seed}, {device}".format_map(results), title_justify="left")
+    title = "{experiment}, {schedule} schedule, data {data}, seed {seed}, {device}".format_map(results)
+    table = Table(title=Text(title), title_justify="left")  # a Text, for a user's [name] is no markup
     for name in ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for r in rows:
@@ -221,6 +224,8 @@ def device_of(name: str):
 
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError
         torch.zeros(1, device=device)
     except Exception as e:
         raise Failure(f"device '{name}' cannot be used here; try cpu or auto", 2) from e
@@ -233,14 +238,14 @@ def epochs_of(settings, methods, baseline: bool = True) -> int:
     return baseline * settings.baseline.epochs + recoveries * settings.recovery.epochs + len(methods) * settings.final.epochs
 
 
-def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, net=None, source=None, methods=()):
+def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, net=None, source=None, methods=(), statistics=None):
     """The run of a folder with its data loaded, and the screen that shows it; `net` is the user's, that the data must fit."""
     import torch
 
     from controller import Run, load_data, stream
 
     where, screen = device_of(device), Screen()
-    train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
+    train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip, statistics=statistics)
     if net is not None:
         fits(net, train, what)
     if limit := SCHEDULES[schedule].images:
@@ -259,7 +264,7 @@ def fits(net, images, what: str) -> None:
     """Raise Failure where a net cannot read the images or tell their classes apart."""
     from models import Failure
 
-    size, channels = images.pixels.shape[2:]
+    size, channels = images.pixels.shape[2:]  # load_data takes square images alone
     if (size, channels) != (net.size, net.channels) or images.classes > net.classes:
         raise Failure(f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} classes; "
                       f"{what} has {channels} x {images.pixels.shape[1]} x {size} images of {images.classes} classes")
@@ -346,8 +351,6 @@ def train(
     fresh: Fresh = False,
 ):
     """The baseline of an experiment alone, to a checkpoint."""
-    import shutil
-
     e = experiment_of(experiment)
     free(output)
     settings = settings_of(e, SCHEDULES[schedule], seed)
@@ -355,7 +358,7 @@ def train(
     with screen:
         run.baseline(fresh=fresh_net(e, run))
     if output:
-        shutil.copyfile(run.folder / "baseline.pt", output)
+        deliver(run.folder / "baseline.pt", output)
     finish(run)
     console().print(str(output or run.folder / "baseline.pt"), markup=False)
 
@@ -368,6 +371,17 @@ def free(output: Path | None) -> None:
         raise Failure(f"{output} exists already and is kept; give another --output", 2)
     if output and not output.absolute().parent.is_dir():
         raise Failure(f"cannot write {output}: there is no folder {output.parent}")
+    if output and not os.access(output.absolute().parent, os.W_OK):
+        raise Failure(f"cannot write {output}: its folder is read-only")
+
+
+def deliver(made: Path, output: Path) -> None:
+    """Copy a finished checkpoint to where the user wants it; never over a file that came there meanwhile."""
+    import shutil
+
+    free(output)
+    shutil.copyfile(made, output.with_name(output.name + ".part"))
+    os.replace(output.with_name(output.name + ".part"), output)
 
 
 def data_of(net, facts: dict, data_dir: Path) -> Experiment:
@@ -380,6 +394,13 @@ def data_of(net, facts: dict, data_dir: Path) -> Experiment:
     if not fitting:
         raise Failure(f"no data set here has {net.channels} channels and {net.classes} classes; --data-dir can name a folder with train/CLASS and test/CLASS")
     return next((e for e in fitting if e.data == facts.get("data")), fitting[0])
+
+
+def statistics_of(net, facts: dict):
+    """(mean, std) that a net's checkpoint says its images were normalised with, or None."""
+    found = facts.get("mean"), facts.get("std")
+    known = all(isinstance(v, list) and len(v) == net.channels and all(isinstance(x, float) for x in v) for v in found)
+    return found if known and min(found[1]) > 0 else None
 
 
 @app.command()
@@ -398,25 +419,24 @@ def prune(
 ):
     """A smaller net from your own checkpoint: the search and the final training."""
     import hashlib
-    import shutil
 
     import sep
     from models import Failure
 
-    output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
     net, facts = sep.load(ckpt)
+    output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
     free(output)
     if net.gates is not None:
         raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
-    e = data_of(net, facts, data_dir)
-    settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate, target=target)
+    e = replace(data_of(net, facts, data_dir), target=target)
+    settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate)
     folder = out / f"prune-{ckpt.stem}-{method}-{schedule}-s{seed}"
     source = f"{ckpt.name}, sha256 {hashlib.sha256(ckpt.read_bytes()).hexdigest()[:16]}"  # another file is another run
     run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, net=net, source=source,
-                        methods=[method])
+                        methods=[method], statistics=statistics_of(net, facts))
     with screen:
         run.method(method.value, run.baseline(given=net), settings.target)
-    shutil.copyfile(run.folder / f"{method}.pt", output)
+    deliver(run.folder / f"{method}.pt", output)
     finish(run)
     console().print(f"wrote {output}", markup=False)
 
@@ -425,6 +445,7 @@ def prune(
 def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "auto"):
     """Accuracy, MACs, parameters, size and latency of a checkpoint, beside its baseline's where it names one."""
     from rich.table import Table
+    from rich.text import Text
 
     import models
     import sep
@@ -432,11 +453,13 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
 
     net, facts = sep.load(ckpt)
     e, where = data_of(net, facts, data_dir), device_of(device)
-    test, what = load_data(e.data, data_dir)[1:]
+    test, what = load_data(e.data, data_dir, statistics=statistics_of(net, facts))[1:]
     fits(net, test, what)
-    net, base = net.to(where), facts.get("baseline") or {}
+    net, base = net.to(where), dict(facts.get("baseline") or {})
+    if (facts.get("data"), facts.get("test_images")) != (what, len(test)):
+        base.pop("test_accuracy", None)  # measured on other images
     found = accuracy(net, test.to(where), exact=True)
-    table = Table(title=f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images", title_justify="left")
+    table = Table(title=Text(f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images"), title_justify="left")
     for name in ("", "baseline", "this net", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
 
@@ -465,7 +488,7 @@ def latency(net, images, batch: int, device) -> float:
         for _ in range(30):
             began = time.perf_counter()
             net(x)
-            torch.cuda.synchronize() if device.type == "cuda" else None
+            torch.cuda.synchronize(device) if device.type == "cuda" else None
             times.append(time.perf_counter() - began)
     return sorted(times[10:])[10]
 
@@ -478,6 +501,8 @@ class Stopped(BaseException):
 
 
 def stop(number, _frame):
+    for again in (signal.SIGINT, signal.SIGTERM):  # one is enough: the next would cut the farewell short
+        signal.signal(again, signal.SIG_IGN)
     raise Stopped(number)
 
 
@@ -486,9 +511,9 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        return app(arguments, standalone_mode=False) or 0
+        return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except Stopped as e:
-        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        print("stopped; the same command (without --fresh) goes on where this one was", file=sys.stderr)
         return 128 + e.args[0]
     except Exception as e:
         message, status = explain(e)

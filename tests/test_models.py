@@ -162,14 +162,15 @@ def broken_files(folder):
     torch.save({k: v for k, v in state.items() if "bn2" not in k}, folder / "lacking.pt")
     torch.save(state | {"linear.weight": torch.ones(10, 63)}, folder / "shape.pt")
     torch.save(state | {"linear.bias": torch.full((10,), float("nan"))}, folder / "nan.pt")
-    torch.save({"format": 99}, folder / "format.pt")
+    torch.save({"format": torch.ones(2)}, folder / "format.pt")
+    torch.save({k: v.to(torch.complex64) if v.is_floating_point() else v for k, v in state.items()}, folder / "complex.pt")
     torch.save({"format": 1, "arch": "resnet8"}, folder / "half.pt")
     kind = dict(format=1, arch="resnet8", widths=[1], classes=10, channels=3, size=32, gates=None, state=state, facts={})
     torch.save(kind, folder / "widths.pt")
     torch.save(kind | dict(widths="abc", classes=None), folder / "types.pt")
     torch.save(kind | dict(state=7), folder / "state.pt")
     return [f"{n}.pt" for n in ("cut", "empty", "text", "pickle", "evil", "module", "list", "other", "lacking", "shape", "nan", "format", "half",
-                                "widths", "types", "state")]
+                                "complex", "widths", "types", "state")]
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch):

@@ -395,7 +395,7 @@ def name_of(structure) -> str:
 
 def reward(accuracy: float, cut: float, target: float | None) -> float:
     """accuracy - 0.16 * MACs / MACs0 (script), where going past the `target` cut earns nothing more."""
-    return accuracy - COMPLEXITY * max(1 - cut, 1 - target if target else 0.0)
+    return accuracy - COMPLEXITY * max(1 - cut, 0.0 if target is None else 1 - target)
 
 
 def best_of(tried: dict, count: int) -> list[Candidate]:

@@ -74,7 +74,7 @@ class Schedule:
 SCHEDULES = {
     "published": Schedule(),
     "fast": Schedule(lr=0.02, cycle=True, parents=3, patience=3, trim=True, recovery=2, final=20, baseline=20),
-    "smoke": Schedule(lr=0.02, cycle=True, parents=2, patience=1, trim=True, recovery=1, final=1, baseline=2, images=3000),
+    "smoke": Schedule(lr=0.1, cycle=True, parents=2, patience=2, trim=True, recovery=1, final=1, baseline=6, images=3000),
 }
 ROWS = ("lstm", "sep", "random", "uniform")  # the order of the work: `uniform` lands where `lstm` landed
 
@@ -309,12 +309,13 @@ def reproduce(
     folder = out / f"{experiment}-{schedule}-s{seed}"
     run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, methods=rows)
     landed = lambda: next((run.row(r)["cut"] for r in ROWS if run.row(r)), None)  # all rows of a table are compared at one cut
-    if rows == ["uniform"] and not (landed() or settings.target):
+    if rows == ["uniform"] and landed() is None and settings.target is None:
         raise Failure("uniform needs a cut to land on; add --method lstm", 2)
     with screen:
         baseline = run.baseline(fresh=fresh_net(e, run))
         for row in rows:
-            run.method(row, baseline, (row != "uniform" and settings.target) or landed() or settings.target)
+            keeps = settings.target is not None and (row != "uniform" or landed() is None)
+            run.method(row, baseline, settings.target if keeps else landed())
     finish(run)
 
 

@@ -130,7 +130,7 @@ def test_reproduce_makes_every_row(smoke):
     assert abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.005 and abs(rows["sep"]["cut"] - rows["lstm"]["cut"]) < 0.05
     for word in ("digits, smoke schedule, data digits, seed 0", "uniform keeps", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
         assert word in done.stdout
-    assert "up to about 59 epochs" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/2" in done.stderr and "\x1b" not in done.stderr
+    assert "up to about 67 epochs" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/6" in done.stderr and "\x1b" not in done.stderr
 
 
 def test_kill_and_go_on(smoke, tmp_path):

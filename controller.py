@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -403,7 +404,7 @@ def best_of(tried: dict, count: int) -> list[Candidate]:
     return sorted(tried.values(), key=lambda c: -c.reward)[:count]
 
 
-def choose(candidates: list[Candidate], target: float | None) -> Candidate:
+def choose(candidates: Iterable[Candidate], target: float | None) -> Candidate:
     """The best network: the largest reward, at or past the target where one got there, else the largest cut."""
     there = [c for c in candidates if target is None or c.cut >= target]
     return max(there, key=lambda c: c.reward) if there else max(candidates, key=lambda c: c.cut)
@@ -606,7 +607,7 @@ class Run:
         if target is None:
             raise Failure("uniform needs a cut to land on: run it with, or after, another method", 2)
         end = uniform(baseline.widths, lambda w: self.cut(models.macs(baseline, w)), target)
-        folder, net, log = self.folder / "uniform-pool", deepcopy(baseline), [self.start(baseline, target)]  # the teacher stays
+        folder, net, log = self.folder / "uniform-pool", self.load(self.folder / "baseline.pt")[0], [self.start(baseline, target)]
         while net.structure != end:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
             path = folder / f"{name_of((len(log), *end))}.pt"
@@ -645,7 +646,8 @@ class Run:
         def path_of(structure) -> Path:
             return self.folder / "baseline.pt" if structure == start.structure else folder / f"{name_of(structure)}.pt"
 
-        reached = lambda: not (s.trim and target) or choose(list(tried.values()), target).cut >= target
+        best_so_far = lambda: choose(tried.values(), target)
+        reached = lambda: not (s.trim and target) or best_so_far().cut >= target
         while idle < s.patience or (not reached() and idle < 10 * s.patience):  # ours: beyond the published rules, land first
             if not queue:
                 queue = [c.structure for c in best_of(tried, s.parents)]
@@ -666,17 +668,17 @@ class Run:
             if not queue:
                 better = max(c.reward for c in tried.values()) > best
                 epoch, idle = epoch + 1, 0 if better else idle + 1
-                chosen = choose(list(tried.values()), target)
+                chosen = best_so_far()
                 self.watch.say(f"{method}: LSTM epoch {epoch - 1}, {len(tried) - 1} candidates, best {chosen.validation_accuracy:.2%} at a cut of "
                                f"{chosen.cut:.1%} ({name_of(chosen.structure)}); {idle} of {s.patience} epochs without a better one")
             models.write(folder / "search.pt", dict(title=title, policy=policy.state_dict(), adam=adam.state_dict(), epoch=epoch, idle=idle,
                                                     queue=queue, best=best, tried=log()))
             self.results["search"][method] = log()
             self.keep_results()
-            needed = [c.structure for c in best_of(tried, s.parents)] + queue + [choose(list(tried.values()), target).structure]
+            needed = [c.structure for c in best_of(tried, s.parents)] + queue + [best_so_far().structure]
             for old in set(folder.glob("*.pt")) - {folder / "search.pt"} - set(map(path_of, needed)):
                 old.unlink()
-        chosen = choose(list(tried.values()), target)
+        chosen = best_so_far()
         return self.load(path_of(chosen.structure))[0], chosen
 
 

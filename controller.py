@@ -64,11 +64,18 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
+    def new(self, pixels, labels, mean=None, std=None) -> "Images":
+        """Other images, or other statistics, treated as these are."""
+        return Images(pixels, labels, mean=mean or self.mean, std=std or self.std, crop=self.crop, flip=self.flip)
+
     def part(self, index) -> "Images":
-        return Images(self.pixels[index], self.labels[index], mean=self.mean, std=self.std, crop=self.crop, flip=self.flip)
+        return self.new(self.pixels[index], self.labels[index])
 
     def to(self, device) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device), mean=self.mean, std=self.std, crop=self.crop, flip=self.flip)
+        return self.new(self.pixels.to(device), self.labels.to(device))
+
+    def normalised(self, mean, std) -> "Images":
+        return self.new(self.pixels, self.labels, mean, std)
 
     @property
     def classes(self) -> int:
@@ -105,17 +112,24 @@ STATISTICS = {  # mean and standard deviation of the training pixels, in units o
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+FOREIGN = {  # what other people's nets were trained with, per channel count
+    3: {"ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "mean and std 0.5": ((0.5,) * 3, (0.5,) * 3),
+        "pixels in [0, 1]": ((0.0,) * 3, (1.0,) * 3)},
+    1: {"mean and std 0.5": ((0.5,), (0.5,)), "pixels in [0, 1]": ((0.0,), (1.0,))},
+}
 
 
-def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False, statistics=None) -> tuple[Images, Images, str]:
+def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> tuple[Images, Images, str]:
     """(training, test, what it is) of a data set; downloads what `folder` lacks. Raises Failure.
 
     A `folder` with train/CLASS and test/CLASS in it is the user's own data set and goes before `name`, whose statistics
-    (mean, std) then serve it, unless others are given.
+    (mean, std) then serve it.
     """
     folder, own = Path(folder), is_own(folder)
-    keep = dict(zip(("mean", "std"), statistics or STATISTICS[name]))
+    keep = dict(zip(("mean", "std"), STATISTICS[name]))
     if name == "digits":
+        if own:
+            raise Failure(f"digits are drawn and read no folder; {folder} serves the other experiments: mnist (gray), those of CIFAR (RGB)", 2)
         train, test = (digits(n, stream("digits", n)) for n in (6000, 2000))
         return Images(*train, **keep), Images(*test, **keep), "digits"
     gray = name == "mnist"
@@ -127,15 +141,18 @@ def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False, sta
 
 
 def is_own(folder: Path) -> bool:
-    """Whether `folder` is a user's own data set: train/CLASS/images and test/CLASS/images."""
-    return (Path(folder) / "train").is_dir() and (Path(folder) / "test").is_dir()
+    """Whether `folder` is a user's own data set: train/CLASS/images and test/CLASS/images. Raises Failure if it is half of one."""
+    there = [part for part in ("train", "test") if (Path(folder) / part).is_dir()]
+    if len(there) == 1:
+        raise Failure(f"{folder} has {there[0]}/ alone; a data set of your own has train/CLASS/images and test/CLASS/images")
+    return bool(there)
 
 
 def from_torchvision(name: str, folder: Path, part: str):
     """(pixels, labels) of MNIST, CIFAR-10 or CIFAR-100."""
     from torchvision import datasets
 
-    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    kind, new = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name], not folder.exists()
     try:
         try:
             found = kind(folder, train=part == "train")
@@ -144,8 +161,10 @@ def from_torchvision(name: str, folder: Path, part: str):
                 found = kind(folder, train=part == "train", download=True)
         pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
     except Exception as e:
-        reason = f"{type(e).__name__}: {e}"[:120]
-        raise Failure(f"{folder} has no complete {name} data and it could not be downloaded ({reason}); name its folder with --data-dir") from e
+        if new and folder.is_dir() and not any(p.is_file() for p in folder.rglob("*")):
+            shutil.rmtree(folder)
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise Failure(f"{folder} has no complete {name} data and it could not be downloaded; name its folder with --data-dir ({reason[:200]})") from e
     return pixels.reshape(*pixels.shape[:3], -1), labels
 
 
@@ -158,13 +177,22 @@ def own_images(folder: Path, gray: bool):
     for part in ("train", "test"):
         try:
             found = ImageFolder(folder / part)
-            pixels = torch.stack([pil_to_tensor(image.convert("L" if gray else "RGB")).permute(1, 2, 0) for image, _ in found])
-        except Exception as e:
-            raise Failure(f"{folder / part}: not a folder of CLASS/images of one size ({type(e).__name__}: {str(e)[:100]})") from e
-        parts.append((pixels, torch.tensor(found.targets)))
-        sets.append((found.classes, pixels.shape[1:]))
-    if sets[0] != sets[1] or sets[0][1][0] != sets[0][1][1]:
-        raise Failure(f"{folder}: train and test must have the same classes, and square images of one size")
+        except (FileNotFoundError, OSError) as e:
+            raise Failure(f"{folder / part}: {str(e)[:200]}") from e
+        pixels = []
+        for path, _ in found.samples:
+            try:
+                pixels.append(pil_to_tensor(found.loader(path).convert("L" if gray else "RGB")).permute(1, 2, 0))
+            except Exception as e:
+                raise Failure(f"{path} cannot be read as an image") from e
+            height, width = pixels[-1].shape[:2]
+            side = len(parts[0][0][0]) if parts else len(pixels[0])
+            if (height, width) != (side, side):
+                raise Failure(f"{path} has {width} x {height} pixels; all images must be squares of one size, and {side} x {side} came before")
+        parts.append((torch.stack(pixels), torch.tensor(found.targets)))
+        sets.append(found.classes)
+    if sets[0] != sets[1]:
+        raise Failure(f"{folder}: train and test have different classes ({', '.join(sorted(set(sets[0]) ^ set(sets[1])))})")
     return parts
 
 
@@ -204,9 +232,18 @@ def split(images: Images, seed: int) -> tuple[Images, Images]:
     """(training, validation): 10 % of the training images validate, chosen by `seed`."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, "split")))
     count = int(VALIDATION * len(images))
-    if count < 1:
-        raise Failure(f"{len(images)} training images are too few for a validation split of {VALIDATION:.0%}")
+    if count < 10:
+        raise Failure(f"{len(images)} training images are too few: {VALIDATION:.0%} of them validate, and {count} say nothing")
     return images.part(order[count:]), images.part(order[:count])
+
+
+def statistics_of(net: Net, train: Images, seed: int) -> tuple[str, tuple, tuple]:
+    """(what they are, mean, std) under which `net` gets the most of the validation images right: the data set's own, or FOREIGN."""
+    images, best = split(train, seed)[1], (-1.0, "", None, None)
+    for what, (mean, std) in ({"the data set's own mean and std": (train.mean, train.std)} | FOREIGN[net.channels]).items():
+        found = accuracy(net, images.normalised(mean, std))
+        best = max(best, (found, what, mean, std), key=lambda b: b[0])
+    return f"images normalised with {best[1]}, with which it gets the most validation images right: {best[0]:.2%}", *best[2:]
 
 
 # ---- the teacher-student loop -------------------------------------------------------------------------------------------
@@ -483,7 +520,7 @@ class Run:
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for method in ("baseline", "uniform", *METHODS) if fresh else ():
-                shutil.rmtree(self.folder / f"{method}-pool", ignore_errors=True)
+                self.drop_pool(method)
                 (self.folder / f"{method}.pt").unlink(missing_ok=True)
             for name in ("progress.pt", "results.json") if fresh else ():  # the results last: they tell whose files these are
                 (self.folder / name).unlink(missing_ok=True)
@@ -491,6 +528,13 @@ class Run:
             raise Failure(f"{self.folder} is in use by another process") from e
         except OSError as e:
             raise Failure(f"cannot write {self.folder}: {e.strerror}") from e
+
+    def drop_pool(self, method: str) -> None:
+        pool = self.folder / f"{method}-pool"
+        for path in pool.glob("*.pt"):
+            path.unlink()
+        if pool.is_dir() and not any(pool.iterdir()):
+            pool.rmdir()
 
     def keep_results(self) -> None:
         self.results["seconds"] = round(self.before + time.time() - self.began, 1)
@@ -552,7 +596,11 @@ class Run:
     def load(self, path: Path) -> tuple[Net, dict]:
         """(net, facts) of a checkpoint. Nets go on from their files even where they are at hand, so that a stopped run and
         an undisturbed one compute the same to the last bit."""
-        net, facts = sep.load(path)
+        try:
+            net, facts = sep.load(path)
+        except Failure as e:
+            pool = path.parent != self.folder
+            raise Failure(f"{e}; {f'remove {path.parent} and that search begins anew' if pool else '--fresh starts the run over'}") from e
         return net.to(self.device).to(memory_format=torch.channels_last), facts
 
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float) -> None:
@@ -578,15 +626,17 @@ class Run:
 
     def method(self, method: str, baseline: Net, target: float | None) -> None:
         """The whole of a row: search (or the uniform steps), final training, test; nothing where the row is there."""
-        if self.row(method):
-            return
         path = self.folder / f"{method}.pt"
+        if self.row(method):
+            if not models.sound(path):
+                self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
+            return
         if not path.exists():
             found, chosen = self.uniform(baseline, target) if method == "uniform" else self.search(method, baseline, target)
             net, _, seconds = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
             self.save(path, net, method, chosen.validation_accuracy, seconds + sum(c["seconds"] for c in self.results["search"][method]))
         self.report(method, *self.load(path))
-        shutil.rmtree(self.folder / f"{method}-pool", ignore_errors=True)
+        self.drop_pool(method)
 
     def start(self, baseline: Net, target: float | None) -> Candidate:
         """The baseline as the first candidate of a search."""

@@ -7,10 +7,12 @@ weights that the next layer applies to it.
 import os
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -42,6 +44,8 @@ class Prunable:
 
 class Net(nn.Module):
     """A network of prunable layers. `gates` holds one SEP gate (sep.py) or None for each of them."""
+
+    side = 1  # places (side x side) of each of the last convolution's channels that the first linear layer reads, where they vary
 
     def __init__(self, arch: str, widths, classes: int, channels: int, size: int):
         super().__init__()
@@ -95,32 +99,42 @@ class LeNet5(Net):
         return self.fc2(x)
 
 
-VGG_STAGES = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions per stage; a pooling ends each stage
+# convolutions per stage; a pooling ends each stage
+VGG_STAGES = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 
 
 class VGG(Net):
-    """VGG with batch normalisation and one linear layer (the script's), keys `features.N`, `classifier` as in torchvision."""
+    """VGG with batch normalisation and one linear layer (the script's), keys `features.N`, `classifier`; or, with more widths than
+    convolutions, with torchvision's head: linear layers `classifier.0`, `.3`, `.6` that read side x side places of each channel."""
 
-    def __init__(self, arch, widths, classes, channels, size):
+    def __init__(self, arch, widths, classes, channels, size, side=1):
         super().__init__(arch, widths, classes, channels, size)
         if size < 32:
             raise Failure(f"{arch} needs images of at least 32 x 32 pixels, not {size} x {size}")
+        self.side, self.convs = side, sum(VGG_STAGES[arch])
         last, ends = channels, {sum(VGG_STAGES[arch][: i + 1]) for i in range(5)}
-        features, convs = [], []
-        for n, width in enumerate(self.widths, 1):
-            convs.append((len(features), n in ends))
+        features, places = [], []
+        for n, width in enumerate(self.widths[: self.convs], 1):
+            places.append((len(features), n in ends))
             features += [nn.Conv2d(last, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             features += [nn.MaxPool2d(2)] if n in ends else []
             last = width
-        self.features, self.classifier = nn.Sequential(*features), nn.Linear(last, classes)
-        names = [f"features.{k}" for k, _ in convs] + ["classifier"]
-        self.prunable = [Prunable(names[j], f"features.{k + 1}", names[j + 1], pool) for j, (k, pool) in enumerate(convs)]
+        self.features, sizes = nn.Sequential(*features), [last * side * side, *self.widths[self.convs :], classes]
+        linear = {str(3 * i): nn.Linear(a, b) for i, (a, b) in enumerate(pairwise(sizes))}
+        self.classifier = nn.Sequential(OrderedDict(linear)) if len(linear) > 1 else linear["0"]
+        heads = [f"classifier.{k}" for k in linear] if len(linear) > 1 else ["classifier"]
+        names = [f"features.{k}" for k, _ in places] + heads
+        self.prunable = [Prunable(names[j], f"features.{k + 1}", names[j + 1], pool) for j, (k, pool) in enumerate(places)]
+        self.prunable += [Prunable(a, None, b) for a, b in pairwise(heads)]
         self.initialise()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i in range(len(self.prunable)):
+        for i in range(self.convs):
             x = self.unit(i, x)
-        return self.classifier(x.mean((2, 3)))  # 1 x 1 at 32 x 32 pixels
+        x = F.adaptive_avg_pool2d(x, self.side)  # 1 x 1 already at 32 x 32 pixels
+        for i in range(self.convs, len(self.prunable)):
+            x = self.unit(i, x)
+        return self.get_submodule(self.prunable[-1].next)(x.flatten(1))
 
 
 class Block(nn.Module):
@@ -171,25 +185,35 @@ def default_widths(arch: str) -> tuple[int, ...]:
     depth = int(arch[6:]) if re.fullmatch(r"resnet\d{1,4}", str(arch)) else 0
     if depth >= 8 and depth % 6 == 2:
         return tuple(w for w in (16, 32, 64) for _ in range(depth // 6))
-    raise Failure(f"unknown network '{arch}': lenet5, vgg16, vgg19 or resnetN with N = 6n + 2")
+    raise Failure(f"unknown network '{arch}': lenet5, vgg11, 13, 16, 19 or resnetN with N = 6n + 2")
 
 
-def build(arch: str, widths=None, *, classes: int = 10, channels: int = 3, size: int = 32) -> Net:
-    """A new net of that arch; `widths` of its prunable layers (default: unpruned), for `channels` x `size` x `size` images."""
+def build(arch: str, widths=None, *, classes: int = 10, channels: int = 3, size: int = 32, side: int = 1) -> Net:
+    """A new net of that arch; `widths` of its prunable layers (default: unpruned), for `channels` x `size` x `size` images.
+
+    A VGG may have up to two widths more: the hidden linear layers of torchvision's head, which reads `side` x `side` places.
+    """
     full = default_widths(arch)
     widths = full if widths is None else tuple(widths)
-    if len(widths) != len(full) or min(widths) < 1:
+    if not len(full) <= len(widths) <= len(full) + 2 * (arch in VGG_STAGES) or min(widths) < 1:
         raise Failure(f"{arch} has {len(full)} prunable layers, each at least 1 wide, not {list(widths)}")
-    return {"l": LeNet5, "v": VGG, "r": ResNet}[arch[0]](arch, widths, classes, channels, size)
+    if arch in VGG_STAGES:
+        return VGG(arch, widths, classes, channels, size, side)
+    return (LeNet5 if arch == "lenet5" else ResNet)(arch, widths, classes, channels, size)
+
+
+def like(net: Net, widths, size: int | None = None) -> Net:
+    """A new net as `net` but for its widths (and the side of its images, in pixels); no gates."""
+    return build(net.arch, widths, classes=net.classes, channels=net.channels, size=size or net.size, side=net.side)
 
 
 # ---- MACs -----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache
-def positions(arch: str, classes: int, channels: int, size: int) -> dict[str, int]:
+def positions(arch: str, layers: int, channels: int, size: int) -> dict[str, int]:
     """For each convolution and linear layer, by name: MACs per pair of one input and one output (kernel area x places)."""
-    net, found = build(arch, classes=classes, channels=channels, size=size).eval(), {}
+    net, found = build(arch, [1] * layers, channels=channels, size=size).eval(), {}
 
     def look(name):
         return lambda m, x, y: found.update({name: prod(m.weight.shape[2:]) * prod(y.shape[2:])})
@@ -209,7 +233,7 @@ def macs(net: Net, structure=None) -> int:
     out = {p.layer: k for p, k in zip(net.prunable, structure)}
     into = {p.next: (k, w) for p, k, w in zip(net.prunable, structure, net.widths)}
     total = 0
-    for name, area in positions(net.arch, net.classes, net.channels, net.size).items():
+    for name, area in positions(net.arch, len(net.widths), net.channels, net.size).items():
         outputs, inputs = net.get_submodule(name).weight.shape[:2]
         k, w = into.get(name, (1, 1))
         total += area * out.get(name, outputs) * (inputs * k // w)
@@ -267,7 +291,7 @@ def compensate(net: Net, kept: list[torch.Tensor], had: list[torch.Tensor] | Non
 
 def remove(net: Net, kept: list[torch.Tensor]) -> Net:
     """A new, smaller net that has only the channels `kept` (ascending indices per prunable layer); no gates."""
-    small = build(net.arch, [len(s) for s in kept], classes=net.classes, channels=net.channels, size=net.size)
+    small = like(net, [len(s) for s in kept])
     state = net.state_dict()
     for p, w, stay in zip(net.prunable, net.widths, kept):
         for name in (p.layer, p.norm):
@@ -308,7 +332,7 @@ def save(path: Path, net: Net, facts: dict) -> None:
     gates = [None if g is None else g.keep for g in net.gates] if net.gates is not None else None
     state = {k: v.detach().cpu() for k, v in net.state_dict().items()}
     write(path, dict(format=FORMAT, arch=net.arch, widths=list(net.widths), classes=net.classes, channels=net.channels,
-                     size=net.size, gates=gates, state=state, facts=facts))
+                     size=net.size, side=net.side, gates=gates, state=state, facts=facts))
 
 
 def read(path: Path) -> dict:
@@ -317,7 +341,7 @@ def read(path: Path) -> dict:
     Never runs code from the file. Raises Failure (status 2 where there is no such file).
     """
     if not Path(path).is_file():
-        raise Failure(f"there is no checkpoint {path}", 2)
+        raise Failure(f"{path} is a folder, not a checkpoint" if Path(path).is_dir() else f"there is no checkpoint {path}", 2)
     try:
         with warnings.catch_warnings(action="ignore"):
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -334,18 +358,29 @@ def read(path: Path) -> dict:
     plain = lambda facts: isinstance(facts, dict) and all(isinstance(facts.get(k, 0), int | float) for k in ("test_accuracy", "macs", "params"))
     if not plain(found["facts"]) or not plain(found["facts"].get("baseline") or {}):
         raise Failure(f"{path} is damaged: its facts are no facts")
+    if not sound(path):
+        raise Failure(f"{path} is damaged: its checksums are wrong")
     return found
+
+
+def sound(path: Path) -> bool:
+    """Whether a file that `write` made is there and whole (torch.load does not look at the checksums in it)."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def restore(checkpoint: dict, path: Path, attach=None) -> Net:
     """The net of a checkpoint that was read from `path`; `attach(net, gates)` puts its gates on. Raises Failure."""
     try:
         c = checkpoint
-        net = build(c["arch"], c["widths"], classes=c["classes"], channels=c["channels"], size=c["size"])
+        net = build(c["arch"], c["widths"], classes=c["classes"], channels=c["channels"], size=c["size"], side=c.get("side", 1))
         if c["gates"] is not None:
             attach(net, c["gates"])
-        if any(v.is_complex() for v in c["state"].values()):
-            raise ValueError
+        if difference := misfit(net, c["state"]):
+            raise Failure(f"its weights do not fit a {c['arch']} of the widths they name: {difference}")
         net.load_state_dict(c["state"])
     except Failure as e:
         raise Failure(f"{path}: {e}") from e
@@ -356,41 +391,68 @@ def restore(checkpoint: dict, path: Path, attach=None) -> Net:
     return net
 
 
+def misfit(net: Net, state: dict) -> str:
+    """The first difference between the state that `net` has and the one it should take; empty where there is none."""
+    shape = lambda v: " x ".join(map(str, v.shape)) or "a number"
+    wanted = net.state_dict()
+    for key, value in wanted.items():
+        if key not in state and not key.endswith("num_batches_tracked"):  # older files than PyTorch 0.4.1 have none
+            return f"{key} is missing"
+        if key in state and (state[key].shape != value.shape or state[key].is_complex()):
+            return f"{key} is {shape(state[key])}, not {shape(value)}"
+    return next((f"{key} is not in this net" for key in state if key not in wanted), "")
+
+
+KNOWN = ("LeNet-5 (conv1, conv2, fc1, fc2), VGG with batch norm (features.N, classifier, as in torchvision), "
+         "CIFAR ResNets of depth 6n + 2 with option-A shortcuts (conv1, bn1, layer1.0.conv1, ..., linear)")
+
+
 def recognise(found, path) -> dict:
     """Somebody else's state dict as a checkpoint: arch and widths follow from names and shapes."""
-    for key in ("state_dict", "model", "net"):
+    if isinstance(found, dict) and "title" in found:
+        raise Failure(f"{path} is the state of unfinished work, not a checkpoint")
+    for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise Failure(f"{path} holds no state dict")
+        raise Failure(f"{path} holds no state dict (bare, or under state_dict, model_state_dict, model or net)")
     state = OrderedDict((str(k).removeprefix("module."), v.float() if v.is_floating_point() else v) for k, v in found.items())
+    if convolution := next((k for k in state if ".shortcut." in k or ".downsample." in k), None):
+        raise Failure(f"{path}: a ResNet whose shortcuts are convolutions ({convolution}); known are {KNOWN}")
     try:
-        arch, widths, channels, head = shape_of(state)
-        size = 32
-        if arch == "lenet5":  # the first linear layer sees side x side places: invert LeNet5's arithmetic
-            side = round((state["fc1.weight"].shape[1] / widths[1]) ** 0.5)
-            size = (side * 2 + 4) * 2 + 4
-        checkpoint = dict(format=FORMAT, arch=arch, widths=widths, classes=state[head].shape[0], channels=channels, size=size,
-                          gates=None, state=state, facts={})
-        fold_biases(state, build(arch, widths, classes=checkpoint["classes"], channels=channels, size=size))
+        checkpoint = dict(format=FORMAT, size=32, side=1, gates=None, facts={}) | shape_of(state)
+        fold_biases(state, build(**{k: checkpoint[k] for k in ("arch", "widths", "classes", "channels", "size", "side")}))
     except (KeyError, IndexError, StopIteration, ZeroDivisionError, RuntimeError, Failure) as e:
-        known = "lenet5, vgg16, vgg19 (with batch norm) and CIFAR ResNets"
-        raise Failure(f"{path}: not a net this tool knows; its names and shapes fit none of {known}") from e
-    return checkpoint
+        raise Failure(f"{path}: its names and shapes are of no net that this tool knows: {KNOWN}") from e
+    return checkpoint | dict(state=state)
 
 
-def shape_of(state) -> tuple[str, list[int], int, str]:
-    """(arch, widths, input channels, key of the last layer's weight) by the names in a state dict."""
+def shape_of(state) -> dict:
+    """arch, widths, classes, input channels and what else rebuilds the net, by names and shapes; brings the names into our form."""
+    outputs = lambda *keys: [state[k + ".weight"].shape[0] for k in keys]
+    number = lambda key: [int(n) for n in re.findall(r"\d+", key)]
     if "layer1.0.conv1.weight" in state:
-        blocks = [k for k in state if re.fullmatch(r"layer\d\.\d+\.conv1\.weight", k)]
-        blocks.sort(key=lambda k: [int(n) for n in re.findall(r"\d+", k)])
-        return f"resnet{2 * len(blocks) + 2}", [state[k].shape[0] for k in blocks], state["conv1.weight"].shape[1], "linear.weight"
+        for part in ("weight", "bias"):
+            if f"fc.{part}" in state:  # torchvision's name
+                state[f"linear.{part}"] = state.pop(f"fc.{part}")
+        blocks = sorted((k[:-7] for k in state if re.fullmatch(r"layer\d\.\d+\.conv1\.weight", k)), key=number)
+        return dict(arch=f"resnet{2 * len(blocks) + 2}", widths=outputs(*blocks), classes=outputs("linear")[0], channels=state["conv1.weight"].shape[1])
     if "features.0.weight" in state:
-        convs = sorted((k for k in state if re.fullmatch(r"features\.\d+\.weight", k) and state[k].dim() == 4),
-                       key=lambda k: int(k.split(".")[1]))
-        return f"vgg{len(convs) + 3}", [state[k].shape[0] for k in convs], state[convs[0]].shape[1], "classifier.weight"
-    widths = [state[f"{k}.weight"].shape[0] for k in ("conv1", "conv2", "fc1")]
-    return "lenet5", widths, state["conv1.weight"].shape[1], "fc2.weight"
+        convs = sorted((k[:-7] for k in state if re.fullmatch(r"features\.\d+\.weight", k) and state[k].dim() == 4), key=number)
+        heads = sorted((k[:-7] for k in state if re.fullmatch(r"classifier(\.\d+)?\.weight", k)), key=number)
+        width, first = state[convs[-1] + ".weight"].shape[0], state[heads[0] + ".weight"]
+        widths, classes = outputs(*convs, *heads[:-1]), outputs(heads[-1])[0]
+        for i, name in enumerate(heads):  # dropouts in between shift the numbers
+            target = f"classifier.{3 * i}" if len(heads) > 1 else "classifier"
+            for part in ("weight", "bias"):
+                state[f"{target}.{part}+"] = state.pop(f"{name}.{part}")
+        for key in [k for k in state if k.endswith("+")]:
+            state[key[:-1]] = state.pop(key)
+        return dict(arch=f"vgg{len(convs) + 3}", widths=widths, classes=classes, channels=state[convs[0] + ".weight"].shape[1],
+                    side=round((first.shape[1] / width) ** 0.5))
+    widths = outputs("conv1", "conv2", "fc1")
+    side = round((state["fc1.weight"].shape[1] / widths[1]) ** 0.5)  # fc1 sees side x side places: invert LeNet5's arithmetic
+    return dict(arch="lenet5", widths=widths, classes=outputs("fc2")[0], channels=state["conv1.weight"].shape[1], size=(side * 2 + 4) * 2 + 4)
 
 
 def fold_biases(state, net: Net) -> None:
@@ -407,4 +469,4 @@ def read_progress(path: Path, title: str) -> dict | None:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # not there, or not readable: that work starts over
         return None
-    return found if isinstance(found, dict) and found.get("title") == title else None
+    return found if isinstance(found, dict) and found.get("title") == title and sound(path) else None

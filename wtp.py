@@ -103,7 +103,7 @@ def console(stderr: bool = False):
     from rich.console import Console
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, width=None if terminal else 120, soft_wrap=not terminal)
+    return Console(stderr=stderr, highlight=False, emoji=False, width=None if terminal else 120, soft_wrap=not terminal)
 
 
 class Screen:
@@ -187,7 +187,13 @@ def show_results(results: dict, out) -> None:
         if method != "uniform" and len(schemes) > 1:
             halves = schemes[: len(schemes) // 2], schemes[len(schemes) // 2 :]
             early, late = (" ".join(f"{sum(layer) / len(layer):.0%}" for layer in zip(*half)) for half in halves)
-            say(f"{method} tried {len(schemes)} candidates; it chose each layer in {early} of the first half, {late} of the second")
+            say(f"{method} tried {len(schemes)} candidates; how often it pruned each layer: {early} (first half), {late} (second half)")
+    target = results["settings"]["target"]
+    for r in rows[1:]:
+        if target and r["cut"] < target:
+            say(f"{r['method']} did not reach the target: a cut of {r['cut']:.1%}, not {target:.1%}; its search found nothing smaller")
+        elif r["cut"] == 0:
+            say(f"{r['method']} kept the whole net: by the reward, nothing smaller was better")
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------------
@@ -238,36 +244,53 @@ def epochs_of(settings, methods, baseline: bool = True) -> int:
     return baseline * settings.baseline.epochs + recoveries * settings.recovery.epochs + len(methods) * settings.final.epochs
 
 
-def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, net=None, source=None, methods=(), statistics=None):
-    """The run of a folder with its data loaded, and the screen that shows it; `net` is the user's, that the data must fit."""
+def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
+    """(training, test, what it is) for the user's net: checked against it, normalised as it is used to, on the device. Raises Failure."""
+    from controller import load_data, statistics_of
+
+    train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
+    fits(net, facts, train, what)
+    mean, std = told(net, facts)
+    if mean is None:
+        text, mean, std = statistics_of(net.to(where), train.to(where), 0)
+        say(text)
+    return train.to(where).normalised(mean, std), test.to(where).normalised(mean, std), what
+
+
+def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=()):
+    """The run of a folder with its data loaded, and the screen that shows it; `given` are the user's net and its facts."""
     import torch
 
     from controller import Run, load_data, stream
 
     where, screen = device_of(device), Screen()
-    train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip, statistics=statistics)
-    if net is not None:
-        fits(net, train, what)
+    if given:
+        train, test, what = data_for(*given, e, data_dir, where, screen.say)
+    else:
+        train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
     if limit := SCHEDULES[schedule].images:
         few = lambda images: images.part(torch.randperm(len(images), generator=torch.Generator().manual_seed(stream("few")))[:limit])
         train, test = few(train), few(test)
     head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
     run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh)
     methods = [m for m in methods if not run.row(m)]
-    screen.plan(epochs_of(settings, methods, baseline=not (run.row("baseline") or net)))
-    screen.say(f"{folder}: up to about {screen.planned:,} epochs, {len(methods)} final trainings of {settings.final.epochs} among them; "
-               "stop it when you like, the same command goes on")
+    screen.plan(epochs_of(settings, methods, baseline=not (run.row("baseline") or given)))
+    final = f", {len(methods)} x {settings.final.epochs} of them final training" if methods else ""
+    if screen.planned:
+        screen.say(f"{folder}: up to about {screen.planned:,} epochs{final}; stop it when you like, the same command goes on")
     return run, screen
 
 
-def fits(net, images, what: str) -> None:
+def fits(net, facts: dict, images, what: str) -> None:
     """Raise Failure where a net cannot read the images or tell their classes apart."""
     from models import Failure
 
     size, channels = images.pixels.shape[2:]  # load_data takes square images alone
-    if (size, channels) != (net.size, net.channels) or images.classes > net.classes:
+    if not facts and net.arch != "lenet5":
+        net.size = size  # the other nets average over places: a stranger's may have been trained with images of any size
+    if (size, channels) != (net.size, net.channels) or images.classes != net.classes:
         raise Failure(f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} classes; "
-                      f"{what} has {channels} x {images.pixels.shape[1]} x {size} images of {images.classes} classes")
+                      f"{what} has {channels} x {size} x {size} images of {images.classes} classes")
 
 
 def fresh_net(e: Experiment, run):
@@ -292,30 +315,37 @@ def reproduce(
     experiment: Annotated[str, typer.Argument(help="without it: the list of them")] = "",
     method: Annotated[list[Method] | None, typer.Option(help="the rows; default: uniform, lstm, sep")] = None,
     schedule: Effort = Name.published,
+    baseline: Annotated[Path | None, typer.Option(help="a checkpoint to start from, instead of training one")] = None,
     data_dir: DataDir = Path("data"),
     out: Out = Path("runs"),
     device: Device = "auto",
     seed: Seed = 0,
     fresh: Fresh = False,
 ):
-    """Every row of an experiment's table: baseline, uniform, lstm (IJCAI 2018), sep (TIP 2021)."""
-    from models import Failure
+    """All rows of an experiment's table: baseline, uniform, lstm, sep."""
+    import sep
+    from controller import read_results
+    from models import Failure, default_widths
 
     if not experiment:
         return show_experiments(device_of(device))
     e = experiment_of(experiment)
+    given = sep.load(baseline) if baseline else None
+    if given and (given[0].arch, given[0].structure) != (e.arch, default_widths(e.arch)):
+        raise Failure(f"{baseline} is a {given[0].arch} of widths {given[0].structure}, not the whole {e.arch} of {experiment}; `prune` takes any net", 2)
     settings = settings_of(e, SCHEDULES[schedule], seed)
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
-    folder = out / f"{experiment}-{schedule}-s{seed}"
-    run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, methods=rows)
-    landed = lambda: next((run.row(r)["cut"] for r in ROWS if run.row(r)), None)  # all rows of a table are compared at one cut
-    if rows == ["uniform"] and landed() is None and settings.target is None:
+    folder = out / f"{experiment}-{schedule}-s{seed}{f'-from-{baseline.stem}' if baseline else ''}"
+    landed = lambda rows: next((r["cut"] for m in ROWS for r in rows if r["method"] == m), None)  # all rows of a table are compared at one cut
+    if rows == ["uniform"] and settings.target is None and landed((read_results(folder, missing_ok=True) or dict(rows=[]))["rows"]) is None:
         raise Failure("uniform needs a cut to land on; add --method lstm", 2)
+    run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, given=given,
+                        source=digest(baseline) if baseline else None, methods=rows)
     with screen:
-        baseline = run.baseline(fresh=fresh_net(e, run))
+        teacher = run.baseline(given=given[0]) if given else run.baseline(fresh=fresh_net(e, run))
         for row in rows:
-            keeps = settings.target is not None and (row != "uniform" or landed() is None)
-            run.method(row, baseline, settings.target if keeps else landed())
+            cut = landed(run.results["rows"])
+            run.method(row, teacher, settings.target if settings.target and (row != "uniform" or cut is None) else cut)
     finish(run)
 
 
@@ -324,19 +354,18 @@ def show_experiments(device) -> None:
     from rich.table import Table
 
     from controller import speed
-    from models import build, macs
+    from models import build
 
-    table = Table(title=f"time for all rows on {device}, about, by a few steps just timed; MNIST and CIFAR are downloaded", title_justify="left")
-    for name in ("experiment", "net", "MACs", "published cut", *SCHEDULES):
+    table = Table(title=f"time for all rows on {device}, about, by a few steps just timed", title_justify="left")
+    for name in ("experiment", "net", "paper's cut", *SCHEDULES):
         table.add_column(name, justify="left" if name in ("experiment", "net") else "right", no_wrap=True)
     pace = {}
     for name, e in EXPERIMENTS.items():
         net = build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
         pace[e.arch] = pace.get(e.arch) or speed(net, device)
-        cost = f"{macs(net) / 1e6:.2f} M"
         epochs = (epochs_of(settings_of(e, s, 0), ("uniform", "lstm", "sep")) * min(e.images, s.images or e.images) for s in SCHEDULES.values())
         # ours: half, for nets get smaller on the way and searches mostly end earlier (measured on MNIST)
-        table.add_row(name, e.arch, cost, f"{e.target:.1%}" if e.target else "none known", *(span(n / pace[e.arch] / 2) for n in epochs))
+        table.add_row(name, e.arch, f"{e.target:.1%}" if e.target else "–", *(span(n / pace[e.arch] / 2) for n in epochs))
     console().print(table)
 
 
@@ -371,18 +400,23 @@ def free(output: Path | None) -> None:
     if output and output.exists():
         raise Failure(f"{output} exists already and is kept; give another --output", 2)
     if output and not output.absolute().parent.is_dir():
-        raise Failure(f"cannot write {output}: there is no folder {output.parent}")
+        raise Failure(f"cannot write {output}: there is no folder {output.parent}", 2)
     if output and not os.access(output.absolute().parent, os.W_OK):
-        raise Failure(f"cannot write {output}: its folder is read-only")
+        raise Failure(f"cannot write {output}: its folder is read-only", 2)
 
 
 def deliver(made: Path, output: Path) -> None:
     """Copy a finished checkpoint to where the user wants it; never over a file that came there meanwhile."""
     import shutil
 
+    from models import Failure
+
     free(output)
-    shutil.copyfile(made, output.with_name(output.name + ".part"))
-    os.replace(output.with_name(output.name + ".part"), output)
+    try:
+        shutil.copyfile(made, output.with_name(output.name + ".part"))
+        os.replace(output.with_name(output.name + ".part"), output)
+    except OSError as e:
+        raise Failure(f"cannot write {output}: {e.strerror}; the net is in {made}") from e
 
 
 def data_of(net, facts: dict, data_dir: Path) -> Experiment:
@@ -397,11 +431,18 @@ def data_of(net, facts: dict, data_dir: Path) -> Experiment:
     return next((e for e in fitting if e.data == facts.get("data")), fitting[0])
 
 
-def statistics_of(net, facts: dict):
-    """(mean, std) that a net's checkpoint says its images were normalised with, or None."""
+def told(net, facts: dict):
+    """(mean, std) that a net's checkpoint says its images were normalised with, or (None, None)."""
     found = facts.get("mean"), facts.get("std")
     known = all(isinstance(v, list) and len(v) == net.channels and all(isinstance(x, float) for x in v) for v in found)
-    return found if known and min(found[1]) > 0 else None
+    return found if known and min(found[1]) > 0 else (None, None)
+
+
+def digest(path: Path) -> str:
+    """Name and content of a file: another file is another run."""
+    import hashlib
+
+    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 @app.command()
@@ -418,9 +459,7 @@ def prune(
     seed: Seed = 0,
     fresh: Fresh = False,
 ):
-    """A smaller net from your own checkpoint: the search and the final training."""
-    import hashlib
-
+    """A smaller net from your own checkpoint."""
     import sep
     from models import Failure
 
@@ -431,10 +470,10 @@ def prune(
         raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
     e = replace(data_of(net, facts, data_dir), target=target)
     settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate)
-    folder = out / f"prune-{ckpt.stem}-{method}-{schedule}-s{seed}"
-    source = f"{ckpt.name}, sha256 {hashlib.sha256(ckpt.read_bytes()).hexdigest()[:16]}"  # another file is another run
-    run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, net=net, source=source,
-                        methods=[method], statistics=statistics_of(net, facts))
+    asked = (f"-target{target:g}" if target else "") + (f"-rate{rate:g}" if rate != SCHEDULES[schedule].rate else "")
+    folder = out / f"prune-{ckpt.stem}-{method}{asked}-{schedule}-s{seed}"
+    run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e,
+                        given=(net, facts), source=digest(ckpt), methods=[method])
     with screen:
         run.method(method.value, run.baseline(given=net), settings.target)
     deliver(run.folder / f"{method}.pt", output)
@@ -444,52 +483,64 @@ def prune(
 
 @app.command()
 def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "auto"):
-    """Accuracy, MACs, parameters, size and latency of a checkpoint, beside its baseline's where it names one."""
+    """Accuracy, MACs, parameters, size, latency of a checkpoint."""
+    import io
+
+    import torch
     from rich.table import Table
     from rich.text import Text
 
     import models
     import sep
-    from controller import accuracy, load_data
+    from controller import accuracy
 
     net, facts = sep.load(ckpt)
+    say = lambda text: console(stderr=True).print(text, markup=False)
     e, where = data_of(net, facts, data_dir), device_of(device)
-    test, what = load_data(e.data, data_dir, statistics=statistics_of(net, facts))[1:]
-    fits(net, test, what)
-    net, base = net.to(where), dict(facts.get("baseline") or {})
+    test, what = data_for(net, facts, e, data_dir, where, say)[1:]
+    say(f"reads {len(test):,} test images of {what}" + (f"; it was trained on {facts['data']}" if facts.get("data") not in (None, what) else ""))
+    net, base = net.to(where).to(memory_format=torch.channels_last), dict(facts.get("baseline") or {})
     if (facts.get("data"), facts.get("test_images")) != (what, len(test)):
         base.pop("test_accuracy", None)  # measured on other images
-    found = accuracy(net, test.to(where), exact=True)
-    table = Table(title=Text(f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images"), title_justify="left")
-    for name in ("", "baseline", "this net", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-
-    def line(name, key, value, text):
-        known = base.get(key)
-        table.add_row(name, text(known) if known else "", text(value), f"{value / known:.3f}" if known else "")
-
-    line("test accuracy", "test_accuracy", found, lambda v: f"{v:.2%}")
-    line("MACs", "macs", sep.macs(net), lambda v: f"{v / 1e6:.3f} M")
-    line("parameters", "params", models.parameters(net), lambda v: f"{v:,}")
-    line("bytes on disk", None, ckpt.stat().st_size, lambda v: f"{v:,}")
+    ours = dict(test_accuracy=accuracy(net, test, exact=True), macs=sep.macs(net), params=models.parameters(net), bytes=ckpt.stat().st_size)
+    try:
+        whole = models.like(net, base["widths"]).to(where).to(memory_format=torch.channels_last)
+        torch.save(whole.state_dict(), file := io.BytesIO())
+        base["bytes"] = file.tell()
+    except (models.Failure, KeyError, TypeError):
+        whole = None
     for batch in (1, 128):
-        line(f"latency, batch {batch}", None, latency(net, test, batch, where), lambda v: f"{v * 1e3:.2f} ms")
+        ours[batch] = latency(net, test, batch)
+        if whole:
+            base[batch] = latency(whole, test, batch)
+    table = Table(title=Text(f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images"), title_justify="left")
+    for name in ("", "baseline", "this net", "ratio") if base else ("", "this net"):
+        table.add_column(name, justify="left" if not name else "right")
+    count = lambda v: f"{v:,}"
+    milliseconds = lambda v: f"{v * 1e3:.2f} ms"
+    lines = {"test accuracy": ("test_accuracy", lambda v: f"{v:.2%}"), "MACs": ("macs", lambda v: f"{v / 1e6:.3f} M"), "parameters": ("params", count),
+             "bytes on disk": ("bytes", count), "latency, batch 1": (1, milliseconds), "latency, batch 128": (128, milliseconds)}
+    for name, (key, text) in lines.items():
+        known = base.get(key)
+        beside = [text(known) if known else "", f"{ours[key] / known:.3f}" if known else ""]
+        table.add_row(name, *([beside[0], text(ours[key]), beside[1]] if base else [text(ours[key])]))
     console().print(table)
-    console().print("kept of each layer: " + " ".join(f"{k}/{w}" for k, w in zip(net.structure, models.default_widths(net.arch))), markup=False)
+    full = list(whole.widths) if whole else list(net.widths)
+    console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
 
 
-def latency(net, images, batch: int, device) -> float:
+def latency(net, images, batch: int) -> float:
     """Median seconds of a forward pass in float32, warm."""
     import torch
 
-    x = images.batch(torch.arange(batch) % len(images)).to(device)
+    x = images.batch(torch.arange(batch, device=images.labels.device) % len(images))
     net.eval()
     times = []
     with torch.no_grad():
         for _ in range(30):
             began = time.perf_counter()
             net(x)
-            torch.cuda.synchronize(device) if device.type == "cuda" else None
+            torch.cuda.synchronize() if x.is_cuda else None
             times.append(time.perf_counter() - began)
     return sorted(times[10:])[10]
 
@@ -514,7 +565,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except Stopped as e:
-        print("stopped; the same command (without --fresh) goes on where this one was", file=sys.stderr)
+        print("stopped; a run goes on where it was with the same command (without --fresh)", file=sys.stderr)
         return 128 + e.args[0]
     except Exception as e:
         message, status = explain(e)
@@ -525,7 +576,7 @@ def main(arguments: list[str] | None = None) -> int:
 def explain(e: Exception) -> tuple[str, int]:
     """(one line, exit status) for whatever went wrong."""
     if hasattr(e, "format_message"):  # Typer's own: a wrong call
-        return " ".join(e.format_message().split()) + "; see --help", 2
+        return " ".join(e.format_message().split()).rstrip(".") + "; see --help", 2
     if hasattr(e, "status"):  # models.Failure
         return str(e), e.status
     if isinstance(e, OSError):

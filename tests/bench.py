@@ -126,7 +126,7 @@ def size(folder):
             before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
             done = subprocess.run([*wtp, *command, "--data-dir", str(folder), "--out", out], capture_output=True)
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            print(f"{' '.join(command)}: exit {done.returncode}, at most {max(before, peak) / 1e6:.2f} GB")
+            print(f"{' '.join(command)}: " + (f"at most {max(before, peak) / 1e6:.2f} GB" if done.returncode == 0 else f"exit {done.returncode}, no figure"))
 
 
 if __name__ == "__main__":

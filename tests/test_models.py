@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+import sep
 from models import Failure, build, macs, parameters, prune
 
 NETS = {"lenet5": dict(channels=1, size=28), "vgg16": {}, "vgg19": {}, "resnet20": {}, "resnet56": {}}
@@ -100,7 +101,7 @@ def test_any_class_count_and_channels(kind):
         assert net(torch.zeros(2, kind["channels"], 32, 32)).shape == (2, kind["classes"])
 
 
-@pytest.mark.parametrize("arch", ["resnet57", "resnet", "vgg11", "alexnet", "resnet2"])
+@pytest.mark.parametrize("arch", ["resnet57", "resnet", "vgg12", "alexnet", "resnet2"])
 def test_unknown_nets_are_refused(arch):
     with pytest.raises(Failure, match="unknown network"):
         build(arch)
@@ -140,6 +141,66 @@ def test_a_convolution_bias_in_front_of_batch_norm_is_folded(tmp_path):
         state[p.norm + ".running_mean"] = state[p.norm + ".running_mean"] + bias
     torch.save(state, tmp_path / "a.pth")
     assert torch.allclose(models.restore(models.read(tmp_path / "a.pth"), "").eval()(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_torchvisions_vgg_with_its_head(tmp_path, bias, dropout_first):
+    from torchvision.models.vgg import cfgs, make_layers
+
+    torch.manual_seed(0)
+    features = make_layers([c if c == "M" else c // 8 for c in cfgs["A"]], batch_norm=True)
+    head = [nn.Linear(64 * 4, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 30), nn.ReLU(), nn.Dropout(), nn.Linear(30, 7)]
+    theirs = nn.ModuleDict(dict(features=features, classifier=nn.Sequential(*[nn.Dropout()] * dropout_first, *head))).eval()
+    for m in features:
+        if isinstance(m, nn.Conv2d):
+            m.bias = nn.Parameter(torch.randn_like(m.bias)) if bias else None
+    x = torch.randn(3, 3, 32, 32)
+    expected = theirs["classifier"](nn.functional.adaptive_avg_pool2d(features(x), 2).flatten(1))
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    net = models.restore(models.read(tmp_path / "a.pth"), "a.pth").eval()
+    assert (net.arch, net.side, net.widths[-3:], net.classes) == ("vgg11", 2, (64, 40, 30), 7)
+    assert torch.allclose(net(x), expected, atol=1e-5)
+    structure = tuple(w // 2 for w in net.widths)
+    small, soft = prune(net, structure).eval(), sep.soften(net, structure).eval()
+    sep.freeze(soft, models.most_important(net, structure))
+    assert torch.allclose(small(x), soft(x), atol=1e-5) and small.prunable[-1].next == "classifier.6"
+    models.save(tmp_path / "b.pt", small, {})
+    assert torch.equal(models.restore(models.read(tmp_path / "b.pt"), "").eval()(x), small(x))
+    with FlopCounterMode(display=False) as counter:
+        small(x[:1])
+    assert counter.get_total_flops() == 2 * macs(small)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: {k.replace("conv2", "other"): v for k, v in s.items()}, r"layer1\.0\.conv2\.weight is missing"),
+    (lambda s: s | {"extra.weight": torch.ones(2)}, r"extra\.weight is not in this net"),
+    (lambda s: s | {"linear.weight": torch.ones(10, 63)}, "linear.weight is 10 x 63, not 10 x 64"),
+    (lambda s: s | {"layer2.0.shortcut.0.weight": torch.ones(32, 16, 1, 1)}, "shortcuts are convolutions"),
+])
+def test_a_misfit_is_named(tmp_path, change, words):
+    torch.save(change(build("resnet8").state_dict()), tmp_path / "a.pt")
+    with pytest.raises(Failure, match=words):
+        models.restore(models.read(tmp_path / "a.pt"), "a.pt")
+
+
+def test_names_of_torchvision_and_of_its_tutorial(tmp_path):
+    net, x = lively("resnet20")
+    torch.save({"model_state_dict": {k.replace("linear", "fc"): v for k, v in net.state_dict().items()}}, tmp_path / "a.pt")
+    assert torch.equal(models.restore(models.read(tmp_path / "a.pt"), "").eval()(x), net(x))
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    models.save(tmp_path / "a.pt", build("resnet8"), {})
+    models.write(tmp_path / "b.pt", dict(title="t", x=torch.zeros(1000)))
+    assert models.read_progress(tmp_path / "b.pt", "t") and not models.read_progress(tmp_path / "b.pt", "other")
+    for name in ("a.pt", "b.pt"):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(Failure, match="damaged"):
+        models.read(tmp_path / "a.pt")
+    assert models.read_progress(tmp_path / "b.pt", "t") is None
 
 
 class Evil:

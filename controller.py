@@ -6,6 +6,7 @@ drawn from a stream named by the seed and the place (`stream`), so that a run th
 """
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -263,19 +264,21 @@ class Teacher:
         self.net, self.images, self.seed, self.kept = net, images, seed, {}
 
     @torch.no_grad()
-    def probabilities(self, epoch: int) -> torch.Tensor:
-        """(N, classes) float32 for the images as epoch `epoch` shows them, in the images' own order."""
-        epoch = epoch if self.images.augmented else 0
-        if epoch not in self.kept:
-            place = self.images.view(self.seed, epoch)[1]
+    def probabilities(self, epoch: int, count: int) -> torch.Tensor:
+        """(N, classes) float32 for the first `count` images that epoch `epoch` shows, in the images' own order, 0 for the others."""
+        epoch, count = (epoch, count) if self.images.augmented else (0, len(self.images))
+        if (epoch, count) not in self.kept:
+            order, place = self.images.view(self.seed, epoch)
             self.net.eval()
             with half(self.images.labels.device):
-                parts = [self.net(self.images.batch(i, place)).float().softmax(1) for i in chunks(self.images)]
-            found = torch.cat(parts)
+                parts = [(i, self.net(self.images.batch(i, place)).float().softmax(1)) for i in order[:count].sort().values.split(500)]
+            found = torch.zeros(len(self.images), parts[0][1].shape[1], device=order.device)
+            for i, part in parts:
+                found[i] = part
             if found.nbytes * (len(self.kept) + 1) > TEACHER_BYTES:
                 return found
-            self.kept[epoch] = found
-        return self.kept[epoch]
+            self.kept[epoch, count] = found
+        return self.kept[epoch, count]
 
 
 def chunks(images: Images, size: int = 500):
@@ -304,6 +307,7 @@ class Plan:
     epochs: int
     lr: float
     cycle: bool = False
+    share: float = 1.0  # of the images that an epoch shows
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1] of the training."""
@@ -317,11 +321,11 @@ def sgd(net: Net, lr: float) -> torch.optim.SGD:
 def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: Teacher | None = None, start: int = 0, track=lambda steps: steps):
     """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
     device, batch = images.labels.device, min(BATCH, len(images))
-    steps = len(images) // batch  # ours: the last, smaller batch is left out; another one each epoch
+    steps = max(1, int(plan.share * (len(images) // batch)))  # ours: the last, smaller batch is left out; another one each epoch
     for epoch in range(start, plan.epochs):
         net.train()
         order, place = images.view(seed, epoch)
-        soft = teacher.probabilities(epoch) if teacher else None
+        soft = teacher.probabilities(epoch, len(images) if plan.share == 1 else steps * batch) if teacher else None
         total = torch.zeros((), device=device)
         for step in track(range(steps)):
             index = order[step * batch : (step + 1) * batch]
@@ -351,11 +355,11 @@ def speed(net: Net, device: torch.device, steps: int = 4) -> float:
 
 
 class Policy(nn.Module):
-    """Reads a net layer by layer and says for each prunable layer: keep (0) or prune (1). (L, 4) -> logits (L, 2)."""
+    """An LSTM that reads a net layer by layer: (L, inputs) or (L, B, inputs) -> (L, outputs) or (L, B, outputs)."""
 
-    def __init__(self):
+    def __init__(self, inputs: int = 4, outputs: int = 2, dropout: float = DROPOUT):
         super().__init__()
-        self.lstm, self.head = nn.LSTM(4, HIDDEN, LAYERS, dropout=DROPOUT), nn.Linear(HIDDEN, 2)
+        self.lstm, self.head = nn.LSTM(inputs, HIDDEN, LAYERS, dropout=dropout), nn.Linear(HIDDEN, outputs)
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
         return self.head(self.lstm(cells)[0])
@@ -364,7 +368,7 @@ class Policy(nn.Module):
 def cells(net: Net, structure) -> torch.Tensor:
     """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size. Sizes are widths over the widest
     (ours: the script's raw sizes saturate an LSTM); a pooling's size is its 2 pixels."""
-    full, rows = max(models.default_widths(net.arch)), []
+    full, rows = max(net.widths), []
     width = dict(zip((p.layer for p in net.prunable), structure))
     kind = lambda name: models.LINEAR if isinstance(net.get_submodule(name), nn.Linear) else models.CONV
     for p, k in zip(net.prunable, structure):
@@ -448,7 +452,7 @@ def choose(candidates: Iterable[Candidate], target: float | None) -> Candidate:
 
 
 def decide(policy: Policy, cells: torch.Tensor, seed: int, dice: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits (L, 2) of the policy, decisions (L,) sampled from them, or from even odds where dice decide)."""
+    """(logits (L, 2) of the policy, decisions (L,) sampled from them, or from even odds where dice decide): 0 keeps, 1 prunes."""
     torch.manual_seed(seed)
     logits = policy(cells)
     odds = torch.full_like(logits, 0.5) if dice else logits.detach().softmax(1)
@@ -461,6 +465,135 @@ def learn(policy: Policy, adam, logits: torch.Tensor, scheme: torch.Tensor, adva
     adam.zero_grad()
     (-ADVANTAGE * advantage * chosen.mean()).backward()
     adam.step()
+
+
+class Search:
+    """The papers' search: a child of each of the nets with the largest rewards, decisions sampled, REINFORCE, an end after idle epochs.
+
+    `next()` names what to try, (parent, scheme, structure), until it is None; `tell()` takes how the structure did. `net` is
+    the baseline and `start` what is known of it, `cut` gives the cut of a structure; `dice` decide instead of the LSTM.
+    """
+
+    def __init__(self, net: Net, start: "Candidate", settings: "Settings", target: float | None, cut, name: str = "", dice: bool = False):
+        self.net, self.settings, self.target, self.cut, self.name, self.dice = net, settings, target, cut, name, dice
+        torch.manual_seed(stream(settings.seed, name, "policy"))
+        self.policy = self.new_policy()
+        self.adam = torch.optim.Adam(self.policy.parameters(), self.rate)
+        self.tried, self.start = {start.structure: start}, start.structure
+        self.epoch, self.idle, self.queue, self.bar, self.walks = 1, 0, [], start.reward, 0
+
+    new_policy, rate = Policy, POLICY_LR
+
+    def next(self):
+        if not self.queue:
+            if self.idle >= self.settings.patience:
+                return None
+            self.queue = [c.structure for c in best_of(self.tried, self.settings.parents)]
+            self.bar = max(c.reward for c in self.tried.values())
+        parent = self.queue[0]
+        seed = stream(self.settings.seed, self.name, "decisions", self.epoch, parent)
+        self.logits, self.scheme = decide(self.policy, cells(self.net, parent), seed, dice=self.dice)
+        return parent, tuple(self.scheme.tolist()), shrink(parent, self.scheme.tolist(), self.settings.rate)
+
+    def tell(self, candidate: "Candidate") -> None:
+        """What came of the structure that `next` named; its memory, where that had been tried before."""
+        self.tried[candidate.structure] = candidate
+        if not self.dice:
+            learn(self.policy, self.adam, self.logits, self.scheme, candidate.reward - self.tried[self.queue[0]].reward)
+        self.queue = self.queue[1:]
+        if not self.queue:
+            better = max(c.reward for c in self.tried.values()) > self.bar
+            self.epoch, self.idle = self.epoch + 1, 0 if better else self.idle + 1
+
+    @property
+    def best(self) -> "Candidate":
+        return choose(self.tried.values(), self.target)
+
+    def needed(self) -> set:
+        """The structures whose weights may still be asked for."""
+        return {c.structure for c in best_of(self.tried, self.settings.parents)} | {*self.queue, self.best.structure}
+
+    def told(self) -> str:
+        return f"{self.idle} of {self.settings.patience} epochs without a larger reward"
+
+    def state(self) -> dict:
+        found = dict(policy=self.policy.state_dict(), adam=self.adam.state_dict(), tried=[asdict(c) for c in self.tried.values()])
+        return found | {k: getattr(self, k) for k in ("epoch", "idle", "queue", "bar", "walks")}
+
+    def load(self, state: dict) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.adam.load_state_dict(state["adam"])
+        self.tried = {c["structure"]: Candidate(**c) for c in state["tried"]}
+        self.__dict__.update({k: state[k] for k in ("epoch", "idle", "queue", "bar", "walks")})
+
+
+class Guided(Search):
+    """ours, for `fast`: the LSTM learns from every candidate so far, and every candidate is a whole walk from the baseline to the target.
+
+    For a structure the LSTM says what a step costs in each layer. The steps of all layers together should cost the accuracy
+    that was lost: on this it is trained again after each LSTM epoch, on all candidates, so each layer gets its share of the credit.
+    On a walk, layers whose cost is small beside the MACs that they save are pruned, with odds that sharpen as the search goes on.
+    """
+
+    rate, steps = 0.003, 30  # Adam's learning rate, and its steps after each LSTM epoch
+    heat = 0.5, 0.1  # of the odds, first and last: a layer twice as good has odds e^(log 2 / heat) times as large
+    part = 0.25  # of the layers a step prunes, about
+
+    def new_policy(self) -> Policy:
+        return Policy(4 + len(self.net.widths), 1, dropout=0.0)  # it also reads which layer it is at: many have the same sizes
+
+    def read(self, structure) -> torch.Tensor:
+        return torch.cat([cells(self.net, structure), torch.eye(len(structure))], 1)
+
+    def taken(self, structure) -> torch.Tensor:
+        """(L,): how many steps lead from the baseline to the structure, in each layer."""
+        return (torch.tensor(self.net.widths) / torch.tensor(structure)).log() / -torch.tensor(1 - self.settings.rate).log()
+
+    def next(self):
+        if len(self.tried) > self.settings.candidates or self.idle >= 5 * self.settings.patience:  # idle: walks to known structures
+            return None
+        g = torch.Generator().manual_seed(stream(self.settings.seed, self.name, "decisions", self.walks))
+        hot, cold = self.heat
+        heat = hot * (cold / hot) ** min(1, len(self.tried) / self.settings.candidates)
+        now = self.start
+        while self.cut(now) < self.target:
+            smaller = shrink(now, [1] * len(now), self.settings.rate)
+            alone = [now[:i] + smaller[i : i + 1] + now[i + 1 :] for i in range(len(now))]
+            saved = torch.tensor([self.cut(w) for w in alone]) - self.cut(now)
+            if not (saved > 0).any():
+                break
+            with torch.no_grad():
+                worth = saved.clamp_min(1e-9).log() - F.softplus(self.policy(self.read(now))[:, 0]).clamp_min(1e-3).log()
+            bar = worth[saved > 0].quantile(1 - self.part)
+            odds = torch.where(saved > 0, torch.full_like(worth, self.part) if self.dice else torch.sigmoid((worth - bar) / heat), 0)
+            now = trim(now, shrink(now, torch.bernoulli(odds, generator=g).tolist(), self.settings.rate), self.cut, self.target)
+        return self.start, tuple(int(a < b) for a, b in zip(now, self.start)), now
+
+    def tell(self, candidate: "Candidate") -> None:
+        self.walks, self.idle = self.walks + 1, self.idle + 1 if candidate.structure in self.tried else 0
+        self.tried[candidate.structure] = candidate
+        known = [c for c in self.tried.values() if c.structure != self.start]
+        if self.walks % self.settings.parents or not known:
+            return
+        self.epoch += 1
+        if self.dice:
+            return
+        inputs = torch.stack([self.read(c.structure) for c in known], 1)
+        steps = torch.stack([self.taken(c.structure) for c in known], 1)
+        lost = self.tried[self.start].validation_accuracy - torch.tensor([c.validation_accuracy for c in known])
+        lost = lost / lost.mean().clamp_min(1e-6) * steps.sum(0).mean() * math.log(2)  # a fresh LSTM says softplus(0) for a step
+        for _ in range(self.steps):
+            said = (F.softplus(self.policy(inputs)[..., 0]) * steps).sum(0)
+            loss = (said - lost).square().mean() / lost.var(correction=0).clamp_min(1e-3)
+            self.adam.zero_grad()
+            loss.backward()
+            self.adam.step()
+
+    def needed(self) -> set:
+        return {self.best.structure}
+
+    def told(self) -> str:
+        return f"at most {self.settings.candidates} candidates"
 
 
 # ---- a run and its folder -----------------------------------------------------------------------------------------------
@@ -490,7 +623,7 @@ class Settings:
     target: float | None
     parents: int
     patience: int
-    trim: bool
+    candidates: int | None  # of a search that learns from all of them (Guided), where there is a target
     seed: int
 
 
@@ -660,6 +793,8 @@ class Run:
         folder, net, log = self.folder / "uniform-pool", self.load(self.folder / "baseline.pt")[0], [self.start(baseline, target)]
         while net.structure != end:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
+            if self.settings.candidates and self.settings.target:
+                structure = end  # in one step, as the others go
             path = folder / f"{name_of((len(log), *end))}.pt"
             if not path.exists():
                 scheme = tuple(int(a != b) for a, b in zip(structure, net.structure))
@@ -672,64 +807,36 @@ class Run:
         return net, log[-1]
 
     def search(self, method: str, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
-        """The LSTM's search (dice for `random`): (best network, what is known of it).
+        """The search for where to prune: (best network, what is known of it).
 
-        Parents of an LSTM epoch are the nets of the largest rewards so far; it ends after `patience` epochs without a
-        better one. A structure is trained once: who meets it again takes its reward from memory.
+        A structure is trained once: who meets it again takes its reward from memory.
         """
-        s, folder = self.settings, self.folder / f"{method}-pool"
-        torch.manual_seed(stream(s.seed, method, "policy"))
-        policy = Policy()
-        adam = torch.optim.Adam(policy.parameters(), POLICY_LR)
-        cost = METHODS[method][1]
-        start = self.start(baseline, target)
-        tried, epoch, idle, queue, best = {start.structure: start}, 1, 0, [], start.reward
+        folder, cost = self.folder / f"{method}-pool", METHODS[method][1]
+        kind = Guided if self.settings.candidates and target else Search
+        search = kind(baseline, self.start(baseline, target), self.settings, target, lambda w: self.cut(cost(baseline, w)), method, dice=method == "random")
         title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew
         if state := models.read_progress(folder / "search.pt", title):
-            policy.load_state_dict(state["policy"])
-            adam.load_state_dict(state["adam"])
-            tried = {c["structure"]: Candidate(**c) for c in state["tried"]}
-            epoch, idle, queue, best = (state[k] for k in ("epoch", "idle", "queue", "best"))
-        log = lambda: [asdict(c) for c in tried.values()]
+            search.load(state)
+        path_of = lambda w: self.folder / "baseline.pt" if w == baseline.structure else folder / f"{name_of(w)}.pt"
+        log = lambda: [asdict(c) for c in search.tried.values()]
         self.results["search"][method] = log()
-
-        def path_of(structure) -> Path:
-            return self.folder / "baseline.pt" if structure == start.structure else folder / f"{name_of(structure)}.pt"
-
-        best_so_far = lambda: choose(tried.values(), target)
-        reached = lambda: not (s.trim and target) or best_so_far().cut >= target
-        while idle < s.patience or (not reached() and idle < 10 * s.patience):  # ours: beyond the published rules, land first
-            if not queue:
-                queue = [c.structure for c in best_of(tried, s.parents)]
-                best = max(c.reward for c in tried.values())
-            parent = queue[0]
-            seed = stream(s.seed, method, "decisions", epoch, parent)
-            logits, scheme = decide(policy, cells(baseline, parent), seed, dice=method == "random")
-            structure = shrink(parent, scheme.tolist(), s.rate)
-            if s.trim and target:
-                structure = trim(parent, structure, lambda w: self.cut(cost(baseline, w)), target)
-            if structure not in tried:
-                net, child = self.recover(method, baseline, self.load(path_of(parent))[0], structure, tuple(scheme.tolist()), epoch, len(tried), target)
+        while (step := search.next()) is not None:
+            parent, scheme, structure = step
+            if structure not in search.tried:
+                net, child = self.recover(method, baseline, self.load(path_of(parent))[0], structure, scheme, search.epoch, len(search.tried), target)
                 models.save(path_of(structure), net, {})
-                tried[structure] = child
-            if method != "random":
-                learn(policy, adam, logits, scheme, tried[structure].reward - tried[parent].reward)
-            queue = queue[1:]
-            if not queue:
-                better = max(c.reward for c in tried.values()) > best
-                epoch, idle = epoch + 1, 0 if better else idle + 1
-                chosen = best_so_far()
-                self.watch.say(f"{method}: LSTM epoch {epoch - 1}, {len(tried) - 1} candidates, best {chosen.validation_accuracy:.2%} at a cut of "
-                               f"{chosen.cut:.1%} ({name_of(chosen.structure)}); {idle} of {s.patience} epochs without a better one")
-            models.write(folder / "search.pt", dict(title=title, policy=policy.state_dict(), adam=adam.state_dict(), epoch=epoch, idle=idle,
-                                                    queue=queue, best=best, tried=log()))
+            before = search.epoch
+            search.tell(search.tried.get(structure) or child)
+            if search.epoch > before:
+                best = search.best
+                self.watch.say(f"{method}: LSTM epoch {before}, {len(search.tried) - 1} candidates, best by reward {best.validation_accuracy:.2%} at a cut "
+                               f"of {best.cut:.1%} ({name_of(best.structure)}); {search.told()}")
+            models.write(folder / "search.pt", search.state() | dict(title=title))
             self.results["search"][method] = log()
             self.keep_results()
-            needed = [c.structure for c in best_of(tried, s.parents)] + queue + [best_so_far().structure]
-            for old in set(folder.glob("*.pt")) - {folder / "search.pt"} - set(map(path_of, needed)):
+            for old in set(folder.glob("*.pt")) - {folder / "search.pt"} - set(map(path_of, search.needed())):
                 old.unlink()
-        chosen = best_so_far()
-        return self.load(path_of(chosen.structure))[0], chosen
+        return self.load(path_of(search.best.structure))[0], search.best
 
 
 def read_results(folder: Path, missing_ok: bool = False) -> dict | None:

@@ -64,7 +64,7 @@ class Schedule:
     cycle: bool = False  # a fixed learning rate (script)
     parents: int = 5  # (paper)
     patience: int = 10  # LSTM epochs without a better network (paper)
-    trim: bool = False  # the last step is cut short to land on the target
+    candidates: int | None = None  # of a search for a target that learns from all of them; None: the papers' rules
     recovery: int | None = None  # epochs; None: the experiment's
     final: int | None = None
     baseline: int | None = None
@@ -73,8 +73,8 @@ class Schedule:
 
 SCHEDULES = {
     "published": Schedule(),
-    "fast": Schedule(lr=0.02, cycle=True, parents=3, patience=3, trim=True, recovery=2, final=20, baseline=20),
-    "smoke": Schedule(lr=0.1, cycle=True, parents=2, patience=2, trim=True, recovery=1, final=1, baseline=6, images=3000),
+    "fast": Schedule(lr=0.02, cycle=True, parents=3, patience=3, candidates=60, recovery=2, final=20, baseline=20),
+    "smoke": Schedule(lr=0.1, cycle=True, parents=2, patience=2, candidates=4, recovery=1, final=1, baseline=6, images=3000),
 }
 ROWS = ("lstm", "sep", "random", "uniform")  # the order of the work: `uniform` lands where `lstm` landed
 
@@ -91,7 +91,7 @@ def settings_of(experiment: Experiment, schedule: Schedule, seed: int, *, rate: 
     training = lambda epochs: Plan(epochs, s.lr, s.cycle)
     return Settings(baseline=Plan(s.baseline or e.baseline, e.baseline_lr, True), recovery=training(s.recovery or e.recovery),
                     final=training(s.final or e.final), rate=rate or s.rate, target=e.target, parents=s.parents,
-                    patience=s.patience, trim=s.trim, seed=seed)
+                    patience=s.patience, candidates=s.candidates, seed=seed)
 
 
 # ---- what the user sees -------------------------------------------------------------------------------------------------

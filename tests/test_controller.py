@@ -103,7 +103,7 @@ def test_the_teacher_runs_once_for_a_view_and_stays_as_it_is():
     assert len(calls) == 3 * len(controller.chunks(images))
     place, i = images.view(0, 2)[1], torch.arange(50)
     with torch.no_grad():
-        assert torch.allclose(guide.probabilities(2)[:50], teacher(images.batch(i, place)).softmax(1), atol=0.02)
+        assert torch.allclose(guide.probabilities(2, len(images))[:50], teacher(images.batch(i, place)).softmax(1), atol=0.02)
 
 
 def test_learning_rates_follow_the_plan():
@@ -160,6 +160,58 @@ def test_the_lstm_learns_which_layers_to_spare():
     assert odds[:3].max() < 0.4 and odds[3:].min() > 0.6
 
 
+class Surrogate:
+    """A ResNet-20 whose accuracy is made up: few layers matter, most do not; a new structure measures with noise."""
+
+    def __init__(self, seed, target=0.5):
+        self.net, self.target, self.g = models.build("resnet20"), target, torch.Generator().manual_seed(seed)
+        weight = torch.exp(1.2 * torch.randn(9, generator=self.g))
+        self.weight, self.full = 0.1 * weight / weight.sum(), models.macs(self.net)
+
+    def cut(self, structure):
+        return 1 - models.macs(self.net, structure) / self.full
+
+    def true(self, structure):
+        removed = 1 - torch.tensor(structure) / torch.tensor(self.net.widths)
+        return 0.93 - (self.weight * removed**1.5).sum().item()
+
+    def measure(self, structure):
+        return candidate(structure, self.true(structure) + 0.001 * torch.randn(1, generator=self.g).item(), self.cut(structure), self.target)
+
+    def search(self, count, dice=False):
+        settings = Settings(**(vars(TINY) | dict(rate=0.2, candidates=count, parents=3, seed=1)))
+        search = controller.Guided(self.net, self.measure(self.net.widths), settings, self.target, self.cut, dice=dice)
+        while (step := search.next()) is not None:
+            search.tell(search.tried.get(step[2]) or self.measure(step[2]))
+        return search
+
+
+def test_a_guided_search_learns_where_to_prune():
+    found = []
+    for seed in range(3):
+        problem = Surrogate(seed)
+        guided, dice = problem.search(30), problem.search(30, dice=True)
+        assert len(guided.tried) == 31 and all(0.5 <= c.cut < 0.51 for c in [*guided.tried.values()][1:])  # every walk lands on the target
+        even = controller.uniform(problem.net.widths, problem.cut, problem.target)
+        found.append([problem.true(s) for s in (even, dice.best.structure, guided.best.structure)])
+    even, dice, guided = torch.tensor(found).mean(0).tolist()
+    assert guided > dice + 0.002 and guided > even + 0.008, (even, dice, guided)
+
+
+def test_a_guided_search_goes_on_as_if_never_stopped():
+    problem = Surrogate(0)
+    whole = problem.search(9)
+    settings, problem = whole.settings, Surrogate(0)
+    new = lambda start: controller.Guided(problem.net, start, settings, problem.target, problem.cut)
+    search = new(problem.measure(problem.net.widths))
+    while (step := search.next()) is not None:
+        search.tell(search.tried.get(step[2]) or problem.measure(step[2]))
+        state = search.state()
+        search = new(search.tried[search.start])
+        search.load(state)
+    assert list(search.tried.values()) == list(whole.tried.values())
+
+
 def test_reward_and_complexity():
     assert controller.reward(0.9, 0.0, None) == pytest.approx(0.9 - 0.16)
     assert pytest.approx(398.136e6 * 4e-10, rel=0.01) == controller.COMPLEXITY  # the script's 4e-10 a MAC, on its VGG-19
@@ -202,7 +254,7 @@ def test_the_best_network_is_the_best_at_or_past_the_target():
 
 # ---- the run
 
-TINY = Settings(baseline=Plan(6, 0.1, True), recovery=Plan(2, 0.1), final=Plan(2, 0.01), rate=0.3, target=None, parents=2, patience=3, trim=False, seed=0)
+TINY = Settings(baseline=Plan(6, 0.1, True), recovery=Plan(2, 0.1), final=Plan(2, 0.01), rate=0.3, target=None, parents=2, patience=3, candidates=None, seed=0)
 HEAD = dict(experiment="tiny", schedule="test", data="digits", source=None)
 METHODS = ("lstm", "sep", "uniform")
 

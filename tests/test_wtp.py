@@ -62,7 +62,7 @@ def test_every_experiment_binds(name, schedule):
 
 def test_the_published_schedule_is_the_papers():
     cifar, mnist = (wtp.settings_of(wtp.EXPERIMENTS[n], wtp.SCHEDULES["published"], 0) for n in ("vgg-cifar10", "mnist"))
-    assert (cifar.rate, cifar.parents, cifar.patience, cifar.trim, cifar.target) == (0.2, 5, 10, False, 0.701)
+    assert (cifar.rate, cifar.parents, cifar.patience, cifar.candidates, cifar.target) == (0.2, 5, 10, None, 0.701)
     assert (cifar.recovery, cifar.final) == (controller.Plan(30, 0.001), controller.Plan(250, 0.001))
     assert (mnist.recovery, mnist.final, mnist.target) == (controller.Plan(10, 0.001), controller.Plan(100, 0.001), None)
     assert wtp.EXPERIMENTS["resnet56-cifar10"].target == 0.475

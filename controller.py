@@ -307,7 +307,7 @@ class Plan:
     epochs: int
     lr: float
     cycle: bool = False
-    share: float = 1.0  # of the images that an epoch shows
+    steps: int | None = None  # of an epoch, at most; None: all of its images are shown
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1] of the training."""
@@ -321,11 +321,11 @@ def sgd(net: Net, lr: float) -> torch.optim.SGD:
 def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: Teacher | None = None, start: int = 0, track=lambda steps: steps):
     """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
     device, batch = images.labels.device, min(BATCH, len(images))
-    steps = max(1, int(plan.share * (len(images) // batch)))  # ours: the last, smaller batch is left out; another one each epoch
+    steps = min(plan.steps or len(images), len(images) // batch)  # ours: the last, smaller batch is left out; another one each epoch
     for epoch in range(start, plan.epochs):
         net.train()
         order, place = images.view(seed, epoch)
-        soft = teacher.probabilities(epoch, len(images) if plan.share == 1 else steps * batch) if teacher else None
+        soft = teacher.probabilities(epoch, steps * batch if plan.steps else len(images)) if teacher else None
         total = torch.zeros((), device=device)
         for step in track(range(steps)):
             index = order[step * batch : (step + 1) * batch]
@@ -535,8 +535,8 @@ class Guided(Search):
     On a walk, layers whose cost is small beside the MACs that they save are pruned, with odds that sharpen as the search goes on.
     """
 
-    rate, steps = 0.003, 30  # Adam's learning rate, and its steps after each LSTM epoch
-    heat = 0.5, 0.1  # of the odds, first and last: a layer twice as good has odds e^(log 2 / heat) times as large
+    rate, steps = 0.003, 60  # Adam's learning rate, and its steps after each LSTM epoch
+    heat = 0.5, 0.1  # first and last: a layer that is twice as good has 2^(1 / heat) times the odds
     part = 0.25  # of the layers a step prunes, about
 
     def new_policy(self) -> Policy:

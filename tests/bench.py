@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Measurements, not tests: python tests/bench.py [DATA_DIR]. Run it on an idle machine; DATA_DIR holds torchvision's MNIST.
+"""Measurements, not tests: python tests/bench.py [DATA_DIR [exactness|speed|size|search]]. Run it on an idle machine;
+DATA_DIR holds torchvision's MNIST and CIFAR-10.
 
-Speed: LeNet-5 recovery, batch 128, against the loop that a user would write (DataLoader with 2 workers, transforms, float32,
-the teacher run on every batch), the two in turns in one run. Exactness: removing channels against masking them, and a
-frozen SEP net against the hard-pruned one, per net. Size: the time of --help, the memory of a MNIST run.
+Speed: a recovery of LeNet-5, ResNet-56 and VGG-19, batch 128, against the loop that a user would write (DataLoader with 2 workers,
+transforms, float32, the teacher run on every batch), the two in turns in one run. Exactness: removing channels against masking them, and a
+frozen SEP net against the hard-pruned one, per net. Size: the time of --help, the memory of a MNIST run. Search: what the LSTM
+of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minutes).
 """
 import resource
 import subprocess
@@ -24,11 +26,11 @@ import controller
 import models
 import sep
 
-STEPS, ROUNDS = 300, 5
+NETS = [("lenet5", "mnist", 20, 300, 5), ("resnet56", "cifar10", 3, 15, 3), ("vgg19", "cifar10", 3, 15, 3)]  # steps to warm up, timed; rounds
 
 
 class Pictures(TensorDataset):
-    """The drawn digits as a user's data set: an image object and a label, transformed one by one."""
+    """Random images as a user's data set: an image object and a label, transformed one by one."""
 
     def __init__(self, images, transform):
         super().__init__(images.pixels, images.labels)
@@ -38,16 +40,16 @@ class Pictures(TensorDataset):
         return self.transform(transforms.functional.to_pil_image(self.tensors[0][i].permute(2, 0, 1))), int(self.tensors[1][i])
 
 
-def plain(data, teacher, student):
+def plain(data, teacher, student, warm, steps):
     """Images per second of the plain loop."""
     optimizer = torch.optim.SGD(student.parameters(), 0.001, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(data, batch_size=128, shuffle=True, num_workers=2)
     student.train(), teacher.eval()
     for step, (x, y) in enumerate(loader):
-        if step == 20:  # the workers are up
+        if step == warm:  # the workers are up
             began = time.perf_counter()
-        if step == 20 + STEPS:
-            return STEPS * 128 / (time.perf_counter() - began)
+        if step == warm + steps:
+            return steps * 128 / (time.perf_counter() - began)
         with torch.no_grad():
             soft = teacher(x).softmax(1)
         logits = student(x)
@@ -57,43 +59,50 @@ def plain(data, teacher, student):
         optimizer.step()
 
 
-def ours(images, guide, student):
+def ours(images, guide, student, warm, steps):
     """Images per second of `fit`, as a recovery calls it, the teacher's outputs at hand."""
     student = student.to(memory_format=torch.channels_last)
-    guide.probabilities(0, len(images))
+    plan = controller.Plan(1, 0.001, steps=warm + steps + 1)
+    guide.probabilities(0, plan.steps * 128)
 
-    def track(steps):
-        for step in steps:
-            if step == 20:
+    def track(numbers):
+        for step in numbers:
+            if step in (warm, warm + steps):
                 marks.append(time.perf_counter())
-            if step == 20 + STEPS:
-                marks.append(time.perf_counter())
+            if step == warm + steps:
                 return
             yield step
 
     marks = []
-    next(controller.fit(student, images, controller.Plan(1, 0.001), optimizer=controller.sgd(student, 0.001), seed=0, teacher=guide, track=track))
-    return STEPS * 128 / (marks[1] - marks[0])
+    next(controller.fit(student, images, plan, optimizer=controller.sgd(student, 0.001), seed=0, teacher=guide, track=track))
+    return steps * 128 / (marks[1] - marks[0])
 
 
 def speed(folder):
-    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-    try:
-        data, images = datasets.MNIST(folder, transform=normalise), controller.load_data("mnist", folder)[0]
-    except (RuntimeError, models.Failure):
-        images = controller.Images(*controller.digits(48000, 0), mean=(0.16,), std=(0.33,))
-        data = Pictures(images, normalise)
-    print(f"LeNet-5 recovery on {type(data).__name__}, batch 128, {STEPS} steps, {torch.get_num_threads()} threads, median of {ROUNDS} rounds in turns")
-    nets = [models.build("lenet5", channels=1, size=28) for _ in range(3)]
-    guide = controller.Teacher(nets[0], images, 0)
-    rows = [(plain(data, nets[0], nets[1]), ours(images, guide, nets[2])) for _ in range(ROUNDS)]
-    a, b = (median(r) for r in zip(*rows))
-    print(f"plain loop {a:,.0f} images/s -> fit {b:,.0f} images/s ({b / a:.2f}x); each round {', '.join(f'{y / x:.2f}x' for x, y in rows)}")
+    for arch, name, warm, steps, rounds in NETS:
+        mean, std = controller.STATISTICS[name]
+        crop = dict(crop=4, flip=True) if name == "cifar10" else {}
+        moves = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()] if crop else []
+        normalise = transforms.Compose([*moves, transforms.ToTensor(), transforms.Normalize(mean, std)])
+        try:
+            data = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name](folder, transform=normalise)
+            images = controller.load_data(name, folder, **crop)[0]
+        except (RuntimeError, models.Failure):
+            shape = (48000, 28, 28, 1) if name == "mnist" else (48000, 32, 32, 3)
+            images = controller.Images(torch.randint(0, 256, shape, dtype=torch.uint8), torch.randint(0, 10, shape[:1]), mean=mean, std=std, **crop)
+            data = Pictures(images, normalise)
+        print(f"{arch} recovery on {type(data).__name__}, batch 128, {steps} steps, {torch.get_num_threads()} threads, median of {rounds} rounds in turns")
+        kind = dict(channels=1, size=28) if name == "mnist" else {}
+        nets = [models.build(arch, **kind) for _ in range(3)]
+        guide = controller.Teacher(nets[0], images, 0)
+        rows = [(plain(data, nets[0], nets[1], warm, steps), ours(images, guide, nets[2], warm, steps)) for _ in range(rounds)]
+        a, b = (median(r) for r in zip(*rows))
+        print(f"plain loop {a:,.0f} images/s -> fit {b:,.0f} images/s ({b / a:.2f}x); each round {', '.join(f'{y / x:.2f}x' for x, y in rows)}", flush=True)
     native = controller.half(torch.device("cpu"))._enabled
     print(f"bfloat16 {'is' if native else 'is not'} native here")
 
 
-def exactness():
+def exactness(_):
     from test_models import NETS, lively, some
 
     print("largest difference of the logits (largest logit): masked - removed; SEP frozen to the criterion's choice - hard-pruned")
@@ -111,6 +120,24 @@ def exactness():
         with torch.no_grad():
             a, b, c = net(x), hard(x), soft(x)
         print(f"{arch:9} {(a - b).abs().max():.1e}   {(c - b).abs().max():.1e}   ({b.abs().max():.2f})")
+
+
+def search(_):
+    from test_controller import Surrogate
+
+    print("made-up accuracies, mean of 20 problems: how far from uniform to a greedy search that knows them all")
+    torch.set_num_threads(1)
+    for arch, target in (("vgg19", 0.701), ("resnet56", 0.475)):
+        for power in (1, 2, 3):
+            found = []
+            for seed in range(20):
+                p = Surrogate(seed, arch, target, power)
+                even = controller.uniform(p.net.widths, p.cut, target)
+                ends = even, p.search(60, dice=True).best.structure, p.search(60).best.structure, p.greedy()
+                found.append([p.true(w) for w in ends])
+            low, dice, guided, high = torch.tensor(found).mean(0).tolist()
+            way = lambda v, low=low, high=high: f"{v:.4f} ({(v - low) / (high - low):.0%})"
+            print(f"{arch}, loss ~ share^{power}: uniform {low:.4f}, dice {way(dice)}, LSTM {way(guided)}, greedy {high:.4f}", flush=True)
 
 
 def size(folder):
@@ -131,6 +158,6 @@ def size(folder):
 
 if __name__ == "__main__":
     where = Path(sys.argv[1] if len(sys.argv) > 1 else "data")
-    exactness()
-    speed(where)
-    size(where)
+    for measure in (exactness, speed, size, search):
+        if len(sys.argv) < 3 or measure.__name__ == sys.argv[2]:
+            measure(where)

@@ -106,6 +106,17 @@ def test_the_teacher_runs_once_for_a_view_and_stays_as_it_is():
         assert torch.allclose(guide.probabilities(2, len(images))[:50], teacher(images.batch(i, place)).softmax(1), atol=0.02)
 
 
+def test_a_short_epoch_asks_the_teacher_for_what_it_shows():
+    teacher, images = lenet((20, 50, 100)), few(600)
+    images.flip = True
+    guide, seen = controller.Teacher(teacher, images, 0), []
+    trained(lenet(), images, Plan(1, 0.05, steps=2), teacher=guide, track=lambda steps: seen.append(len(steps)) or steps)
+    shown = images.view(0, 0)[0][:256]
+    part, whole = guide.probabilities(0, 256), guide.probabilities(0, 600)
+    assert seen == [2] and len(guide.kept) == 2 and torch.allclose(part[shown], whole[shown], atol=0.02)
+    assert (part.sum(1) > 0).sum() == 256 and (whole.sum(1) > 0).all()
+
+
 def test_learning_rates_follow_the_plan():
     assert [Plan(5, 0.1).rate(x) for x in (0.01, 0.5, 0.99)] == [0.1] * 3
     cycle = Plan(5, 0.1, True)
@@ -161,11 +172,11 @@ def test_the_lstm_learns_which_layers_to_spare():
 
 
 class Surrogate:
-    """A ResNet-20 whose accuracy is made up: few layers matter, most do not; a new structure measures with noise."""
+    """A net whose accuracy is made up: few layers matter, most do not; a new structure measures with noise."""
 
-    def __init__(self, seed, target=0.5):
-        self.net, self.target, self.g = models.build("resnet20"), target, torch.Generator().manual_seed(seed)
-        weight = torch.exp(1.2 * torch.randn(9, generator=self.g))
+    def __init__(self, seed, arch="resnet20", target=0.5, power=1.5):
+        self.net, self.target, self.power, self.g = models.build(arch), target, power, torch.Generator().manual_seed(seed)
+        weight = torch.exp(1.2 * torch.randn(len(self.net.widths), generator=self.g))
         self.weight, self.full = 0.1 * weight / weight.sum(), models.macs(self.net)
 
     def cut(self, structure):
@@ -173,7 +184,7 @@ class Surrogate:
 
     def true(self, structure):
         removed = 1 - torch.tensor(structure) / torch.tensor(self.net.widths)
-        return 0.93 - (self.weight * removed**1.5).sum().item()
+        return 0.93 - (self.weight * removed**self.power).sum().item()
 
     def measure(self, structure):
         return candidate(structure, self.true(structure) + 0.001 * torch.randn(1, generator=self.g).item(), self.cut(structure), self.target)
@@ -184,6 +195,15 @@ class Surrogate:
         while (step := search.next()) is not None:
             search.tell(search.tried.get(step[2]) or self.measure(step[2]))
         return search
+
+    def greedy(self):
+        """Who knows the true accuracies: one layer at a time, the step that costs the least of them per MAC saved."""
+        now = self.net.widths
+        while self.cut(now) < self.target:
+            steps = [s for i in range(len(now)) if (s := controller.shrink(now, [i == j for j in range(len(now))], 0.2)) != now]
+            step = min(steps, key=lambda s: (self.true(now) - self.true(s)) / (self.cut(s) - self.cut(now)))
+            now = controller.trim(now, step, self.cut, self.target)
+        return now
 
 
 def test_a_guided_search_learns_where_to_prune():

@@ -29,6 +29,7 @@ class Gate(nn.Module):
         nn.init.zeros_(self.excite.bias)
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
         self.frozen: torch.Tensor | None = None  # (C,) zeros and ones: the same choice for every image, scale 1
+        self.used: torch.Tensor | None = None  # (C,) for how many images each channel was chosen, where somebody counts
 
     @torch.no_grad()
     def start(self, importance: torch.Tensor) -> None:
@@ -52,7 +53,10 @@ class Gate(nn.Module):
         if self.frozen is not None:
             return self.frozen.to(z).expand(len(z), -1)
         s = torch.sigmoid(self.excite(torch.relu(self.squeeze(z))))
-        s = s / self.unit * torch.zeros_like(s).scatter_(1, s.topk(self.keep, 1).indices, 1.0)
+        mask = torch.zeros_like(s).scatter_(1, s.topk(self.keep, 1).indices, 1.0)
+        if self.used is not None:
+            self.used += mask.sum(0)
+        s = s / self.unit * mask
         # ours: over the mean of the chosen, so that a gate cannot turn all of its channels down together, below the excluded
         # ones, which no gradient moves: then choices flip to kernels that were never trained
         return s * (self.keep / s.sum(1, keepdim=True))

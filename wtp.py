@@ -519,6 +519,8 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     net, base = net.to(where).to(memory_format=torch.channels_last), dict(facts.get("baseline") or {})
     if (facts.get("data"), facts.get("test_images")) != (what, len(test)):
         base.pop("test_accuracy", None)  # measured on other images
+    for gate in filter(None, net.gates or ()):
+        gate.used = torch.zeros(len(gate.unit), device=where)
     ours = dict(test_accuracy=accuracy(net, test, exact=True), macs=sep.macs(net), params=models.parameters(net), bytes=ckpt.stat().st_size)
     try:
         whole = models.like(net, base["widths"]).to(where).to(memory_format=torch.channels_last)
@@ -526,6 +528,10 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         base["bytes"] = file.tell()
     except (models.Failure, KeyError, TypeError):
         whole = None
+    kinds = [(p.layer, [int(((g.used > low) & (g.used < high)).sum()) for low, high in ((-1, 1), (0, len(test)), (len(test) - 1, 1e9))], g)
+             for p, g in zip(net.prunable, net.gates or ()) if g is not None]
+    for *_, gate in kinds:
+        gate.used = None
     for batch in (1, 128):
         ours[batch] = latency(net, test, batch)
         if whole:
@@ -543,6 +549,8 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         table.add_row(name, *([beside[0], text(ours[key]), beside[1]] if base else [text(ours[key])]))
     console().print(table)
     full = list(whole.widths) if whole else list(net.widths)
+    if kinds:
+        console().print("kernels used for no image / some / all: " + ", ".join(f"{name} {'/'.join(map(str, n))}" for name, n, _ in kinds), markup=False)
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
 
 

@@ -142,3 +142,11 @@ def test_a_gated_net_comes_back_from_its_checkpoint(tmp_path):
         torch.save(content | {"gates": gates}, tmp_path / "b.pt")
         with pytest.raises(models.Failure, match=r"b\.pt"):
             sep.load(tmp_path / "b.pt")
+
+
+def test_a_gate_counts_whom_it_chose():
+    net, x = lively("lenet5")
+    soft = sep.soften(net, (5, 50, 500)).eval()
+    soft.gates[0].used = torch.zeros(20)
+    soft(x)
+    assert soft.gates[0].used.sum() == 5 * len(x) and set(soft.gates[0].used.tolist()) == {0.0, float(len(x))}

@@ -137,7 +137,7 @@ def test_reproduce_makes_every_row(smoke):
     assert abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.005 and abs(rows["sep"]["cut"] - rows["lstm"]["cut"]) < 0.05
     for word in ("digits, smoke schedule, data digits, seed 0", "uniform keeps", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
         assert word in done.stdout
-    assert "up to about 57 epochs" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/6" in done.stderr and "\x1b" not in done.stderr
+    assert "up to about 47 epochs" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/6" in done.stderr and "\x1b" not in done.stderr
 
 
 def test_kill_and_go_on(smoke, tmp_path):
@@ -180,6 +180,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     assert (tmp_path / "my.pt").read_bytes() == given
     status, out, _ = call(capsys, "evaluate", tmp_path / "my-pruned.pt")
     assert status == 0 and "latency, batch 128" in out
+    assert ("kernels used for no image / some / all: conv1" in out) == (method == "sep")
     for value in (f"{facts['macs'] / 1e6:.3f} M", "2.293 M", f"{1 - cut:.3f}", f"{facts['parameters']:,}"):
         assert value in out
     status, _, err = call(capsys, *command)

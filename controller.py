@@ -532,7 +532,8 @@ class Guided(Search):
 
     For a structure the LSTM says what a step costs in each layer. The steps of all layers together should cost the accuracy
     that was lost: on this it is trained again after each LSTM epoch, on all candidates, so each layer gets its share of the credit.
-    On a walk, layers whose cost is small beside the MACs that they save are pruned, with odds that sharpen as the search goes on.
+    The first candidate has the same share of every layer. On a walk, layers whose cost is small beside the MACs that they save are
+    pruned, with odds that sharpen as the search goes on.
     """
 
     rate, steps = 0.003, 60  # Adam's learning rate, and its steps after each LSTM epoch
@@ -555,7 +556,7 @@ class Guided(Search):
         g = torch.Generator().manual_seed(stream(self.settings.seed, self.name, "decisions", self.walks))
         hot, cold = self.heat
         heat = hot * (cold / hot) ** min(1, len(self.tried) / self.settings.candidates)
-        now = self.start
+        now = self.start if self.walks else uniform(self.net.widths, self.cut, self.target)  # the first: the same share everywhere
         while self.cut(now) < self.target:
             smaller = shrink(now, [1] * len(now), self.settings.rate)
             alone = [now[:i] + smaller[i : i + 1] + now[i + 1 :] for i in range(len(now))]
@@ -563,7 +564,8 @@ class Guided(Search):
             if not (saved > 0).any():
                 break
             with torch.no_grad():
-                worth = saved.clamp_min(1e-9).log() - F.softplus(self.policy(self.read(now))[:, 0]).clamp_min(1e-3).log()
+                cost = F.softplus(self.policy(self.read(now))[:, 0]).clamp_min(1e-3) * (self.taken(smaller) - self.taken(now)).clamp_min(1e-3)
+            worth = saved.clamp_min(1e-9).log() - cost.log()
             bar = worth[saved > 0].quantile(1 - self.part)
             odds = torch.where(saved > 0, torch.full_like(worth, self.part) if self.dice else torch.sigmoid((worth - bar) / heat), 0)
             now = trim(now, shrink(now, torch.bernoulli(odds, generator=g).tolist(), self.settings.rate), self.cut, self.target)

@@ -68,6 +68,21 @@ def test_removing_channels_equals_masking_them(arch):
     assert (masked - removed).abs().max() < 1e-5 * masked.abs().max()
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_small_maps_are_convolved_alike_in_training(size):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(5, 7, 3, padding=1).to(memory_format=torch.channels_last), torch.randn(6, 5, size, size, requires_grad=True)
+    found = []
+    for training in (True, False):
+        layer.train(training).zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = models.convolve(x, layer).float()
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad.clone(), layer.weight.grad.clone(), layer.bias.grad.clone()))
+        x.grad = None
+    assert all(torch.allclose(a, b, atol=0.02 * b.abs().max()) for a, b in zip(*found)) and y.shape == (6, 7, size, size)
+
+
 def test_a_net_that_keeps_everything_is_the_same_net():
     net, x = lively("resnet20")
     assert torch.equal(net(x), prune(net, net.widths).eval()(x))

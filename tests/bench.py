@@ -132,12 +132,14 @@ def search(_):
             found = []
             for seed in range(20):
                 p = Surrogate(seed, arch, target, power)
-                even = controller.uniform(p.net.widths, p.cut, target)
-                ends = even, p.search(60, dice=True).best.structure, p.search(60).best.structure, p.greedy()
-                found.append([p.true(w) for w in ends])
-            low, dice, guided, high = torch.tensor(found).mean(0).tolist()
-            way = lambda v, low=low, high=high: f"{v:.4f} ({(v - low) / (high - low):.0%})"
-            print(f"{arch}, loss ~ share^{power}: uniform {low:.4f}, dice {way(dice)}, LSTM {way(guided)}, greedy {high:.4f}", flush=True)
+                even, greedy = controller.uniform(p.net.widths, p.cut, target), p.greedy()
+                papers = p.search(None, kind=controller.Search, parents=5, patience=10)
+                ends = even, greedy, p.search(60, dice=True).best.structure, p.search(60).best.structure, papers.best.structure
+                found.append([*(p.true(w) for w in ends), papers.best.cut, len(papers.tried) - 1])
+            low, high, *others, cut, count = torch.tensor(found).mean(0).tolist()
+            way = [f"{v:.4f} ({(v - low) / (high - low):.0%})" for v in others]
+            print(f"{arch}, loss ~ share^{power}: uniform {low:.4f}, greedy {high:.4f}, 60 candidates: dice {way[0]}, LSTM {way[1]}; "
+                  f"the papers' rules {way[2]} at a cut of {cut:.1%} after {count:.0f} candidates", flush=True)
 
 
 def size(folder):

@@ -189,9 +189,9 @@ class Surrogate:
     def measure(self, structure):
         return candidate(structure, self.true(structure) + 0.001 * torch.randn(1, generator=self.g).item(), self.cut(structure), self.target)
 
-    def search(self, count, dice=False):
-        settings = Settings(**(vars(TINY) | dict(rate=0.2, candidates=count, parents=3, seed=1)))
-        search = controller.Guided(self.net, self.measure(self.net.widths), settings, self.target, self.cut, dice=dice)
+    def search(self, count, dice=False, kind=controller.Guided, parents=3, patience=3):
+        settings = Settings(**(vars(TINY) | dict(rate=0.2, candidates=count, parents=parents, patience=patience, seed=1)))
+        search = kind(self.net, self.measure(self.net.widths), settings, self.target, self.cut, dice=dice)
         while (step := search.next()) is not None:
             search.tell(search.tried.get(step[2]) or self.measure(step[2]))
         return search

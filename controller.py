@@ -178,7 +178,7 @@ def own_images(folder: Path, gray: bool):
     for part in ("train", "test"):
         try:
             found = ImageFolder(folder / part)
-        except (FileNotFoundError, OSError) as e:
+        except OSError as e:
             raise Failure(f"{folder / part}: {str(e)[:200]}") from e
         pixels = []
         for path, _ in found.samples:
@@ -189,7 +189,8 @@ def own_images(folder: Path, gray: bool):
             height, width = pixels[-1].shape[:2]
             side = len(parts[0][0][0]) if parts else len(pixels[0])
             if (height, width) != (side, side):
-                raise Failure(f"{path} has {width} x {height} pixels; all images must be squares of one size, and {side} x {side} came before")
+                before = f", and {side} x {side} came before" if height == width else ""
+                raise Failure(f"{path} has {width} x {height} pixels; all images must be squares of one size{before}")
         parts.append((torch.stack(pixels), torch.tensor(found.targets)))
         sets.append(found.classes)
     if sets[0] != sets[1]:
@@ -229,9 +230,13 @@ def digits(count: int, seed: int):
     return (ink.clamp(0, 1) * 255).to(torch.uint8).reshape(-1, 28, 28, 1), labels
 
 
+def order_of(images: Images, seed: int) -> torch.Tensor:
+    return torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, "split")))
+
+
 def split(images: Images, seed: int) -> tuple[Images, Images]:
     """(training, validation): 10 % of the training images validate, chosen by `seed`."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, "split")))
+    order = order_of(images, seed)
     count = int(VALIDATION * len(images))
     if count < 10:
         raise Failure(f"{len(images)} training images are too few: {VALIDATION:.0%} of them validate, and {count} say nothing")
@@ -240,7 +245,7 @@ def split(images: Images, seed: int) -> tuple[Images, Images]:
 
 def statistics_of(net: Net, train: Images, seed: int) -> tuple[str, tuple, tuple]:
     """(what they are, mean, std) under which `net` gets the most of the validation images right: the data set's own, or FOREIGN."""
-    images, best = split(train, seed)[1], (-1.0, "", None, None)
+    images, best = train.part(order_of(train, seed)[: max(100, int(VALIDATION * len(train)))]), (-1.0, "", None, None)
     for what, (mean, std) in ({"the data set's own mean and std": (train.mean, train.std)} | FOREIGN[net.channels]).items():
         found = accuracy(net, images.normalised(mean, std))
         best = max(best, (found, what, mean, std), key=lambda b: b[0])
@@ -271,7 +276,7 @@ class Teacher:
             order, place = self.images.view(self.seed, epoch)
             self.net.eval()
             with half(self.images.labels.device):
-                parts = [(i, self.net(self.images.batch(i, place)).float().softmax(1)) for i in order[:count].sort().values.split(500)]
+                parts = [(i, self.net(self.images.batch(i, place)).float().softmax(1)) for i in order[:count].sort().values.split(len(chunks(self.images)[0]))]
             found = torch.zeros(len(self.images), parts[0][1].shape[1], device=order.device)
             for i, part in parts:
                 found[i] = part
@@ -281,8 +286,9 @@ class Teacher:
         return self.kept[epoch, count]
 
 
-def chunks(images: Images, size: int = 500):
-    return torch.arange(len(images), device=images.labels.device).split(size)
+def chunks(images: Images):
+    """Indices (N,) in parts of 500 images of 32 x 32 pixels, or of fewer larger ones."""
+    return torch.arange(len(images), device=images.labels.device).split(max(1, min(500, 500 * 32 * 32 // images.pixels.shape[1] ** 2)))
 
 
 @torch.no_grad()
@@ -548,7 +554,7 @@ class Guided(Search):
 
     def taken(self, structure) -> torch.Tensor:
         """(L,): how many steps lead from the baseline to the structure, in each layer."""
-        return (torch.tensor(self.net.widths) / torch.tensor(structure)).log() / -torch.tensor(1 - self.settings.rate).log()
+        return (torch.tensor(self.net.widths) / torch.tensor(structure)).log() / -math.log1p(-self.settings.rate)
 
     def next(self):
         if len(self.tried) > self.settings.candidates or self.idle >= 5 * self.settings.patience:  # idle: walks to known structures
@@ -582,7 +588,9 @@ class Guided(Search):
             return
         inputs = torch.stack([self.read(c.structure) for c in known], 1)
         steps = torch.stack([self.taken(c.structure) for c in known], 1)
-        lost = self.tried[self.start].validation_accuracy - torch.tensor([c.validation_accuracy for c in known])
+        found = torch.tensor([c.validation_accuracy for c in known])
+        lost = found.max() - found  # beside the best; and where the baseline is better than that (or than luck), beside the baseline
+        lost = lost + torch.maximum(self.tried[self.start].validation_accuracy - found.max(), lost.std(correction=0))
         lost = lost / lost.mean().clamp_min(1e-6) * steps.sum(0).mean() * math.log(2)  # a fresh LSTM says softplus(0) for a step
         for _ in range(self.steps):
             said = (F.softplus(self.policy(inputs)[..., 0]) * steps).sum(0)
@@ -637,11 +645,12 @@ class Run:
         self.claim(fresh)
         self.all, (self.train, self.validation) = train, split(train, settings.seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
-        head = head | dict(seed=settings.seed, device=describe(self.device), versions=versions(), seconds=0.0)
+        head = head | dict(statistics=[train.mean, train.std], seed=settings.seed, device=describe(self.device), versions=versions(), seconds=0.0)
         self.results = head | dict(settings=asdict(settings), rows=[], search={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:
-            ours = json.loads(json.dumps({k: self.results[k] for k in ("experiment", "schedule", "data", "settings", "source")}))
-            if differing := [k for k, v in ours.items() if found.get(k) != v]:
+            known = ("experiment", "schedule", "data", "settings", "source", "statistics")
+            ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
+            if differing := [k for k, v in ours.items() if found[k] != v]:
                 raise Failure(f"{self.folder} holds a run with other {' and '.join(differing)}; give another --out, or --fresh to start over", 2)
             self.results = found
         self.before = self.results["seconds"]
@@ -657,7 +666,7 @@ class Run:
             for method in ("baseline", "uniform", *METHODS) if fresh else ():
                 self.drop_pool(method)
                 (self.folder / f"{method}.pt").unlink(missing_ok=True)
-            for name in ("progress.pt", "results.json") if fresh else ():  # the results last: they tell whose files these are
+            for name in ("progress.pt", "progress.pt.part", "results.part", "results.json") if fresh else ():  # results last: they tell whose all is
                 (self.folder / name).unlink(missing_ok=True)
         except BlockingIOError as e:
             raise Failure(f"{self.folder} is in use by another process") from e
@@ -666,7 +675,7 @@ class Run:
 
     def drop_pool(self, method: str) -> None:
         pool = self.folder / f"{method}-pool"
-        for path in pool.glob("*.pt"):
+        for path in pool.glob("*.pt*"):  # and what a kill left half written
             path.unlink()
         if pool.is_dir() and not any(pool.iterdir()):
             pool.rmdir()
@@ -814,6 +823,8 @@ class Run:
         A structure is trained once: who meets it again takes its reward from memory.
         """
         folder, cost = self.folder / f"{method}-pool", METHODS[method][1]
+        if target and (most := self.cut(cost(baseline, [1] * len(baseline.widths)))) < target:
+            raise Failure(f"{method} cannot cut {target:.1%}: with one channel left in every layer it is {most:.1%}", 2)
         kind = Guided if self.settings.candidates and target else Search
         search = kind(baseline, self.start(baseline, target), self.settings, target, lambda w: self.cut(cost(baseline, w)), method, dice=method == "random")
         title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew

@@ -87,12 +87,19 @@ Method = StrEnum("Method", ["uniform", "lstm", "sep", "random"])
 Pruning = StrEnum("Pruning", ["lstm", "sep"])
 
 
+def epochs_for(steps: int, images: int) -> int:
+    """How many epochs of the images that do not validate come nearest to so many steps."""
+    from controller import BATCH, VALIDATION
+
+    return max(1, round(steps * BATCH / ((1 - VALIDATION) * images)))
+
+
 def settings_of(experiment: Experiment, schedule: Schedule, seed: int, *, rate: float | None = None):
     """The numbers of a run: the experiment's, where the schedule does not say otherwise."""
-    from controller import BATCH, VALIDATION, Plan, Settings
+    from controller import Plan, Settings
 
     e, s = experiment, schedule
-    short = max(1, round(s.steps * BATCH / ((1 - VALIDATION) * e.images))) if s.steps else s.recovery or e.recovery
+    short = epochs_for(s.steps, e.images) if s.steps else s.recovery or e.recovery
     return Settings(baseline=Plan(s.baseline or e.baseline, e.baseline_lr, True), recovery=Plan(short, s.lr, s.cycle, s.steps),
                     final=Plan(s.final or e.final, s.final_lr or s.lr, s.cycle), rate=rate or s.rate, target=e.target, parents=s.parents,
                     patience=s.patience, candidates=s.candidates, seed=seed)
@@ -197,9 +204,9 @@ def show_results(results: dict, out) -> None:
             say(f"{method} tried {len(schemes)} candidates; how often it pruned each layer: {early} (first half), {late} (second half)")
     target = results["settings"]["target"]
     for r in rows[1:]:
-        if target and r["cut"] < target:
+        if target and r["cut"] < target - 0.005:  # `uniform` lands within half a point
             say(f"{r['method']} did not reach the target: a cut of {r['cut']:.1%}, not {target:.1%}; its search found nothing smaller")
-        elif r["cut"] == 0:
+        elif r["cut"] == 0 and r["method"] != "uniform":
             say(f"{r['method']} kept the whole net: by the reward, nothing smaller was better")
 
 
@@ -245,18 +252,23 @@ def device_of(name: str):
     return device
 
 
-def epochs_of(settings, methods, images: int, baseline: bool = True) -> float:
-    """How many epochs of so many training images the rows of `methods` may take.
+def epochs_of(settings, methods, images: int, baseline: bool = True, landed: bool = False) -> float:
+    """How many epochs of so many training images the rows of `methods` may take; `landed`: another row says what to cut.
 
     ours: under the papers' rules rewards grow for about ten LSTM epochs; `uniform` then takes about ten steps.
     """
-    from controller import BATCH
+    from controller import BATCH, VALIDATION
 
     recovery = settings.recovery.epochs * min(1, (settings.recovery.steps or images) * BATCH / images)
-    rules, count = (settings.patience + 10) * settings.parents, settings.candidates
-    tries = {"lstm": count if count and settings.target else rules, "sep": count or rules, "uniform": 1 if count and settings.target else 10}
-    recoveries = sum(tries.get(m, tries["lstm"]) for m in methods)
-    return baseline * settings.baseline.epochs + recoveries * recovery + len(methods) * settings.final.epochs
+    final = settings.final.epochs / (1 - VALIDATION)  # on all images
+    total, count = baseline * settings.baseline.epochs, settings.candidates
+    for method in methods:
+        if method == "uniform":
+            tries = 1 if count and settings.target else 10
+        else:
+            tries = count if count and (settings.target or landed) else (settings.patience + 10) * settings.parents
+        total, landed = total + tries * recovery + final, True
+    return total
 
 
 def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
@@ -286,11 +298,13 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
     if limit := SCHEDULES[schedule].images:
         few = lambda images: images.part(torch.randperm(len(images), generator=torch.Generator().manual_seed(stream("few")))[:limit])
         train, test = few(train), few(test)
+    if steps := SCHEDULES[schedule].steps:  # of the data at hand
+        settings = replace(settings, recovery=replace(settings.recovery, epochs=epochs_for(steps, len(train))))
     head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
     run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh)
     methods = [m for m in methods if not run.row(m)]
     count = len(run.train)
-    screen.plan(epochs_of(settings, methods, count, baseline=not (run.row("baseline") or given)), count // BATCH)
+    screen.plan(epochs_of(settings, methods, count, not (run.row("baseline") or given), len(run.results["rows"]) > 1), count // BATCH)
     final = f", {len(methods)} x {settings.final.epochs} of them final training" if methods else ""
     if screen.planned:
         screen.say(f"{folder}: up to about {screen.planned:,.0f} epochs{final}; stop it when you like, the same command goes on")
@@ -298,12 +312,12 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
 
 
 def fits(net, facts: dict, images, what: str) -> None:
-    """Raise Failure where a net cannot read the images or tell their classes apart."""
-    from models import Failure
+    """Raise Failure where a net cannot read the images or tell their classes apart; a stranger's takes the images' size."""
+    from models import Failure, like
 
     size, channels = images.pixels.shape[2:]  # load_data takes square images alone
     if not facts and net.arch != "lenet5":
-        net.size = size  # the other nets average over places: a stranger's may have been trained with images of any size
+        net.size = like(net, net.widths, size).size  # the other nets average over places, and a state dict does not tell the images' size
     if (size, channels) != (net.size, net.channels) or images.classes != net.classes:
         raise Failure(f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} classes; "
                       f"{what} has {channels} x {size} x {size} images of {images.classes} classes")
@@ -353,7 +367,8 @@ def reproduce(
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
     folder = out / f"{experiment}-{schedule}-s{seed}{f'-from-{baseline.stem}' if baseline else ''}"
     landed = lambda rows: next((r["cut"] for m in ROWS for r in rows if r["method"] == m), None)  # all rows of a table are compared at one cut
-    if rows == ["uniform"] and settings.target is None and landed((read_results(folder, missing_ok=True) or dict(rows=[]))["rows"]) is None:
+    known = None if fresh else read_results(folder, missing_ok=True)
+    if rows == ["uniform"] and settings.target is None and landed(known["rows"] if known else []) is None:
         raise Failure("uniform needs a cut to land on; add --method lstm", 2)
     run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, given=given,
                         source=digest(baseline) if baseline else None, methods=rows)

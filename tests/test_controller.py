@@ -189,9 +189,11 @@ class Surrogate:
     def measure(self, structure):
         return candidate(structure, self.true(structure) + 0.001 * torch.randn(1, generator=self.g).item(), self.cut(structure), self.target)
 
-    def search(self, count, dice=False, kind=controller.Guided, parents=3, patience=3):
+    def search(self, count, dice=False, kind=controller.Guided, parents=3, patience=3, handicap=0.0):
         settings = Settings(**(vars(TINY) | dict(rate=0.2, candidates=count, parents=parents, patience=patience, seed=1)))
-        search = kind(self.net, self.measure(self.net.widths), settings, self.target, self.cut, dice=dice)
+        start = self.measure(self.net.widths)
+        start.validation_accuracy -= handicap
+        search = kind(self.net, start, settings, self.target, self.cut, dice=dice)
         while (step := search.next()) is not None:
             search.tell(search.tried.get(step[2]) or self.measure(step[2]))
         return search
@@ -216,6 +218,12 @@ def test_a_guided_search_learns_where_to_prune():
         found.append([problem.true(s) for s in (even, dice.best.structure, guided.best.structure)])
     even, dice, guided = torch.tensor(found).mean(0).tolist()
     assert guided > dice + 0.002 and guided > even + 0.008, (even, dice, guided)
+
+
+def test_a_guided_search_learns_where_candidates_beat_the_baseline_too():
+    found = [[p.true(p.search(30, **kind).best.structure) for kind in (dict(handicap=0.05), dict(dice=True))] for p in map(Surrogate, range(2))]
+    guided, dice = torch.tensor(found).mean(0).tolist()
+    assert guided > dice + 0.002, (guided, dice)
 
 
 def test_a_guided_search_goes_on_as_if_never_stopped():

@@ -73,8 +73,11 @@ def test_the_published_schedule_is_the_papers():
 def test_what_a_run_may_take_is_counted():
     e = wtp.EXPERIMENTS["resnet56-cifar10"]
     count = lambda name, *methods: wtp.epochs_of(wtp.settings_of(e, wtp.SCHEDULES[name], 0), methods, 45_000, baseline=False)
-    assert count("published", "lstm") == 20 * 5 * 30 + 250 and count("published", "uniform") == 10 * 30 + 250
-    assert count("fast", "lstm") == pytest.approx(60 * 50 * 128 / 45_000 + 20) and count("fast", "uniform") == pytest.approx(50 * 128 / 45_000 + 20)
+    assert count("published", "lstm") == pytest.approx(20 * 5 * 30 + 250 / 0.9) and count("published", "uniform") == pytest.approx(10 * 30 + 250 / 0.9)
+    assert count("fast", "lstm") == pytest.approx(60 * 50 * 128 / 45_000 + 20 / 0.9)
+    assert count("fast", "uniform") == pytest.approx(50 * 128 / 45_000 + 20 / 0.9)
+    digits = wtp.settings_of(wtp.EXPERIMENTS["digits"], wtp.SCHEDULES["smoke"], 0)  # no target: `sep` alone follows the papers' rules
+    assert wtp.epochs_of(digits, ["sep"], 2700, False) > wtp.epochs_of(digits, ["sep"], 2700, False, landed=True) == 4 + 1 / 0.9
 
 
 # ---- the house
@@ -290,10 +293,10 @@ def test_a_damaged_run_says_what_to_do(capsys, smoke, tmp_path):
     assert status == 1 and "baseline.pt is damaged" in err and "--fresh starts the run over" in err and not out
 
 
-def test_a_target_that_is_not_reached_is_told(capsys, smoke, tmp_path):
+def test_a_target_out_of_reach_is_refused(capsys, smoke, tmp_path):
     shutil.copyfile(smoke[0] / "baseline.pt", tmp_path / "my.pt")
     status, out, err = call(capsys, "prune", tmp_path / "my.pt", "--target", "0.9999", "--schedule", "smoke", "--out", tmp_path)
-    assert status == 0 and "did not reach the target" in out and "not 100.0%" in out, err
+    assert status == 2 and "cannot cut 100.0%" in err and "with one channel left in every layer it is 99." in err and not out
 
 
 # ---- bad input: one clear line, the right status, nothing overwritten
@@ -334,6 +337,8 @@ WRONG = [
     (1, "no data set here has 2 channels", ["evaluate", "odd.pt"]),
     (1, "the net reads 1 x 32 x 32 images", ["evaluate", "large.pt"]),
     (2, "uniform needs a cut", ["reproduce", "digits", "--schedule", "smoke", "--method", "uniform"]),
+    (2, "uniform needs a cut", ["reproduce", "digits", "--schedule", "smoke", "--method", "uniform", "--fresh", "--out", "old"]),
+    (1, "vgg16 needs images of at least 32 x 32", ["evaluate", "vgg.pt", "--data-dir", "small"]),
     (2, "soft-pruned already", ["prune", "soft.pt"]),
     (2, "no checkpoint gone.pt", ["reproduce", "digits", "--baseline", "gone.pt"]),
     (2, "is a lenet5", ["reproduce", "vgg-cifar10", "--baseline", "net.pt"]),
@@ -345,7 +350,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("status", "words", "arguments"), WRONG, ids=lambda v: "-".join(v) if isinstance(v, list) else "")
-def test_wrong_calls_get_one_line(capsys, tmp_path, monkeypatch, status, words, arguments):
+def test_wrong_calls_get_one_line(capsys, smoke, tmp_path, monkeypatch, status, words, arguments):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
@@ -360,6 +365,9 @@ def test_wrong_calls_get_one_line(capsys, tmp_path, monkeypatch, status, words, 
     (tmp_path / "taken.pt").write_text("mine")
     for name in ("folder", "half/train", "pictures/train", "pictures/test"):
         (tmp_path / name).mkdir(parents=True)
+    shutil.copytree(smoke[0], tmp_path / "old" / "digits-smoke-s0")
+    torch.save(models.build("vgg16", [2] * 13, classes=2).state_dict(), tmp_path / "vgg.pt")
+    picture_folder(tmp_path / "small", classes=2, count=6)
     before = tree(tmp_path)
     got, out, err = call(capsys, *arguments)
     assert got == status and words in err and "Traceback" not in err and not out, err

@@ -198,7 +198,9 @@ def show_results(results: dict, out) -> None:
         say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
     for method, log in results["search"].items():
         schemes = [c["scheme"] for c in log if c["parent"]]
-        if method != "uniform" and len(schemes) > 1:
+        if method != "uniform" and len(schemes) > 1 and len(rows[0]["widths"]) > 8:
+            say(f"{method} tried {len(schemes)} candidates")  # more layers than a line can hold: results.json has them
+        elif method != "uniform" and len(schemes) > 1:
             halves = schemes[: len(schemes) // 2], schemes[len(schemes) // 2 :]
             early, late = (" ".join(f"{sum(layer) / len(layer):.0%}" for layer in zip(*half)) for half in halves)
             say(f"{method} tried {len(schemes)} candidates; how often it pruned each layer: {early} (first half), {late} (second half)")

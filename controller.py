@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 
@@ -60,7 +61,11 @@ class Images:
         self.mean, self.std = mean, std
         self.shift = torch.tensor(mean, device=pixels.device).reshape(-1, 1, 1) / torch.tensor(std, device=pixels.device).reshape(-1, 1, 1)
         self.factor = 1 / (255 * torch.tensor(std, device=pixels.device).reshape(-1, 1, 1))
-        self.padded = F.pad(pixels, (0, 0, crop, crop, crop, crop)) if crop else self.pixels
+
+    @cached_property
+    def padded(self) -> torch.Tensor:
+        """The pixels with a black border to crop from; made where somebody crops, not for every copy or part."""
+        return F.pad(self.pixels, (0, 0, *[self.crop] * 4)) if self.crop else self.pixels
 
     def __len__(self):
         return len(self.labels)

@@ -279,11 +279,11 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
 
     train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
     fits(net, facts, train, what)
-    mean, std = told(net, facts)
+    train, test, (mean, std) = train.to(where), test.to(where), told(net, facts)
     if mean is None:
-        text, mean, std = statistics_of(net.to(where), train.to(where), 0)
+        text, mean, std = statistics_of(net.to(where), train, 0)
         say(text)
-    return train.to(where).normalised(mean, std), test.to(where).normalised(mean, std), what
+    return train.normalised(mean, std), test.normalised(mean, std), what
 
 
 def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=()):
@@ -545,9 +545,8 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         base["bytes"] = file.tell()
     except (models.Failure, KeyError, TypeError):
         whole = None
-    kinds = [(p.layer, [int(((g.used > low) & (g.used < high)).sum()) for low, high in ((-1, 1), (0, len(test)), (len(test) - 1, 1e9))], g)
-             for p, g in zip(net.prunable, net.gates or ()) if g is not None]
-    for *_, gate in kinds:
+    chosen = {p.layer: g.used for p, g in zip(net.prunable, net.gates or ()) if g is not None}
+    for gate in filter(None, net.gates or ()):
         gate.used = None
     for batch in (1, 128):
         ours[batch] = latency(net, test, batch)
@@ -566,8 +565,9 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         table.add_row(name, *([beside[0], text(ours[key]), beside[1]] if base else [text(ours[key])]))
     console().print(table)
     full = list(whole.widths) if whole else list(net.widths)
-    if kinds:
-        console().print("kernels used for no image / some / all: " + ", ".join(f"{name} {'/'.join(map(str, n))}" for name, n, _ in kinds), markup=False)
+    if chosen:
+        counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
+        console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
 
 

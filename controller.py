@@ -651,7 +651,7 @@ class Run:
         self.all, (self.train, self.validation) = train, split(train, settings.seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
         head = head | dict(statistics=[train.mean, train.std], seed=settings.seed, device=describe(self.device), versions=versions(), seconds=0.0)
-        self.results = head | dict(settings=asdict(settings), rows=[], search={})
+        self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:
             known = ("experiment", "schedule", "data", "settings", "source", "statistics")
             ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
@@ -697,17 +697,17 @@ class Run:
     def complete(self, title: str, net: Net, images: Images, plan: Plan, *, teacher: Net | None = None, choose_best: bool = False):
         """Train `net` to the end of its plan, going on where an earlier run was stopped in it.
 
-        Returns (net, validation accuracy, seconds): the last epoch's, or with `choose_best` the best epoch's by
-        validation accuracy. Trainings are told apart by `title`.
+        Returns (net, validation accuracy, seconds, curve): the last epoch's, or with `choose_best` the best epoch's by
+        validation accuracy; the curve has (loss, validation accuracy or None) of each epoch. Trainings are told apart by `title`.
         """
-        path, best, spent, start = self.folder / "progress.pt", (-1.0, None), 0.0, 0
+        path, best, spent, start, curve = self.folder / "progress.pt", (-1.0, None), 0.0, 0, []
         net = net.to(self.device).to(memory_format=torch.channels_last)
         optimizer = sgd(net, plan.lr)
         state = models.read_progress(path, title)
         if state:
             net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
-            best, spent, start = (state["accuracy"], state["best"]), state["seconds"], state["epoch"] + 1
+            best, spent, start, curve = (state["accuracy"], state["best"]), state["seconds"], state["epoch"] + 1, state.get("curve", [])
         self.watch.stage(title, plan.epochs, start)
         began = time.time()
         guide = self.teacher(teacher, images) if teacher else None
@@ -715,13 +715,13 @@ class Run:
             found = accuracy(net, self.validation) if images is self.train else None
             if not choose_best or found > best[0]:
                 best = (found if found is not None else -1.0, deepcopy(net.state_dict()) if choose_best else None)
-            seconds = spent + time.time() - began
+            seconds, curve = spent + time.time() - began, [*curve, [round(loss, 5), found]]
             models.write(path, dict(title=title, epoch=epoch, net=net.state_dict(), optimizer=optimizer.state_dict(),
-                                    accuracy=best[0], best=best[1], seconds=seconds))
+                                    accuracy=best[0], best=best[1], seconds=seconds, curve=curve))
             self.watch.epoch(title, epoch, plan.epochs, loss, found, (time.time() - began) / (epoch + 1 - start))
         if best[1] is not None:
             net.load_state_dict(best[1])
-        return net, best[0], spent + time.time() - began
+        return net, best[0], spent + time.time() - began, curve
 
     def teacher(self, net: Net, images: Images) -> Teacher:
         if images not in self.teachers:
@@ -732,11 +732,11 @@ class Run:
         """The trained baseline: from the folder, or `given` by the user, or the net `fresh` trained on the training part."""
         path = self.folder / "baseline.pt"
         if not path.exists():
-            net, seconds = given, 0.0
+            net, seconds, curve = given, 0.0, []
             if net is None:
-                net, _, seconds = self.complete("baseline", fresh, self.train, self.settings.baseline)
+                net, _, seconds, curve = self.complete("baseline", fresh, self.train, self.settings.baseline)
             net = net.to(self.device)
-            self.save(path, net, "baseline", accuracy(net, self.validation), seconds)
+            self.save(path, net, "baseline", accuracy(net, self.validation), seconds, curve)
         net, facts = self.load(path)
         if not self.row("baseline"):
             self.report("baseline", net, facts)
@@ -752,11 +752,11 @@ class Run:
             raise Failure(f"{e}; {f'remove {path.parent} and that search begins anew' if pool else '--fresh starts the run over'}") from e
         return net.to(self.device).to(memory_format=torch.channels_last), facts
 
-    def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float) -> None:
+    def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
         told = {k: self.results[k] for k in ("data", "schedule", "seed", "versions")}
         facts = told | dict(method=method, mean=list(self.train.mean), std=list(self.train.std), test_images=len(self.test), macs=sep.macs(net),
                             parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1),
-                            baseline=self.row("baseline"))
+                            curve=curve, baseline=self.row("baseline"))
         models.save(path, net, facts)
 
     def row(self, method: str) -> dict | None:
@@ -768,6 +768,7 @@ class Run:
         self.results["rows"].append(dict(
             method=method, test_accuracy=accuracy(net, self.test, exact=True), validation_accuracy=facts["validation_accuracy"],
             macs=facts["macs"], params=facts["parameters"], cut=cut, widths=list(net.structure), seconds=facts["seconds"]))
+        self.results.setdefault("curves", {})[method] = facts.get("curve", [])
         self.keep_results()
 
     def cut(self, macs: int) -> float:
@@ -782,8 +783,8 @@ class Run:
             return
         if not path.exists():
             found, chosen = self.uniform(baseline, target) if method == "uniform" else self.search(method, baseline, target)
-            net, _, seconds = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
-            self.save(path, net, method, chosen.validation_accuracy, seconds + sum(c["seconds"] for c in self.results["search"][method]))
+            net, _, seconds, curve = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
+            self.save(path, net, method, chosen.validation_accuracy, seconds + sum(c["seconds"] for c in self.results["search"][method]), curve)
         self.report(method, *self.load(path))
         self.drop_pool(method)
 
@@ -797,7 +798,7 @@ class Run:
         torch.manual_seed(stream(self.settings.seed, method, structure))  # for the weights of fresh gates
         child = METHODS.get(method, METHODS["lstm"])[0](parent, structure)
         title = f"{method}: candidate {number}, {name_of(structure)}"
-        net, found, seconds = self.complete(title, child, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
+        net, found, seconds, _ = self.complete(title, child, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
         macs = sep.macs(net)
         return net, Candidate(structure, scheme, parent.structure, epoch, found, macs, self.cut(macs), reward(found, self.cut(macs), target), round(seconds, 2))
 

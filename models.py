@@ -53,14 +53,18 @@ class Net(nn.Module):
         self.prunable: list[Prunable] = []
         self.gates: nn.ModuleList | None = None
 
-    def unit(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """relu(norm(layer(x))) of prunable layer i, pooled where it pools: (B, C_in, H, W) -> (B, C, H', W')."""
+    def unit(self, i: int, x: torch.Tensor, at: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """relu(norm(layer(x))) of prunable layer i, pooled where it pools, and which channels those are.
+
+        (B, C_in, H, W) -> (B, C, H', W'), None; a gate leaves out channels that no image of the batch uses and returns the
+        indices of the others, the next layer's `at`: the channels that its x holds.
+        """
         p = self.prunable[i]
         layer, norm = self.get_submodule(p.layer), self.get_submodule(p.norm) if p.norm else None
         if self.gates is not None and self.gates[i] is not None:
-            return self.gates[i](x, layer, norm, p.pool)
-        y = layer(x.flatten(1)) if isinstance(layer, nn.Linear) else convolve(x, layer)
-        return activate(y if norm is None else norm(y), p.pool)
+            return self.gates[i](x, at, layer, norm, p.pool)
+        y = apply(layer, x, at)
+        return activate(y if norm is None else norm(y), p.pool), None
 
     @property
     def structure(self) -> tuple[int, ...]:
@@ -75,16 +79,28 @@ class Net(nn.Module):
                     nn.init.zeros_(m.bias)
 
 
-def convolve(x: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
-    """layer(x), but in bfloat16 training on a CPU, for maps of at most 4 x 4, as one matrix product of the nine shifted maps: there
-    oneDNN's convolutions, most of all the weights' gradient, take up to twice the time (float32 ones do not)."""
+def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> torch.Tensor:
+    """layer(x) of a convolution or linear layer, where x holds its channels `inputs` alone, for the channels `outputs` alone
+    (indices; None: all of them)."""
+    x = x.flatten(1) if isinstance(layer, nn.Linear) else x
+    weight, bias = layer.weight, layer.bias
+    if outputs is not None:
+        weight, bias = weight.index_select(0, outputs), None if bias is None else bias.index_select(0, outputs)
+    if inputs is not None:
+        width = weight.shape[1] * len(inputs) // x.shape[1]  # a linear layer may read several numbers of each channel
+        weight = per_channel(weight, width).index_select(1, inputs).reshape(len(weight), -1, *weight.shape[2:])
+    whole = inputs is None and outputs is None
+    if isinstance(layer, nn.Linear):
+        return layer(x) if whole else F.linear(x, weight, bias)
     h, w = x.shape[2:]
     small = max(h, w) <= 4 and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
     if not small or x.is_cuda or not (layer.training and torch.is_autocast_enabled("cpu")):
-        return layer(x)
+        return layer(x) if whole else F.conv2d(x, weight, bias, layer.stride, layer.padding)
+    # in bfloat16 training on a CPU, small maps as one matrix product of the nine shifted maps: there oneDNN's convolutions, most
+    # of all the weights' gradient, take up to twice the time (float32 ones do not)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     shifted = torch.cat([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], 3)  # (B, H, W, 9 C_in)
-    return F.linear(shifted, layer.weight.permute(0, 2, 3, 1).flatten(1), layer.bias).permute(0, 3, 1, 2)
+    return F.linear(shifted, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def activate(y: torch.Tensor, pool: bool) -> torch.Tensor:
@@ -106,9 +122,10 @@ class LeNet5(Net):
         self.initialise()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = None
         for i in range(3):
-            x = self.unit(i, x)
-        return self.fc2(x)
+            x, at = self.unit(i, x, at)
+        return apply(self.fc2, x, at)
 
 
 # convolutions per stage; a pooling ends each stage
@@ -141,12 +158,12 @@ class VGG(Net):
         self.initialise()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i in range(self.convs):
-            x = self.unit(i, x)
-        x = F.adaptive_avg_pool2d(x, self.side)  # 1 x 1 already at 32 x 32 pixels
-        for i in range(self.convs, len(self.prunable)):
-            x = self.unit(i, x)
-        return self.get_submodule(self.prunable[-1].next)(x.flatten(1))
+        at = None
+        for i in range(len(self.prunable)):
+            x, at = self.unit(i, x, at)
+            if i == self.convs - 1:
+                x = F.adaptive_avg_pool2d(x, self.side)  # 1 x 1 already at 32 x 32 pixels
+        return apply(self.get_submodule(self.prunable[-1].next), x, at)
 
 
 class Block(nn.Module):
@@ -184,7 +201,7 @@ class ResNet(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         for i, block in enumerate([*self.layer1, *self.layer2, *self.layer3]):
-            x = F.relu(block.bn2(block.conv2(self.unit(i, x))) + block.shortcut(x))
+            x = F.relu(block.bn2(apply(block.conv2, *self.unit(i, x))) + block.shortcut(x))
         return self.linear(x.mean((2, 3)))
 
 

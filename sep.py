@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import models
 from models import Net
@@ -48,11 +49,12 @@ class Gate(nn.Module):
     def macs(self) -> int:
         return self.squeeze.weight.numel() + self.excite.weight.numel()
 
-    def scale(self, z: torch.Tensor) -> torch.Tensor:
-        """s * m: (B, C_in) means -> (B, C); 0 for an excluded channel, else its scale, which averages 1."""
+    def scale(self, z: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
+        """s * m: (B, C_in) means, of the channels `at` alone if there are such -> (B, C); 0 for an excluded channel, else its
+        scale, which averages 1."""
         if self.frozen is not None:
             return self.frozen.to(z).expand(len(z), -1)
-        s = torch.sigmoid(self.excite(torch.relu(self.squeeze(z))))
+        s = torch.sigmoid(self.excite(torch.relu(models.apply(self.squeeze, z, at))))
         mask = torch.zeros_like(s).scatter_(1, s.topk(self.keep, 1).indices, 1.0)
         if self.used is not None:
             self.used += mask.sum(0)
@@ -61,24 +63,20 @@ class Gate(nn.Module):
         # ones, which no gradient moves: then choices flip to kernels that were never trained
         return s * (self.keep / s.sum(1, keepdim=True))
 
-    def forward(self, x, layer, norm, pool: bool) -> torch.Tensor:
-        """(B, C_in, H, W) -> (B, C, H', W'): s * m * relu(norm(layer(x))), pooled where the net pools."""
+    def forward(self, x, at, layer, norm, pool: bool):
+        """(B, C_in', H, W) -> (B, C', H', W'), outputs: s * m * relu(norm(layer(x))), pooled where the net pools.
+
+        x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
+        """
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
-            z = x.float().mean((2, 3)) if x.dim() == 4 else x.float()
-            scale = self.scale(z)
-        outputs, inputs = (None, None) if x.is_cuda else (gather(scale != 0), gather(z != 0))
-        y = run(x, layer, outputs, inputs)
-        part = scale if outputs is None else scale[:, outputs]
-        part = part.reshape(*part.shape, *[1] * (y.dim() - 2))
+            scale = self.scale(x.mean((2, 3), dtype=torch.float) if x.dim() == 4 else x.float(), at)
+        outputs = None if x.is_cuda else gather(scale != 0)
+        scale = scale if outputs is None else scale.index_select(1, outputs)
+        y = models.apply(layer, x, at, outputs)
         if norm is not None:
-            y = masked_norm(y, (part.detach() != 0).float(), norm, outputs)
-        y = models.activate(y, pool) * part.to(y.dtype)
-        if outputs is None:
-            return y
-        full = torch.zeros(len(y), scale.shape[1], *y.shape[2:], dtype=y.dtype, device=y.device)
-        if y.dim() == 4:
-            full = full.to(memory_format=torch.channels_last)
-        return full.index_copy(1, outputs, y)
+            y = masked_norm(y, (scale.detach() != 0).float(), norm, outputs)
+        y = models.activate(y, pool)
+        return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
 
 
 def gather(used: torch.Tensor) -> torch.Tensor | None:
@@ -88,40 +86,33 @@ def gather(used: torch.Tensor) -> torch.Tensor | None:
     return used.float().topk(count).indices.sort().values if count <= 0.75 * len(used) else None
 
 
-def run(x, layer, outputs, inputs) -> torch.Tensor:
-    """The layer on the channels `inputs` (the others are zero in every image), for the channels `outputs` alone."""
-    weight, bias, width = layer.weight, layer.bias, x.shape[1]
-    if outputs is not None:
-        weight, bias = weight[outputs], None if bias is None else bias[outputs]
-    if inputs is not None:
-        x = x[:, inputs]
-        weight = models.per_channel(weight, width)[:, inputs].reshape(len(weight), -1, *weight.shape[2:])
-    if isinstance(layer, nn.Linear):
-        return nn.functional.linear(x.flatten(1), weight, bias)
-    return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding)
-
-
 def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
     """Batch norm whose statistics count only the images that use a channel: excluded ones take no part, forward or backward.
 
-    y (B, C', H, W), mask (B, C', 1, 1); `outputs` are the C' channels of `norm` that y holds, None for all.
+    y (B, C', H, W), mask (B, C'); `outputs` are the C' channels of `norm` that y holds, None for all.
     """
     pick = slice(None) if outputs is None else outputs
     gamma, beta, mean, var = (v[pick] for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
-    y = y.float()
-    if norm.training:
-        count = mask.sum((0, 2, 3)) * y.shape[2] * y.shape[3]
-        n = count.clamp_min(1)
-        batch_mean = (y * mask).sum((0, 2, 3)) / n
-        batch_var = ((y - batch_mean[:, None, None]) * mask).square().sum((0, 2, 3)) / n
+    if not norm.training:
+        return F.batch_norm(y, mean, var, gamma, beta, eps=norm.eps)
+    images, place = mask.sum(0), y.shape[2] * y.shape[3]
+    new = mean.clone(), var.clone()
+    if not y.is_cuda and bool(((images == 0) | (images == len(y))).all()):  # all images choose alike: an ordinary batch norm
+        out = F.batch_norm(y, *new, gamma, beta, True, norm.momentum, norm.eps)
+    else:
+        n = (images * place).clamp_min(1)
+        batch_mean = (mask * y.mean((2, 3), dtype=torch.float)).sum(0) * place / n
+        square = torch.linalg.vector_norm(y, dim=(2, 3), dtype=torch.float).square()  # (B, C')
+        batch_var = ((mask * square).sum(0) / n - batch_mean.square()).clamp_min(0)
         with torch.no_grad():
-            seen = (count > 1).float() * norm.momentum
-            norm.running_mean[pick] = mean + seen * (batch_mean - mean)
-            norm.running_var[pick] = var + seen * (batch_var * n / (n - 1).clamp_min(1) - var)
-            norm.num_batches_tracked += 1
-        mean, var = batch_mean, batch_var
-    factor = gamma * (var + norm.eps).rsqrt()
-    return y * factor[:, None, None] + (beta - mean * factor)[:, None, None]
+            new = mean.lerp(batch_mean, norm.momentum), var.lerp(batch_var * n / (n - 1).clamp_min(1), norm.momentum)
+        factor = gamma * (batch_var + norm.eps).rsqrt()
+        shift = beta - batch_mean * factor
+        out = torch.addcmul(shift.to(y.dtype)[:, None, None], y, factor.to(y.dtype)[:, None, None])
+    with torch.no_grad():
+        norm.running_mean[pick], norm.running_var[pick] = (torch.where(images > 0, a, b) for a, b in zip(new, (mean, var)))
+        norm.num_batches_tracked += 1
+    return out
 
 
 def attach(net: Net, keeps) -> None:

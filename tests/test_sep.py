@@ -64,7 +64,7 @@ def test_gathering_the_kernels_changes_nothing(arch, monkeypatch):
 def choices(net, x):
     """The scales (B, C) of every gate on a batch."""
     found, scale = [], sep.Gate.scale
-    sep.Gate.scale = lambda self, z: found.append(scale(self, z)) or found[-1]
+    sep.Gate.scale = lambda self, *z: found.append(scale(self, *z)) or found[-1]
     try:
         net(x)
     finally:
@@ -102,7 +102,7 @@ def test_batch_norm_counts_only_the_images_that_use_a_channel():
     mask = torch.ones(6, 3, 1, 1)
     mask[2:, 1] = 0  # channel 1 is used by images 0 and 1 alone, channel 2 by none
     mask[:, 2] = 0
-    out = sep.masked_norm(y, mask, norm, None) * mask
+    out = sep.masked_norm(y, mask[:, :, 0, 0], norm, None) * mask
     reference = torch.nn.BatchNorm2d(3)
     assert torch.allclose(out[:, 0], reference(y)[:, 0], atol=1e-5)
     assert torch.allclose(norm.running_var[0], reference.running_var[0], atol=1e-6)
@@ -112,6 +112,20 @@ def test_batch_norm_counts_only_the_images_that_use_a_channel():
     assert norm.running_mean[2] == 0 and norm.running_var[2] == 1
     (out * torch.randn_like(out)).sum().backward()
     assert (y.grad[2:, 1] == 0).all() and (y.grad[:, 2] == 0).all() and (y.grad[:2, 1] != 0).any()
+
+
+def test_where_all_images_choose_alike_batch_norm_is_the_ordinary_one():
+    torch.manual_seed(0)
+    y, mask, pick = 2 + torch.randn(6, 3, 4, 4), torch.ones(6, 3), torch.tensor([4, 0, 2])
+    mask[:, 2] = 0  # chosen for no image
+    few, many = torch.nn.BatchNorm2d(5), torch.nn.BatchNorm2d(5)
+    alike = sep.masked_norm(y, mask, few, pick)
+    other = sep.masked_norm(torch.cat([y, y[:1]]), torch.cat([mask, torch.zeros(1, 3)]), many, pick)  # one image more, which uses none
+    assert torch.allclose(alike[:, :2], other[:6, :2], atol=1e-5)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.allclose(few.state_dict()[key], many.state_dict()[key], atol=1e-5), key
+    assert few.running_mean[[1, 2, 3]].abs().max() == 0 and few.running_mean[[0, 4]].min() > 0.1
+    assert torch.allclose(sep.masked_norm(y, mask, few.eval(), pick)[:, 0], few(y.repeat(1, 2, 1, 1)[:, [0, 1, 1, 1, 0]])[:, 4], atol=1e-5)
 
 
 def test_macs_are_what_runs_with_the_gates(monkeypatch):
@@ -124,8 +138,9 @@ def test_macs_are_what_runs_with_the_gates(monkeypatch):
     monkeypatch.setattr(sep, "GRAIN", 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         soft(x[:1])
-    # at batch 1 the gathered net runs only the kernels it keeps; the classifier still reads the zeros
-    assert counter.get_total_flops() / 2 == sep.macs(soft) + (512 - 256) * 10
+    # at batch 1 the gathered net runs only the kernels it keeps, and the squeezes read no excluded channel, where MACs count them whole
+    unread = sum(g.squeeze.out_features * (g.squeeze.in_features - k) for g, k in zip(list(soft.gates)[1:], structure) if g is not None)
+    assert counter.get_total_flops() / 2 == sep.macs(soft) - unread
     assert sep.macs(soft) == sep.macs(net, structure)
     assert sep.macs(soft) - models.macs(net, structure) == sum(max(4, i // 16) * (i + o) for i, o in zip((3, *net.widths), net.widths))
     assert sep.macs(net) == sep.macs(net, net.widths) == models.macs(net)

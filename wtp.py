@@ -18,7 +18,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+if __name__ == "__main__":  # a Ctrl-C while the rest is imported gets one line, too
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (os.write(2, b"stopped\n"), os._exit(128 + n)))
+
+try:
+    import typer
+except ImportError:
+    sys.exit("wtp: typer is missing; pip install -r requirements.txt")
 
 # ---- experiments --------------------------------------------------------------------------------------------------------
 
@@ -83,7 +90,6 @@ ROWS = ("lstm", "sep", "random", "uniform")  # the order of the work: `uniform` 
 
 Name = StrEnum("Name", list(SCHEDULES))
 Method = StrEnum("Method", ["uniform", "lstm", "sep", "random"])
-Pruning = StrEnum("Pruning", ["lstm", "sep"])
 
 
 def epochs_for(steps: int, images: int) -> int:
@@ -482,7 +488,7 @@ def digest(path: Path) -> str:
 def prune(
     ckpt: Path,
     rate: Rate = 0.2,
-    method: Annotated[Pruning, typer.Option(help="lstm removes channels, sep switches them off per image")] = Pruning.lstm,
+    method: Annotated[Method, typer.Option(help="lstm removes channels, sep switches them off per image; uniform, random: to compare with")] = Method.lstm,
     target: Target = None,
     schedule: Effort = Name.published,
     output: Annotated[Path | None, typer.Option(help="default: CKPT with -pruned in its name")] = None,
@@ -496,6 +502,8 @@ def prune(
     import sep
     from models import Failure
 
+    if method == Method.uniform and target is None:
+        raise Failure("uniform needs a cut to land on; give --target", 2)
     net, facts = sep.load(ckpt)
     output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
     free(output)
@@ -620,6 +628,8 @@ def explain(e: Exception) -> tuple[str, int]:
         return " ".join(e.format_message().split()).rstrip(".") + "; see --help", 2
     if hasattr(e, "status"):  # models.Failure
         return str(e), e.status
+    if isinstance(e, ModuleNotFoundError) and e.name in ("torch", "torchvision", "rich"):
+        return f"{e.name} is missing; pip install -r requirements.txt", 1
     if isinstance(e, OSError):
         return " ".join(str(e).split()), 1
     if isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate memory" in str(e):

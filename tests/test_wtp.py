@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,7 @@ def test_two_processes_do_not_share_a_folder(capsys, tmp_path):
     assert status == 1 and "in use by another process" in err
 
 
-@pytest.mark.parametrize("method", ["lstm", "sep"])
+@pytest.mark.parametrize("method", ["lstm", "sep", "uniform"])
 def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, method):
     net, facts = sep.load(smoke[0] / "baseline.pt")
     models.save(tmp_path / "my.pt", net, {"data": facts["data"]})
@@ -309,6 +310,7 @@ def tree(folder):
 WRONG = [
     (2, "unknown experiment 'imagenet'", ["reproduce", "imagenet"]),
     (2, "unknown experiment 'imagenet'", ["train", "imagenet"]),
+    (2, "uniform needs a cut to land on; give --target", ["prune", "net.pt", "--method", "uniform"]),
     (2, "no checkpoint gone.pt", ["prune", "gone.pt"]),
     (2, "no checkpoint gone.pt", ["evaluate", "gone.pt"]),
     (2, "folder is a folder, not a checkpoint", ["evaluate", "folder"]),
@@ -405,6 +407,27 @@ def test_ctrl_c_while_nothing_runs_yet(tmp_path):
         p.send_signal(signal.SIGINT)
         p.send_signal(signal.SIGINT)
         assert p.wait() == 130 and "Traceback" not in first + p.stderr.read()
+
+
+def test_ctrl_c_at_once(tmp_path):
+    """However early it comes: once Python has read the first lines of wtp.py, it gets one line at most."""
+    for _ in range(5):
+        with subprocess.Popen([sys.executable, "-X", "importtime", ROOT / "wtp.py", "reproduce", "digits", "--out", tmp_path], stderr=subprocess.PIPE, text=True) as p:
+            while "| signal" not in p.stderr.readline():
+                pass
+            while "| typing" not in p.stderr.readline():  # the last of the quick imports
+                pass
+            time.sleep(0.005)
+            p.send_signal(signal.SIGINT)
+            assert "Traceback" not in p.stderr.read() and p.wait() == 130
+
+
+@pytest.mark.parametrize("package", ["typer", "torch", "rich"])
+def test_a_missing_package_is_named(tmp_path, package):
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise ModuleNotFoundError(name='{package}')")
+    done = shell("reproduce", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and done.stderr == f"wtp: {package} is missing; pip install -r requirements.txt\n"
 
 
 def test_without_arguments_there_is_help(capsys, monkeypatch):

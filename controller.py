@@ -7,7 +7,6 @@ drawn from a stream named by the seed and the place (`stream`), so that a run th
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -42,7 +41,7 @@ HIDDEN, LAYERS, DROPOUT = 100, 2, 0.8  # of the LSTM (script)
 TEACHER_BYTES = 1 << 30  # ours: outputs of the teacher kept at most; beyond, they are computed epoch by epoch
 
 # How a method brings a net to a structure, and what that will cost.
-METHODS = {"lstm": (models.prune, models.macs), "random": (models.prune, models.macs), "sep": (sep.soften, sep.macs)}
+METHODS = dict.fromkeys(("lstm", "random", "uniform"), (models.prune, models.macs)) | {"sep": (sep.soften, sep.macs)}
 
 
 def stream(*where) -> int:
@@ -352,6 +351,19 @@ def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: 
         yield epoch, total.item() / steps
 
 
+def latency(net: Net, images: Images, batch: int) -> float:
+    """Median seconds of a forward pass of so many images in float32, warm."""
+    x, times = images.batch(torch.arange(batch, device=images.labels.device) % len(images)), []
+    net.eval()
+    with torch.no_grad():
+        for _ in range(30):
+            began = time.perf_counter()
+            net(x)
+            torch.cuda.synchronize() if x.is_cuda else None
+            times.append(time.perf_counter() - began)
+    return sorted(times[10:])[10]
+
+
 def speed(net: Net, device: torch.device, steps: int = 4) -> float:
     """Images per second that `fit` trains `net` at, with a teacher's outputs at hand, measured on random images."""
     pixels = torch.randint(0, 256, (BATCH * steps, net.size, net.size, net.channels), dtype=torch.uint8)
@@ -423,6 +435,23 @@ def uniform(widths, cut, target: float) -> tuple[int, ...]:
         if cut(now) - target > 0.05:
             break
     return best
+
+
+def rounded(structure, widths, cut, target: float, multiple: int) -> tuple[int, ...]:
+    """The structure of multiples (or whole `widths`) nearest to `structure` that still cuts `target`, but no more than it must.
+    Raises Failure."""
+    choices = [sorted({w, *range(multiple, w + 1, multiple)}) for w in widths]
+    if (most := cut([c[0] for c in choices])) < target:
+        raise Failure(f"with widths at multiples of {multiple} this net cannot cut {target:.1%}, {most:.1%} at most; give a smaller --round-to", 2)
+    at = [min(range(len(c)), key=lambda n: abs(c[n] - k)) for c, k in zip(choices, structure)]
+    now = lambda steps: tuple(c[n] for c, n in zip(choices, steps))
+    excess = lambda i: choices[i][at[i]] / structure[i]
+    step = lambda i, by: [n + by * (i == j) for j, n in enumerate(at)]
+    while cut(now(at)) < target:  # down where rounding added the most
+        at = step(max((i for i in range(len(at)) if at[i]), key=excess), -1)
+    while larger := [i for i in range(len(at)) if at[i] + 1 < len(choices[i]) and cut(now(step(i, 1))) >= target]:
+        at = step(min(larger, key=excess), 1)  # and up where it took the most
+    return now(at)
 
 
 @dataclass
@@ -645,15 +674,17 @@ class Settings:
 class Run:
     """A run folder, and the work that fills it. Every method picks up what the folder already holds."""
 
-    def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None, fresh: bool = False):
-        self.folder, self.settings, self.test, self.watch = Path(folder), settings, test, watch or Watch()
+    def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None, fresh: bool = False,
+                 round_to: int | None = None):
+        self.folder, self.settings, self.test, self.watch, self.round_to = Path(folder), settings, test, watch or Watch(), round_to
         self.claim(fresh)
         self.all, (self.train, self.validation) = train, split(train, settings.seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
-        head = head | dict(statistics=[train.mean, train.std], seed=settings.seed, device=describe(self.device), versions=versions(), seconds=0.0)
+        head = head | dict(statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to, device=describe(self.device), versions=versions(),
+                           seconds=0.0)
         self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:
-            known = ("experiment", "schedule", "data", "settings", "source", "statistics")
+            known = ("experiment", "schedule", "data", "settings", "source", "statistics", "round_to")
             ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
             if differing := [k for k, v in ours.items() if found[k] != v]:
                 raise Failure(f"{self.folder} holds a run with other {' and '.join(differing)}; give another --out, or --fresh to start over", 2)
@@ -668,11 +699,12 @@ class Run:
             self.lock = (self.folder / "lock").open("w")
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for method in ("baseline", "uniform", *METHODS) if fresh else ():
+            for method in ("baseline", "static", *METHODS) if fresh else ():
                 self.drop_pool(method)
                 (self.folder / f"{method}.pt").unlink(missing_ok=True)
-            for name in ("progress.pt", "progress.pt.part", "results.part", "results.json") if fresh else ():  # results last: they tell whose all is
-                (self.folder / name).unlink(missing_ok=True)
+            for name in ("progress.pt", "report.svg", "results.json") if fresh else ():  # results last: they tell whose all is
+                for path in (self.folder / f"{name}.part", self.folder / name):
+                    path.unlink(missing_ok=True)
         except BlockingIOError as e:
             raise Failure(f"{self.folder} is in use by another process") from e
         except OSError as e:
@@ -687,12 +719,7 @@ class Run:
 
     def keep_results(self) -> None:
         self.results["seconds"] = round(self.before + time.time() - self.began, 1)
-        path = self.folder / "results.json"
-        try:
-            path.with_suffix(".part").write_text(json.dumps(self.results, indent=1) + "\n")
-            os.replace(path.with_suffix(".part"), path)
-        except OSError as e:
-            raise Failure(f"cannot write {path}: {e.strerror}") from e
+        models.write_text(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
 
     def complete(self, title: str, net: Net, images: Images, plan: Plan, *, teacher: Net | None = None, choose_best: bool = False):
         """Train `net` to the end of its plan, going on where an earlier run was stopped in it.
@@ -776,13 +803,20 @@ class Run:
 
     def method(self, method: str, baseline: Net, target: float | None) -> None:
         """The whole of a row: search (or the uniform steps), final training, test; nothing where the row is there."""
+        if method == "static":
+            self.method("sep", baseline, target)
+            return self.static(baseline)
         path = self.folder / f"{method}.pt"
         if self.row(method):
             if not models.sound(path):
                 self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
             return
         if not path.exists():
+            if self.round_to and target:  # is it within reach?
+                rounded(baseline.widths, baseline.widths, lambda w: self.cut(METHODS[method][1](baseline, w)), target, self.round_to)
             found, chosen = self.uniform(baseline, target) if method == "uniform" else self.search(method, baseline, target)
+            if self.round_to:
+                found, chosen = self.round(method, baseline, found, chosen, target)
             net, _, seconds, curve = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
             self.save(path, net, method, chosen.validation_accuracy, seconds + sum(c["seconds"] for c in self.results["search"][method]), curve)
         self.report(method, *self.load(path))
@@ -796,11 +830,50 @@ class Run:
     def recover(self, method: str, baseline: Net, parent: Net, structure, scheme, epoch: int, number: int, target) -> tuple[Net, Candidate]:
         """Bring a parent to a structure, train it with the teacher, and say how good it is."""
         torch.manual_seed(stream(self.settings.seed, method, structure))  # for the weights of fresh gates
-        child = METHODS.get(method, METHODS["lstm"])[0](parent, structure)
+        child = METHODS[method][0](parent, structure)
         title = f"{method}: candidate {number}, {name_of(structure)}"
         net, found, seconds, _ = self.complete(title, child, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
         macs = sep.macs(net)
         return net, Candidate(structure, scheme, parent.structure, epoch, found, macs, self.cut(macs), reward(found, self.cut(macs), target), round(seconds, 2))
+
+    def kept(self, path: Path, make) -> tuple[Net, Candidate]:
+        """The candidate in a file of the pool; made and saved first, where it is not there."""
+        if not path.exists():
+            net, candidate = make()
+            models.save(path, net, asdict(candidate))
+        net, facts = self.load(path)
+        return net, Candidate(**facts)
+
+    def round(self, method: str, baseline: Net, found: Net, chosen: Candidate, target: float | None) -> tuple[Net, Candidate]:
+        """The chosen net with its widths at multiples, made from the baseline with a recovery of its own; tells cost and gain."""
+        cut = lambda w: self.cut(METHODS[method][1](baseline, w))
+        least = [min(w, self.round_to) for w in baseline.widths]
+        structure = rounded(chosen.structure, baseline.widths, cut, target or min(chosen.cut, cut(least)), self.round_to)
+        log = self.results["search"][method]
+        if structure == chosen.structure:
+            return found, chosen
+        scheme = tuple(int(a != b) for a, b in zip(structure, baseline.widths))
+        whole = self.load(self.folder / "baseline.pt")[0]
+        make = lambda: self.recover(method, baseline, whole, structure, scheme, log[-1]["epoch"], len(log), target)
+        net, candidate = self.kept(self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", make)
+        log.append(asdict(candidate))
+        told = [f"cut {c.cut:.1%}, {latency(n, self.validation, 1) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
+                for n, c in ((found, chosen), (net, candidate))]
+        self.watch.say(f"{method}: widths at multiples of {self.round_to}: {told[0]} -> {told[1]}")
+        self.results.setdefault("rounded", {})[method] = told
+        return net, candidate
+
+    def static(self, baseline: Net) -> None:
+        """The row of `sep`'s net made plain: the kernels that its gates choose most often on the training images, and a recovery."""
+        path = self.folder / "static.pt"
+        if self.row("static"):
+            return
+        if not path.exists():
+            gated, facts = self.load(self.folder / "sep.pt")
+            small = sep.harden(gated, (self.train.batch(i) for i in chunks(self.train))) if gated.gates else gated
+            net, found, seconds, curve = self.complete("static: recovery", small, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
+            self.save(path, net, "static", found, seconds + facts["seconds"], curve)
+        self.report("static", *self.load(path))
 
     def uniform(self, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
         """The same share of every layer, in steps of the pruning rate with a recovery each, as the search goes."""
@@ -812,13 +885,10 @@ class Run:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
             if self.settings.candidates and self.settings.target:
                 structure = end  # in one step, as the others go
-            path = folder / f"{name_of((len(log), *end))}.pt"
-            if not path.exists():
-                scheme = tuple(int(a != b) for a, b in zip(structure, net.structure))
-                net, candidate = self.recover("uniform", baseline, net, structure, scheme, len(log), len(log), target)
-                models.save(path, net, asdict(candidate))
-            net, facts = self.load(path)
-            log.append(Candidate(**facts))
+            scheme = tuple(int(a != b) for a, b in zip(structure, net.structure))
+            make = lambda n=net, w=structure, s=scheme: self.recover("uniform", baseline, n, w, s, len(log), len(log), target)
+            net, candidate = self.kept(folder / f"{name_of((len(log), *end))}.pt", make)
+            log.append(candidate)
         self.results["search"]["uniform"] = [asdict(c) for c in log]
         self.keep_results()
         return net, log[-1]
@@ -858,7 +928,7 @@ class Run:
         return self.load(path_of(search.best.structure))[0], search.best
 
 
-def read_results(folder: Path, missing_ok: bool = False) -> dict | None:
+def read_results(folder: Path, missing_ok: bool = False, hint: str = "; --fresh starts the run over") -> dict | None:
     """The results.json of a run folder. Raises Failure."""
     path = Path(folder) / "results.json"
     if missing_ok and not path.exists():
@@ -869,7 +939,7 @@ def read_results(folder: Path, missing_ok: bool = False) -> dict | None:
             raise ValueError
         return found
     except (OSError, ValueError, AttributeError) as e:
-        raise Failure(f"{path} cannot be read ({type(e).__name__}); --fresh starts the run over") from e
+        raise Failure(f"{path} cannot be read ({type(e).__name__}){hint}") from e
 
 
 def describe(device: torch.device) -> str:

@@ -9,9 +9,11 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -356,6 +358,17 @@ def write(path: Path, content: dict) -> None:
         raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; the old one stays until the new one is complete."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as e:
+        raise Failure(f"cannot write {path}: {e.strerror}") from e
+
+
 def save(path: Path, net: Net, facts: dict) -> None:
     """Write a checkpoint: all that rebuilds the net, and `facts` about it (plain values)."""
     gates = [None if g is None else g.keep for g in net.gates] if net.gates is not None else None
@@ -500,3 +513,61 @@ def read_progress(path: Path, title: str) -> dict | None:
     except Exception:  # not there, or not readable: that work starts over
         return None
     return found if isinstance(found, dict) and found.get("title") == title and sound(path) else None
+
+
+# ---- export -----------------------------------------------------------------------------------------------------------
+
+
+class Whole(nn.Module):
+    """A net with its normalisation: images (B, C, H, W) in [0, 1] -> logits (B, classes)."""
+
+    def __init__(self, net: Net, mean, std):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net((images - self.mean) / self.std)
+
+
+@torch.no_grad()
+def export(net: Net, path: Path, mean, std, size: int) -> float:
+    """Write `net` for use without this project, normalisation included, any batch size: .pt2 (torch.export) or .onnx.
+
+    The file is read back and run before it takes its name. Returns the largest difference of its logits from the net's on random
+    `size` x `size` images, as a share of the largest logit. Raises Failure.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    whole = Whole(deepcopy(net).cpu().to(memory_format=torch.contiguous_format), mean, std).eval()
+    images = torch.rand(5, net.channels, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        expected = whole(images)
+    except RuntimeError as e:
+        raise Failure(f"this {net.arch} cannot take images of {size} x {size} pixels", 2) from e
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            program = torch.export.export(whole, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            if path.suffix == ".onnx":
+                import onnxruntime
+
+                torch.onnx.export(program, f=str(part), input_names=["images"], output_names=["logits"], external_data=False, verbose=False)
+                session = onnxruntime.InferenceSession(str(part))
+                run = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+            else:
+                with part.open("wb") as file:
+                    torch.export.save(program, file)
+                run = torch.export.load(part.open("rb")).module()
+            found = torch.cat([run(images[:1]), run(images[1:])])
+        difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+        if not difference < 1e-2:
+            raise Failure(f"the exported net differs from the original, by {difference:.1e} of the largest logit; nothing was written")
+        os.replace(part, path)
+    except ImportError as e:
+        raise Failure(f".onnx needs {e.name}: pip install onnx onnxscript onnxruntime") from e
+    except OSError as e:
+        raise Failure(f"cannot write {path}: {e.strerror}") from e
+    finally:
+        part.unlink(missing_ok=True)
+    return difference

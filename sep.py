@@ -30,7 +30,7 @@ class Gate(nn.Module):
         nn.init.zeros_(self.excite.bias)
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
         self.frozen: torch.Tensor | None = None  # (C,) zeros and ones: the same choice for every image, scale 1
-        self.used: torch.Tensor | None = None  # (C,) for how many images each channel was chosen, where somebody counts
+        self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
 
     @torch.no_grad()
     def start(self, importance: torch.Tensor) -> None:
@@ -56,12 +56,13 @@ class Gate(nn.Module):
             return self.frozen.to(z).expand(len(z), -1)
         s = torch.sigmoid(self.excite(torch.relu(models.apply(self.squeeze, z, at))))
         mask = torch.zeros_like(s).scatter_(1, s.topk(self.keep, 1).indices, 1.0)
-        if self.used is not None:
-            self.used += mask.sum(0)
         s = s / self.unit * mask
         # ours: over the mean of the chosen, so that a gate cannot turn all of its channels down together, below the excluded
         # ones, which no gradient moves: then choices flip to kernels that were never trained
-        return s * (self.keep / s.sum(1, keepdim=True))
+        s = s * (self.keep / s.sum(1, keepdim=True))
+        if self.used is not None:
+            self.used += torch.stack([mask.sum(0), s.sum(0)])
+        return s
 
     def forward(self, x, at, layer, norm, pool: bool):
         """(B, C_in', H, W) -> (B, C', H', W'), outputs: s * m * relu(norm(layer(x))), pooled where the net pools.
@@ -70,7 +71,7 @@ class Gate(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             scale = self.scale(x.mean((2, 3), dtype=torch.float) if x.dim() == 4 else x.float(), at)
-        outputs = None if x.is_cuda else gather(scale != 0)
+        outputs = None if x.is_cuda or torch.compiler.is_exporting() else gather(scale != 0)
         scale = scale if outputs is None else scale.index_select(1, outputs)
         y = models.apply(layer, x, at, outputs)
         if norm is not None:
@@ -162,6 +163,41 @@ def freeze(net: Net, kept: list[torch.Tensor]) -> None:
     for gate, width, stay in zip(net.gates, net.widths, kept):
         if gate is not None:
             gate.frozen = torch.zeros(width).index_fill(0, stay.cpu(), 1.0)
+
+
+@torch.no_grad()
+def count(net: Net, batches) -> list[torch.Tensor | None]:
+    """Per prunable layer (2, C): for how many of the images each channel was chosen, and the sum of its scales; None without a gate.
+
+    `batches` are images (B, C, H, W), normalised.
+    """
+    net.eval()
+    gates = [g for g in net.gates or () if g is not None]
+    for gate in gates:
+        gate.used = torch.zeros(2, len(gate.unit), device=gate.unit.device)
+    for x in batches:
+        net(x)
+    found = [g.used if g is not None else None for g in net.gates or [None] * len(net.widths)]
+    for gate in gates:
+        gate.used = None
+    return found
+
+
+@torch.no_grad()
+def harden(net: Net, batches) -> Net:
+    """A gated net as a plain small one: the kernels that are chosen most often on `batches` stay, each with its mean scale."""
+    counts, kept, net = count(net, batches), [], deepcopy(net)
+    for p, width, k, gate, used in zip(net.prunable, net.widths, net.structure, net.gates, counts):
+        if gate is None:
+            kept.append(torch.arange(width))
+            continue
+        chosen, scales = used
+        stay = (chosen + torch.sigmoid(gate.excite.bias)).topk(k).indices.sort().values.cpu()  # a tie goes to whom the gate prefers
+        weight = net.get_submodule(p.next).weight
+        factor = (scales / chosen.clamp_min(1)).repeat_interleave(weight.shape[1] // width)
+        weight.mul_(factor.reshape(-1, *[1] * (weight.dim() - 2)))
+        kept.append(stay)
+    return models.remove(net, kept)
 
 
 def macs(net: Net, structure=None) -> int:

@@ -5,6 +5,8 @@
     python wtp.py train mnist                the baseline alone
     python wtp.py prune --rate 0.2 net.pt    a smaller net from your own checkpoint
     python wtp.py evaluate net.pt            accuracy, MACs, parameters, size, latency
+    python wtp.py export net.pt net.onnx     for use without this project, .pt2 or .onnx
+    python wtp.py report RUN                 the tables again, and report.svg
 
 Here: the table of experiments and schedules, the commands, what they show. PyTorch is imported inside the commands, so
 that --help is quick.
@@ -12,7 +14,6 @@ that --help is quick.
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -86,10 +87,10 @@ SCHEDULES = {
     "fast": Schedule(lr=0.02, cycle=True, parents=3, patience=3, candidates=60, steps=50, final=10, baseline=20),
     "smoke": Schedule(lr=0.1, cycle=True, parents=2, patience=2, candidates=4, recovery=1, final=1, baseline=6, images=3000),
 }
-ROWS = ("lstm", "sep", "random", "uniform")  # the order of the work: `uniform` lands where `lstm` landed
+ROWS = ("lstm", "sep", "static", "random", "uniform")  # the order of the work: `static` comes from `sep`, `uniform` lands where `lstm` landed
 
 Name = StrEnum("Name", list(SCHEDULES))
-Method = StrEnum("Method", ["uniform", "lstm", "sep", "random"])
+Method = StrEnum("Method", ["uniform", "lstm", "sep", "static", "random"])
 
 
 def epochs_for(steps: int, images: int) -> int:
@@ -183,13 +184,17 @@ def span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def in_order(results: dict) -> list[dict]:
+    order = ["baseline", "uniform", "random", "lstm", "sep", "static"]
+    return sorted(results["rows"], key=lambda row: order.index(row["method"]))
+
+
 def show_results(results: dict, out) -> None:
     """The table of a run, a row per method; below, what is left of each layer and how often each search pruned it."""
     from rich.table import Table
     from rich.text import Text
 
-    order = ["baseline", "uniform", "random", "lstm", "sep"]
-    rows = sorted(results["rows"], key=lambda row: order.index(row["method"]))
+    rows = in_order(results)
     title = "{experiment}, {schedule} schedule, data {data}, seed {seed}, {device}".format_map(results)
     table = Table(title=Text(title), title_justify="left")  # a Text, for a user's [name] is no markup
     for name in ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time"):
@@ -201,20 +206,119 @@ def show_results(results: dict, out) -> None:
     say = lambda text: out.print(text, markup=False)
     for r in rows[1:]:
         say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
+    if any(r["method"] == "static" for r in rows):
+        say("static begins with sep's net; its time includes sep's")
     for method, log in results["search"].items():
-        schemes = [c["scheme"] for c in log if c["parent"]]
-        if method != "uniform" and len(schemes) > 1 and len(rows[0]["widths"]) > 8:
-            say(f"{method} tried {len(schemes)} candidates")  # more layers than a line can hold: results.json has them
-        elif method != "uniform" and len(schemes) > 1:
-            halves = schemes[: len(schemes) // 2], schemes[len(schemes) // 2 :]
-            early, late = (" ".join(f"{sum(layer) / len(layer):.0%}" for layer in zip(*half)) for half in halves)
-            say(f"{method} tried {len(schemes)} candidates; how often it pruned each layer: {early} (first half), {late} (second half)")
+        if method != "uniform" and len(log) > 2:
+            what, *halves = habits(log)
+            few = f"; {what} each layer: {{}} (first half), {{}} (second half)".format(*(" ".join(f"{v:.0%}" for v in half) for half in halves))
+            say(f"{method} tried {len(log) - 1} candidates{few if len(rows[0]['widths']) <= 8 else ''}")
+    for method, told in results.get("rounded", {}).items():
+        say(f"{method}, widths at multiples of {results['round_to']}: {told[0]} -> {told[1]}")
     target = results["settings"]["target"]
     for r in rows[1:]:
         if target and r["cut"] < target - 0.005:  # `uniform` lands within half a point
             say(f"{r['method']} did not reach the target: a cut of {r['cut']:.1%}, not {target:.1%}; its search found nothing smaller")
         elif r["cut"] == 0 and r["method"] != "uniform":
             say(f"{r['method']} kept the whole net: by the reward, nothing smaller was better")
+
+
+def habits(log) -> tuple[str, list, list]:
+    """What a search did to each layer: (what the shares are, those of its first half, those of its second half)."""
+    start, tried = log[0]["structure"], log[1:]
+    walks = all(c["parent"] == start for c in tried)  # then a scheme says little: nearly every layer loses something
+    share = lambda c: [1 - k / w for k, w in zip(c["structure"], start)] if walks else c["scheme"]
+    halves = tried[: len(tried) // 2], tried[len(tried) // 2 :]
+    return "mean share removed of" if walks else "how often it pruned", *([sum(v) / len(half) for v in zip(*map(share, half))] for half in halves)
+
+
+KEPT, GONE, OTHER, MARK = "#0072b2", "#b0b0b0", "#009e73", "#d55e00"  # Okabe and Ito's colours: told apart by colour-blind eyes
+
+
+def bar(share: float, width: int, colour: str = KEPT):
+    """A bar of `width` characters, to an eighth of a character."""
+    from rich.text import Text
+
+    full, part = divmod(round(share * width * 8), 8)
+    return Text("█" * full + " ▏▎▍▌▋▊▉"[part] * (part > 0), colour) + Text("·" * (width - full - (part > 0)), GONE)
+
+
+def show_layers(results: dict, rows: list, out) -> None:
+    """Per layer what each row keeps, as bars, and what the search of `lstm`, or else of another, did to it."""
+    from rich.table import Table
+
+    method = next((m for m in ("lstm", "sep", "random") if len(results["search"].get(m, ())) > 2), None)
+    what, early, late = habits(results["search"][method]) if method else ("", (), ())
+    table = Table(title="channels kept in each layer" + (f"; right: {what} it, {method}'s search, early and late" if method else ""), title_justify="left")
+    for name in ("layer", "width", *(r["method"] for r in rows[1:]), *(("early", "late") if method else ())):
+        table.add_column(name, justify="right" if name in ("layer", "width", "early", "late") else "left")
+    for i, width in enumerate(rows[0]["widths"]):
+        kept = [bar(r["widths"][i] / width, max(8, 48 // len(rows))) + f" {r['widths'][i]}" for r in rows[1:]]
+        table.add_row(str(i + 1), str(width), *kept, *(f"{half[i]:.0%}" for half in (early, late) if method))
+    out.print(table)
+
+
+def show_candidates(results: dict, rows: list, out, width: int = 72, height: int = 14) -> None:
+    """Validation accuracy against the cut of every candidate of every search; where all cut alike, in the order they were tried."""
+    from rich.text import Text
+
+    for method, log in results["search"].items():
+        tried, chosen = log[1:], next((r["widths"] for r in rows if r["method"] == method), None)
+        if method == "uniform" or len(tried) < 2:
+            continue
+        alike = max(c["cut"] for c in tried) - min(c["cut"] for c in tried) < 0.02
+        points = [(n if alike else c["cut"], c["validation_accuracy"], c) for n, c in enumerate(tried, 1)]
+        pool = sorted(tried, key=lambda c: -c["reward"])[: results["settings"]["parents"]]
+        is_chosen = lambda c: list(c["structure"]) == chosen
+        (left, right), (low, high) = ((min(v), max(v)) for v in list(zip(*points))[:2])
+        grid = [[(" ", "")] * width for _ in range(height)]
+        for x, y, c in sorted(points, key=lambda p: (is_chosen(p[2]), p[2] in pool)):  # the marked ones last, on top
+            column, line = (x - left) / ((right - left) or 1) * (width - 1), (high - y) / ((high - low) or 1) * (height - 1)
+            grid[round(line)][round(column)] = ("◆", MARK) if is_chosen(c) else ("o", KEPT) if c in pool else ("•", GONE)
+        out.print(Text(f"{method}: validation accuracy of each candidate; ◆ chosen, o among the {len(pool)} largest rewards, • the others"))
+        for n, line in enumerate(grid):
+            label = f"{high - n / (height - 1) * (high - low):8.2%} " if n % 4 == 0 or n == height - 1 else " " * 9
+            out.print(Text(label + "│") + Text.assemble(*line), no_wrap=True)
+        ends = (f"candidate {left}", f"{right}") if alike else (f"cut {left:.1%}", f"{right:.1%}")
+        out.print(Text(" " * 9 + "└" + "─" * width + "\n" + " " * 10 + ends[0] + ends[1].rjust(width - len(ends[0]))))
+
+
+def show_curves(results: dict, out) -> None:
+    """The loss, and where there is one the validation accuracy, over the epochs of the baseline's and each row's final training."""
+    from rich.text import Text
+
+    for method, curve in results.get("curves", {}).items():
+        for what, values, text in (("loss", [p[0] for p in curve], "{:.4f}"), ("validation accuracy", [p[1] for p in curve if p[1] is not None], "{:.2%}")):
+            if len(values) < 2:
+                continue
+            shown = [values[n * (len(values) - 1) // min(59, len(values) - 1)] for n in range(min(60, len(values)))]
+            low, high = min(values), max(values)
+            line = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / ((high - low) or 1))] for v in shown)
+            ends = [text.format(v) for v in (values[0], values[-1])]
+            out.print(Text(f"{f'{method}, {what}':<29} {ends[0]:>8} ") + Text(line, OTHER) + Text(f" {ends[1]}, {len(values)} epochs"))
+
+
+def draw(results: dict, path: Path) -> None:
+    """report.svg: the tables and pictures of a run, in a fixed-width font that every machine has."""
+    import io
+    import re
+
+    from rich.console import Console
+    from rich.terminal_theme import DEFAULT_TERMINAL_THEME
+
+    from models import write_text
+
+    out = Console(record=True, file=io.StringIO(), width=112, highlight=False, emoji=False, force_terminal=True, color_system="truecolor", legacy_windows=False)
+    show_results(results, out)
+    rows = in_order(results)
+    for show in (show_layers, show_candidates) if len(rows) > 1 else ():
+        out.print()
+        show(results, rows, out)
+    out.print()
+    show_curves(results, out)
+    svg = out.export_svg(title="{experiment}, {schedule}".format_map(results), theme=DEFAULT_TERMINAL_THEME, unique_id="report")
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    write_text(path, svg.replace("Fira Code, monospace", "Menlo, DejaVu Sans Mono, Consolas, monospace"))
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------------
@@ -233,6 +337,7 @@ Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over instead of going on")]
 Effort = Annotated[Name, typer.Option(help="published: the papers' numbers; fast: a verdict within hours on a CPU; smoke: a test")]
 Rate = Annotated[float, typer.Option(callback=share, help="share of a chosen layer's channels that one step removes")]
+RoundTo = Annotated[int | None, typer.Option(min=1, help="keep widths at multiples of this, as machines like them")]
 Target = Annotated[float | None, typer.Option(callback=share, help="share of the MACs to remove; default: as far as the papers' reward goes")]
 
 
@@ -270,6 +375,9 @@ def epochs_of(settings, methods, images: int, baseline: bool = True, landed: boo
     final = settings.final.epochs / (1 - VALIDATION)  # on all images
     total, count = baseline * settings.baseline.epochs, settings.candidates
     for method in methods:
+        if method == "static":
+            total += recovery
+            continue
         if method == "uniform":
             tries = 1 if count and settings.target else 10
         else:
@@ -291,7 +399,7 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
     return train.normalised(mean, std), test.normalised(mean, std), what
 
 
-def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=()):
+def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=(), round_to=None):
     """The run of a folder with its data loaded, and the screen that shows it; `given` are the user's net and its facts."""
     import torch
 
@@ -308,7 +416,7 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
     if steps := SCHEDULES[schedule].steps:  # of the data at hand
         settings = replace(settings, recovery=replace(settings.recovery, epochs=epochs_for(steps, len(train))))
     head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
-    run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh)
+    run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh, round_to)
     methods = [m for m in methods if not run.row(m)]
     count = len(run.train)
     screen.plan(epochs_of(settings, methods, count, not (run.row("baseline") or given), len(run.results["rows"]) > 1), count // BATCH)
@@ -344,7 +452,8 @@ def fresh_net(e: Experiment, run):
 
 def finish(run) -> None:
     show_results(run.results, console())
-    console().print(f"{run.folder / 'results.json'}; {span(run.results['seconds'])} in all", markup=False)
+    draw(run.results, run.folder / "report.svg")
+    console().print(f"{run.folder / 'results.json'}, report.svg; {span(run.results['seconds'])} in all", markup=False)
 
 
 @app.command()
@@ -353,6 +462,7 @@ def reproduce(
     method: Annotated[list[Method] | None, typer.Option(help="the rows; default: uniform, lstm, sep")] = None,
     schedule: Effort = Name.published,
     baseline: Annotated[Path | None, typer.Option(help="a checkpoint to start from, instead of training one")] = None,
+    round_to: RoundTo = None,
     data_dir: DataDir = Path("data"),
     out: Out = Path("runs"),
     device: Device = "auto",
@@ -372,13 +482,13 @@ def reproduce(
         raise Failure(f"{baseline} is a {given[0].arch} of widths {given[0].structure}, not the whole {e.arch} of {experiment}; `prune` takes any net", 2)
     settings = settings_of(e, SCHEDULES[schedule], seed)
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
-    folder = out / f"{experiment}-{schedule}-s{seed}{f'-from-{baseline.stem}' if baseline else ''}"
+    folder = out / f"{experiment}-{schedule}-s{seed}{f'-from-{baseline.stem}' if baseline else ''}{f'-round{round_to}' if round_to else ''}"
     landed = lambda rows: next((r["cut"] for m in ROWS for r in rows if r["method"] == m), None)  # all rows of a table are compared at one cut
     known = None if fresh else read_results(folder, missing_ok=True)
     if rows == ["uniform"] and settings.target is None and landed(known["rows"] if known else []) is None:
         raise Failure("uniform needs a cut to land on; add --method lstm", 2)
     run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, given=given,
-                        source=digest(baseline) if baseline else None, methods=rows)
+                        source=digest(baseline) if baseline else None, methods=rows, round_to=round_to)
     with screen:
         teacher = run.baseline(given=given[0]) if given else run.baseline(fresh=fresh_net(e, run))
         for row in rows:
@@ -432,12 +542,12 @@ def train(
     console().print(str(output or run.folder / "baseline.pt"), markup=False)
 
 
-def free(output: Path | None) -> None:
+def free(output: Path | None, hint: str = "give another --output") -> None:
     """Refuse an output that would overwrite a file."""
     from models import Failure
 
     if output and output.exists():
-        raise Failure(f"{output} exists already and is kept; give another --output", 2)
+        raise Failure(f"{output} exists already and is kept; {hint}", 2)
     if output and not output.absolute().parent.is_dir():
         raise Failure(f"cannot write {output}: there is no folder {output.parent}", 2)
     if output and not os.access(output.absolute().parent, os.W_OK):
@@ -489,7 +599,9 @@ def prune(
     ckpt: Path,
     rate: Rate = 0.2,
     method: Annotated[Method, typer.Option(help="lstm removes channels, sep switches them off per image; uniform, random: to compare with")] = Method.lstm,
+    static: Annotated[bool, typer.Option("--static", help="with sep: a plain small net of the kernels that the gates choose most often")] = False,
     target: Target = None,
+    round_to: RoundTo = None,
     schedule: Effort = Name.published,
     output: Annotated[Path | None, typer.Option(help="default: CKPT with -pruned in its name")] = None,
     data_dir: DataDir = Path("data"),
@@ -502,6 +614,9 @@ def prune(
     import sep
     from models import Failure
 
+    if static and method not in (Method.sep, Method.static):
+        raise Failure(f"--static makes a plain net of a gated one; {method} has no gates, add --method sep", 2)
+    row, method = (Method.static, Method.sep) if static or method == Method.static else (method, method)
     if method == Method.uniform and target is None:
         raise Failure("uniform needs a cut to land on; give --target", 2)
     net, facts = sep.load(ckpt)
@@ -511,13 +626,14 @@ def prune(
         raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
     e = replace(data_of(net, facts, data_dir), target=target)
     settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate)
-    asked = (f"-target{target:g}" if target else "") + (f"-rate{rate:g}" if rate != SCHEDULES[schedule].rate else "")
+    asked = dict(target=target, rate=rate if rate != SCHEDULES[schedule].rate else None, round=round_to)
+    asked = "".join(f"-{name}{value:g}" for name, value in asked.items() if value)
     folder = out / f"prune-{ckpt.stem}-{method}{asked}-{schedule}-s{seed}"
     run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e,
-                        given=(net, facts), source=digest(ckpt), methods=[method])
+                        given=(net, facts), source=digest(ckpt), methods=dict.fromkeys([method, row]), round_to=round_to)
     with screen:
-        run.method(method.value, run.baseline(given=net), settings.target)
-    deliver(run.folder / f"{method}.pt", output)
+        run.method(row.value, run.baseline(given=net), settings.target)
+    deliver(run.folder / f"{row}.pt", output)
     finish(run)
     console().print(f"wrote {output}", markup=False)
 
@@ -533,7 +649,7 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
 
     import models
     import sep
-    from controller import accuracy
+    from controller import accuracy, chunks, latency
 
     net, facts = sep.load(ckpt)
     say = lambda text: console(stderr=True).print(text, markup=False)
@@ -543,8 +659,6 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     net, base = net.to(where).to(memory_format=torch.channels_last), dict(facts.get("baseline") or {})
     if (facts.get("data"), facts.get("test_images")) != (what, len(test)):
         base.pop("test_accuracy", None)  # measured on other images
-    for gate in filter(None, net.gates or ()):
-        gate.used = torch.zeros(len(gate.unit), device=where)
     ours = dict(test_accuracy=accuracy(net, test, exact=True), macs=sep.macs(net), params=models.parameters(net), bytes=ckpt.stat().st_size)
     try:
         whole = models.like(net, base["widths"]).to(where).to(memory_format=torch.channels_last)
@@ -552,9 +666,8 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         base["bytes"] = file.tell()
     except (models.Failure, KeyError, TypeError):
         whole = None
-    chosen = {p.layer: g.used for p, g in zip(net.prunable, net.gates or ()) if g is not None}
-    for gate in filter(None, net.gates or ()):
-        gate.used = None
+    batches = (test.batch(i) for i in chunks(test)) if net.gates else ()
+    chosen = {p.layer: used[0] for p, used in zip(net.prunable, sep.count(net, batches)) if used is not None}
     for batch in (1, 128):
         ours[batch] = latency(net, test, batch)
         if whole:
@@ -578,20 +691,73 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
 
 
-def latency(net, images, batch: int) -> float:
-    """Median seconds of a forward pass in float32, warm."""
-    import torch
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder, or its results.json")]):
+    """The tables of a run again, and report.svg with the pictures."""
+    from controller import read_results
+    from models import Failure
 
-    x = images.batch(torch.arange(batch, device=images.labels.device) % len(images))
-    net.eval()
-    times = []
-    with torch.no_grad():
-        for _ in range(30):
-            began = time.perf_counter()
-            net(x)
-            torch.cuda.synchronize() if x.is_cuda else None
-            times.append(time.perf_counter() - began)
-    return sorted(times[10:])[10]
+    folder = run.parent if run.name == "results.json" else run
+    if not (folder / "results.json").is_file():
+        raise Failure(f"{run} is no run folder: it has no results.json", 2)
+    results = read_results(folder, hint="")
+    try:
+        show_results(results, console())
+        draw(results, folder / "report.svg")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        raise Failure(f"{folder / 'results.json'} is damaged ({type(e).__name__}: {e})") from e
+    console().print(f"wrote {folder / 'report.svg'}", markup=False)
+
+
+@app.command()
+def export(
+    ckpt: Path,
+    file: Annotated[Path, typer.Argument(help="NAME.pt2 (torch.export) or NAME.onnx")],
+    static: Annotated[bool, typer.Option("--static", help="of a gated net: a plain small one, of the kernels chosen most often")] = False,
+    size: Annotated[int | None, typer.Option(min=1, help="pixels of an image's side; default: those it was trained with")] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite FILE")] = False,
+    data_dir: DataDir = Path("data"),
+    device: Device = "auto",
+):
+    """The net for use without this project: reads images in [0, 1], normalisation included, any batch size."""
+    import models
+    import sep
+
+    net, facts = sep.load(ckpt)
+    if file.suffix not in (".pt2", ".onnx"):
+        raise models.Failure(f"{file}: the ending says the format, .pt2 (torch.export) or .onnx", 2)
+    if file.is_dir():
+        raise models.Failure(f"{file} is a folder", 2)
+    if static and net.gates is None:
+        raise models.Failure(f"{ckpt} has no gates: it is plain already, leave out --static", 2)
+    free(None if force and file.exists() else file, "--force overwrites it")
+    say = lambda text: console().print(text, markup=False)
+    (mean, std), where = told(net, facts), device_of(device)
+    if static or mean is None:
+        train = data_for(net, facts, data_of(net, facts, data_dir), data_dir, where, say)[0]
+        mean, std = train.mean, train.std
+    if static:
+        net = made_static(net.to(where), train, say)
+    difference = models.export(net, file, mean, std, size or net.size)
+    if net.gates is not None:
+        say("a gated net: the file computes every kernel and masks them; --static makes a small net of it")
+    say(f"wrote {file}: images (batch, {net.channels}, {size or net.size}, {size or net.size}) in [0, 1] to logits (batch, {net.classes}); "
+        f"run and compared with {ckpt}: largest difference {difference:.0e} of the largest logit")
+
+
+def made_static(gated, train, say):
+    """A plain small net of a gated one, with the recovery of `fast`, in which the gated net is the teacher."""
+    from controller import BATCH, Plan, Teacher, accuracy, chunks, fit, sgd, split
+    from sep import harden
+
+    train, validation = split(train, 0)
+    net, s = harden(gated, (train.batch(i) for i in chunks(train))), SCHEDULES["fast"]
+    plan = Plan(1, s.lr, True, min(s.steps, len(train) // BATCH + 1))
+    before = accuracy(gated, validation), accuracy(net, validation)
+    for _ in fit(net, train, plan, optimizer=sgd(net, plan.lr), seed=0, teacher=Teacher(gated, train, 0)):
+        pass
+    say(f"validation accuracy {before[0]:.2%} with gates, {before[1]:.2%} without, {accuracy(net, validation):.2%} after {plan.steps} steps of recovery")
+    return net
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ DATA_DIR holds torchvision's MNIST and CIFAR-10.
 Speed: a recovery of LeNet-5, ResNet-56 and VGG-19, batch 128, against the loop that a user would write (DataLoader with 2 workers,
 transforms, float32, the teacher run on every batch), the two in turns in one run. Exactness: removing channels against masking them, and a
 frozen SEP net against the hard-pruned one, per net. Size: the time of --help, the memory of a MNIST run. Search: what the LSTM
-of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minutes).
+of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minutes). And alone:
+
+    bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and very different structures, 10 epochs each
 """
 import resource
 import subprocess
@@ -142,6 +144,24 @@ def search(_):
                   f"the papers' rules {way[2]} at a cut of {cut:.1%} after {count:.0f} candidates", flush=True)
 
 
+def structures(folder, checkpoint, cut):
+    """Is there anything to find? What LeNet-5s of very different structures and the same MACs come to, on validation images."""
+    net, facts = sep.load(checkpoint)
+    train, validation = controller.split(controller.load_data("mnist", folder)[0], facts["seed"])
+    guide, whole, cut = controller.Teacher(net, train, 0), models.macs(net), float(cut)
+    share = lambda w: 1 - models.macs(net, w) / whole
+    tried = {controller.uniform(net.widths, share, cut): "uniform"}
+    for a in (2, 3, 4, 5):
+        for b in (6, 8, 10, 12, 14, 16):  # and as wide a fc1 as the cut leaves
+            if share((a, b, 1)) > cut and (c := max(c for c in range(1, 501) if share((a, b, c)) >= cut)) > 8:
+                tried.setdefault((a, b, c), "")
+    for w, name in tried.items():
+        small, plan = models.prune(net, w).to(memory_format=torch.channels_last), controller.Plan(10, 0.05, True)
+        for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide):
+            pass
+        print(f"{w} {name}: cut {share(w):.1%}, validation accuracy {controller.accuracy(small, validation):.2%}", flush=True)
+
+
 def size(folder):
     wtp = [sys.executable, str(Path(__file__).parents[1] / "wtp.py")]
     times = []
@@ -163,3 +183,5 @@ if __name__ == "__main__":
     for measure in (exactness, speed, size, search):
         if len(sys.argv) < 3 or measure.__name__ == sys.argv[2]:
             measure(where)
+    if sys.argv[2:3] == ["structures"]:
+        structures(where, *sys.argv[3:])

@@ -270,6 +270,22 @@ def test_uniform_and_trimmed_structures_land_on_the_target(arch):
     assert controller.trim(parent, child, cut, 0.99) == child
 
 
+@pytest.mark.parametrize(("arch", "multiple", "target"), [("vgg19", 8, 0.701), ("resnet56", 8, 0.475), ("resnet56", 4, 0.3), ("lenet5", 8, 0.7)])
+def test_rounded_widths_are_multiples_that_still_cut_the_target(arch, multiple, target):
+    net, g = models.build(arch, **NETS[arch]), torch.Generator().manual_seed(0)
+    full = models.macs(net)
+    cut = lambda w: 1 - models.macs(net, w) / full
+    odd = controller.uniform(net.widths, cut, target)
+    odd = controller.trim(net.widths, [max(1, k - int(k * 0.3 * torch.rand(1, generator=g))) for k in odd], cut, target)
+    found = controller.rounded(odd, net.widths, cut, target, multiple)
+    assert all(k % multiple == 0 or k == w for k, w in zip(found, net.widths)) and target <= cut(found)
+    for i, (k, w) in enumerate(zip(found, net.widths)):  # and no layer could have had more
+        assert k == w or cut([*found[:i], min(w, k + multiple), *found[i + 1 :]]) < target
+    assert max(abs(a - b) / b for a, b in zip(found, odd)) < 1 and controller.rounded(found, net.widths, cut, target, multiple) == found
+    with pytest.raises(models.Failure, match=r"cannot cut 99\.9%"):
+        controller.rounded(odd, net.widths, cut, 0.999, multiple)
+
+
 def candidate(structure, accuracy, cut, target=None):
     return controller.Candidate(structure, (), None, 1, accuracy, 0, cut, controller.reward(accuracy, cut, target), 0.0)
 

@@ -1,5 +1,7 @@
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ NETS = {"lenet5": dict(channels=1, size=28), "vgg16": {}, "vgg19": {}, "resnet20
 def lively(arch, widths=None, **kind):
     """A net in evaluation mode whose batch norms have seen something, and a batch for it."""
     torch.manual_seed(0)
-    net = build(arch, widths, **(NETS[arch] | kind))
+    net = build(arch, widths, **(NETS.get(arch, {}) | kind))
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
         nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -276,3 +278,52 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert torch.load(tmp_path / "a.pt") == {"old": 1}
     with pytest.raises(Failure, match="cannot write"):
         models.write(tmp_path / "a.pt" / "b.pt", {})
+
+
+# ---- export
+
+
+@pytest.mark.parametrize(("arch", "gated"), [("lenet5", True), ("resnet8", False), ("vgg11", True)])
+def test_an_exported_net_runs_without_this_project(tmp_path, arch, gated):
+    net, _ = lively(arch)
+    net = (sep.soften if gated else prune)(net, some(net)).eval().to(memory_format=torch.channels_last)
+    for gate in filter(None, net.gates or ()):
+        nn.init.normal_(gate.excite.weight, 0, 0.5)
+    assert models.export(net, tmp_path / "net.pt2", [0.4] * net.channels, [0.2] * net.channels, net.size) < 1e-5
+    images = torch.rand(7, net.channels, net.size, net.size)
+    torch.save(images, tmp_path / "images")
+    code = "import sys, torch; torch.save(torch.export.load('net.pt2').module()(torch.load('images')), 'logits'); assert 'models' not in sys.modules"
+    if arch == "lenet5":  # once is enough
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    found = torch.load(tmp_path / "logits") if arch == "lenet5" else torch.export.load(tmp_path / "net.pt2").module()(images)
+    with torch.no_grad():
+        assert torch.allclose(found, net((images - 0.4) / 0.2), atol=1e-3)
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_onnxruntime_runs_an_exported_net(tmp_path, gated):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, _ = lively("resnet8")
+    net = (sep.soften if gated else prune)(net, some(net)).eval()
+    assert models.export(net, tmp_path / "net.onnx", [0.4] * 3, [0.2] * 3, 32) < 1e-4
+    images, session = torch.rand(3, 3, 32, 32), onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    with torch.no_grad():
+        for x in (images, images[:1]):
+            assert abs(session.run(None, {"images": x.numpy()})[0] - net((x - 0.4) / 0.2).numpy()).max() < 1e-3
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    net, _ = lively("lenet5")
+    with pytest.raises(Failure, match="cannot take images of 40 x 40") as e:
+        models.export(net, tmp_path / "a.pt2", [0.5], [0.5], 40)
+    assert e.value.status == 2
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(Failure, match="pip install onnx onnxscript onnxruntime"):
+        models.export(net, tmp_path / "a.onnx", [0.5], [0.5], 28)
+    (tmp_path / "a.pt2").write_text("old")
+    load = torch.export.load
+    monkeypatch.setattr(torch.export, "load", lambda f: load(f) and type("Wrong", (), {"module": lambda _: lambda x: torch.ones(len(x), 10)})())
+    with pytest.raises(Failure, match="differs from the original"):
+        models.export(net, tmp_path / "a.pt2", [0.5], [0.5], 28)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.pt2", "old")]

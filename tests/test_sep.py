@@ -162,6 +162,31 @@ def test_a_gated_net_comes_back_from_its_checkpoint(tmp_path):
 def test_a_gate_counts_whom_it_chose():
     net, x = lively("lenet5")
     soft = sep.soften(net, (5, 50, 500)).eval()
-    soft.gates[0].used = torch.zeros(20)
-    soft(x)
-    assert soft.gates[0].used.sum() == 5 * len(x) and set(soft.gates[0].used.tolist()) == {0.0, float(len(x))}
+    (chosen, scales), *others = sep.count(soft, [x, x])
+    assert others == [None, None] and soft.gates[0].used is None
+    assert chosen.sum() == scales.sum() == 5 * 2 * len(x) and set(chosen.tolist()) == {0.0, 2.0 * len(x)}
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
+def test_a_hardened_net_is_the_gated_one_where_choices_do_not_change(arch):
+    net, x = lively(arch)
+    soft = sep.soften(net, some(net)).eval().to(memory_format=torch.channels_last)
+    for gate in filter(None, soft.gates):
+        gate.unit *= 1 + 0.1 * torch.rand(len(gate.unit))  # scales that are not 1
+    small = sep.harden(soft, [x]).eval()
+    with torch.no_grad():
+        assert (soft(x) - small(x)).abs().max() < 1e-5 * small(x).abs().max()
+    assert small.gates is None and small.widths == some(net) and soft.gates is not None
+
+
+def test_the_kernels_chosen_most_often_stay():
+    net, x = gated("lenet5")
+    small = sep.harden(net, x.split(1))
+    for p, keep, used in zip(net.prunable, net.structure, sep.count(net, [x])):
+        if used is not None:
+            least = used[0].sort().values[-keep]
+            whole, left = net.get_submodule(p.layer).weight.flatten(1)[:, :25], small.get_submodule(p.layer).weight.flatten(1)[:, :25]
+            if p.layer == "conv1":  # whose inputs are all there
+                stayed = [(whole == row).all(1).nonzero().item() for row in left]
+                assert used[0][stayed].min() == least and len(stayed) == keep
+    assert small.widths == net.structure

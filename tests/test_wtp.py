@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def readme(language=""):
 def test_every_command_of_the_readme_is_one():
     group = typer.main.get_command(wtp.app)
     found = [line.partition("#")[0].split() for block in readme() + readme("sh") for line in re.findall(r"python wtp\.py (.*)", block)]
-    assert {c[0] for c in found} >= {"reproduce", "train", "prune", "evaluate"}
+    assert {c[0] for c in found} >= {"reproduce", "train", "prune", "evaluate", "export", "report"}
     for name, *arguments in found:
         group.commands[name].make_context(name, arguments)  # raises where an option or a value is unknown
         assert name != "reproduce" or not arguments or arguments[0] in wtp.EXPERIMENTS
@@ -189,6 +190,68 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
         assert value in out
     status, _, err = call(capsys, *command)
     assert status == 2 and "exists already" in err
+
+
+def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path):
+    shutil.copyfile(smoke[0] / "baseline.pt", tmp_path / "my.pt")
+    common = ["--rate", "0.5", "--target", "0.6", "--schedule", "smoke", "--out", tmp_path / "runs"]
+    status, out, err = call(capsys, "prune", tmp_path / "my.pt", *common, "--method", "sep", "--static")
+    assert status == 0 and "static begins with sep's net" in out, err
+    small = sep.load(tmp_path / "my-pruned.pt")[0]
+    folder = next((tmp_path / "runs").iterdir())
+    gated, rows = sep.load(folder / "sep.pt")[0], {r["method"]: r for r in json.loads((folder / "results.json").read_text())["rows"]}
+    assert small.gates is None and small.widths == gated.structure and models.parameters(small) < models.parameters(gated) / 1.5
+    assert rows["static"]["cut"] > rows["sep"]["cut"] and abs(rows["static"]["test_accuracy"] - rows["sep"]["test_accuracy"]) < 0.15
+    status, out, err = call(capsys, "export", folder / "sep.pt", tmp_path / "plain.pt2", "--static")
+    assert status == 0 and "steps of recovery" in out and "wrote" in out and "masks them" not in out, err
+    status, out, err = call(capsys, "export", folder / "sep.pt", tmp_path / "gated.pt2")
+    assert status == 0 and "masks them; --static makes" in out, err
+    assert (tmp_path / "plain.pt2").stat().st_size < (tmp_path / "gated.pt2").stat().st_size / 1.5
+
+
+def test_widths_that_machines_like(capsys, smoke, tmp_path):
+    shutil.copyfile(smoke[0] / "baseline.pt", tmp_path / "my.pt")
+    command = ["prune", tmp_path / "my.pt", "--target", "0.6", "--schedule", "smoke", "--out", tmp_path / "runs", "--round-to"]
+    status, out, err = call(capsys, *command, "4")
+    small = sep.load(tmp_path / "my-pruned.pt")[0]
+    assert status == 0 and all(k % 4 == 0 for k in small.widths) and 1 - sep.macs(small) / 2293000 >= 0.6, err
+    assert "widths at multiples of 4: cut " in out and "ms for 128 -> cut" in out
+    status, out, err = call(capsys, *command, "20", "--output", tmp_path / "b.pt")
+    assert status == 2 and "cannot cut 60.0%" in err and "smaller --round-to" in err and err.count("Traceback") == 0
+
+
+def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(smoke[0], folder)
+    made = (folder / "report.svg").read_bytes()
+    (folder / "report.svg").unlink()
+    status, out, err = call(capsys, "report", folder)
+    assert status == 0 and (folder / "report.svg").read_bytes() == made, err
+    assert out.splitlines()[:-1] == smoke[1].stdout.splitlines()[:-1]
+    picture = "".join(ElementTree.fromstring(made).itertext()).replace("\xa0", " ")
+    for words in ("channels kept in each layer", "lstm: validation accuracy of each candidate", "◆", "baseline, loss", "digits, smoke"):
+        assert words in picture, words
+    assert b"http" not in made.replace(b"http://www.w3.org/2000/svg", b"").replace(b"https://www.textualize.io", b"")
+    for content, words in (("{}", "cannot be read"), ('{"rows": [{}], "search": {}, "seconds": 1}', "is damaged"), ("[", "cannot be read")):
+        (folder / "results.json").write_text(content)
+        status, out, err = call(capsys, "report", folder)
+        assert status == 1 and words in err and err.count("\n") == 1 and not out, err
+
+
+def test_export_writes_what_other_programs_run(capsys, smoke, tmp_path):
+    shutil.copyfile(smoke[0] / "lstm.pt", tmp_path / "net.pt")
+    command = ["export", tmp_path / "net.pt", tmp_path / "net.pt2"]
+    status, out, err = call(capsys, *command)
+    assert status == 0 and "images (batch, 1, 28, 28) in [0, 1] to logits (batch, 10)" in out and "largest difference" in out, err
+    net, facts = sep.load(tmp_path / "net.pt")
+    images = torch.rand(3, 1, 28, 28)
+    with torch.no_grad():
+        want = net.eval()((images - facts["mean"][0]) / facts["std"][0])
+        assert torch.allclose(torch.export.load(tmp_path / "net.pt2").module()(images), want, atol=1e-4)
+    (tmp_path / "net.pt2").write_text("mine")
+    status, out, err = call(capsys, *command)
+    assert status == 2 and "--force overwrites it" in err and (tmp_path / "net.pt2").read_text() == "mine"
+    assert call(capsys, *command, "--force")[0] == 0 and (tmp_path / "net.pt2").stat().st_size > 1000
 
 
 def test_train_writes_the_baseline(capsys, smoke, tmp_path):
@@ -347,6 +410,17 @@ WRONG = [
     (2, "is a lenet5 of widths (10, 20, 30)", ["reproduce", "digits", "--baseline", "small.pt"]),
     (1, "the net reads 1 x 28 x 28 images of 7 classes", ["reproduce", "digits", "--baseline", "seven.pt"]),
     (1, "half has train/ alone", ["evaluate", "net.pt", "--data-dir", "half"]),
+    (2, "a.tflite: the ending says the format, .pt2 (torch.export) or .onnx", ["export", "net.pt", "a.tflite"]),
+    (2, "dir.onnx is a folder", ["export", "net.pt", "dir.onnx"]),
+    (2, "taken.onnx exists already and is kept; --force", ["export", "net.pt", "taken.onnx"]),
+    (2, "no folder nowhere", ["export", "net.pt", "nowhere/a.pt2"]),
+    (2, "no checkpoint gone.pt", ["export", "gone.pt", "a.pt2"]),
+    (2, "cannot take images of 40 x 40 pixels", ["export", "drawn.pt", "a.pt2", "--size", "40"]),
+    (2, "drawn.pt has no gates", ["export", "drawn.pt", "a.pt2", "--static"]),
+    (2, "lstm has no gates", ["prune", "drawn.pt", "--static"]),
+    (2, "--round-to", ["prune", "drawn.pt", "--round-to", "0"]),
+    (2, "folder is no run folder", ["report", "folder"]),
+    (2, "gone is no run folder", ["report", "gone"]),
     (2, "digits are drawn", ["evaluate", "drawn.pt", "--data-dir", "pictures"]),
 ]
 
@@ -365,7 +439,8 @@ def test_wrong_calls_get_one_line(capsys, smoke, tmp_path, monkeypatch, status, 
     models.save(tmp_path / "small.pt", models.build("lenet5", (10, 20, 30), channels=1, size=28), {})
     models.save(tmp_path / "seven.pt", models.build("lenet5", channels=1, size=28, classes=7), {})
     (tmp_path / "taken.pt").write_text("mine")
-    for name in ("folder", "half/train", "pictures/train", "pictures/test"):
+    (tmp_path / "taken.onnx").write_text("mine")
+    for name in ("folder", "dir.onnx", "half/train", "pictures/train", "pictures/test"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copytree(smoke[0], tmp_path / "old" / "digits-smoke-s0")
     torch.save(models.build("vgg16", [2] * 13, classes=2).state_dict(), tmp_path / "vgg.pt")
@@ -412,7 +487,8 @@ def test_ctrl_c_while_nothing_runs_yet(tmp_path):
 def test_ctrl_c_at_once(tmp_path):
     """However early it comes: once Python has read the first lines of wtp.py, it gets one line at most."""
     for _ in range(5):
-        with subprocess.Popen([sys.executable, "-X", "importtime", ROOT / "wtp.py", "reproduce", "digits", "--out", tmp_path], stderr=subprocess.PIPE, text=True) as p:
+        command = [sys.executable, "-X", "importtime", ROOT / "wtp.py", "reproduce", "digits", "--out", tmp_path]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as p:
             while "| signal" not in p.stderr.readline():
                 pass
             while "| typing" not in p.stderr.readline():  # the last of the quick imports

@@ -81,22 +81,34 @@ class Net(nn.Module):
                     nn.init.zeros_(m.bias)
 
 
+def part(weight: torch.Tensor, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> torch.Tensor:
+    """The weights of a layer from its channels `inputs` (`reads` numbers in all: a linear layer may read several of each) to `outputs`."""
+    if inputs is None:
+        return weight if outputs is None else weight.index_select(0, outputs)
+    width = weight.shape[1] * len(inputs) // reads
+    if outputs is not None and weight.is_contiguous() and not torch.is_grad_enabled():  # kernel by kernel, in one go
+        kernels = (outputs[:, None] * width + inputs).flatten()
+        return weight.view(len(weight) * width, -1).index_select(0, kernels).view(len(outputs), -1, *weight.shape[2:])
+    weight = weight if outputs is None else weight.index_select(0, outputs)
+    return per_channel(weight, width).index_select(1, inputs).reshape(len(weight), -1, *weight.shape[2:])
+
+
 def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> torch.Tensor:
     """layer(x) of a convolution or linear layer, where x holds its channels `inputs` alone, for the channels `outputs` alone
     (indices; None: all of them)."""
     x = x.flatten(1) if isinstance(layer, nn.Linear) else x
-    weight, bias = layer.weight, layer.bias
-    if outputs is not None:
-        weight, bias = weight.index_select(0, outputs), None if bias is None else bias.index_select(0, outputs)
-    if inputs is not None:
-        width = weight.shape[1] * len(inputs) // x.shape[1]  # a linear layer may read several numbers of each channel
-        weight = per_channel(weight, width).index_select(1, inputs).reshape(len(weight), -1, *weight.shape[2:])
+    weight, bias = part(layer.weight, x.shape[1], inputs, outputs), layer.bias
+    bias = bias if bias is None or outputs is None else bias.index_select(0, outputs)
     whole = inputs is None and outputs is None
     if isinstance(layer, nn.Linear):
         return layer(x) if whole else F.linear(x, weight, bias)
     h, w = x.shape[2:]
-    small = max(h, w) <= 4 and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
-    if not small or x.is_cuda or not (layer.training and torch.is_autocast_enabled("cpu")):
+    small = max(h, w) <= 4 and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1)) and not x.is_cuda
+    if small and not whole and max(h, w) <= 2 and len(x) == 1 and not layer.training:
+        # a single image of 2 x 2 places: PyTorch's own convolution takes five times as long as the matrix product of the unfolded image
+        y = F.linear(F.unfold(x, 3, padding=1)[0].t(), weight.flatten(1), bias)
+        return y.t().reshape(1, -1, h, w)
+    if not small or not (layer.training and torch.is_autocast_enabled("cpu")):
         return layer(x) if whole else F.conv2d(x, weight, bias, layer.stride, layer.padding)
     # in bfloat16 training on a CPU, small maps as one matrix product of the nine shifted maps: there oneDNN's convolutions, most
     # of all the weights' gradient, take up to twice the time (float32 ones do not)

@@ -269,7 +269,7 @@ def show_candidates(results: dict, rows: list, out, width: int = 72, height: int
         alike = max(c["cut"] for c in tried) - min(c["cut"] for c in tried) < 0.02
         points = [(n if alike else c["cut"], c["validation_accuracy"], c) for n, c in enumerate(tried, 1)]
         pool = sorted(tried, key=lambda c: -c["reward"])[: results["settings"]["parents"]]
-        is_chosen = lambda c: list(c["structure"]) == chosen
+        is_chosen = lambda c, widths=chosen: list(c["structure"]) == widths
         (left, right), (low, high) = ((min(v), max(v)) for v in list(zip(*points))[:2])
         grid = [[(" ", "")] * width for _ in range(height)]
         for x, y, c in sorted(points, key=lambda p: (is_chosen(p[2]), p[2] in pool)):  # the marked ones last, on top
@@ -668,7 +668,9 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         whole = None
     batches = (test.batch(i) for i in chunks(test)) if net.gates else ()
     chosen = {p.layer: used[0] for p, used in zip(net.prunable, sep.count(net, batches)) if used is not None}
-    for batch in (1, 128):
+    for batch in (128, 1):
+        if batch == 1 and net.gates and where.type == "cpu":
+            skips = sep.tune(net, test.batch(torch.zeros(1, dtype=torch.long)))
         ours[batch] = latency(net, test, batch)
         if whole:
             base[batch] = latency(whole, test, batch)
@@ -687,6 +689,9 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     full = list(whole.widths) if whole else list(net.widths)
     if chosen:
         counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
+        if where.type == "cpu":
+            console().print(f"one image at a time, {skips} of {len(chosen)} gates skip the kernels they exclude, the others mask them: what was faster here; "
+                            "prune --static and export --static make a plain small net of it", markup=False)
         console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
 

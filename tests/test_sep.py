@@ -190,3 +190,20 @@ def test_the_kernels_chosen_most_often_stay():
                 stayed = [(whole == row).all(1).nonzero().item() for row in left]
                 assert used[0][stayed].min() == least and len(stayed) == keep
     assert small.widths == net.structure
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
+def test_one_image_at_a_time_skips_kernels_and_says_the_same(arch):
+    net, x = gated(arch)
+    with torch.no_grad():
+        masked = net(x)  # four images: most kernels are used by one of them
+        assert 0 <= sep.tune(net, x[:1], rounds=1) <= len(net.gates)
+        counts = []
+        for skip in (True, False):
+            for gate in filter(None, net.gates):
+                gate.skip = skip
+            with FlopCounterMode(display=False) as counter:
+                found = torch.cat([net(image) for image in x.split(1)])
+            counts.append(counter.get_total_flops())
+            assert (found - masked).abs().max() < 1e-4 * masked.abs().max()
+    assert counts[0] < (0.95 if arch == "lenet5" else 0.8) * counts[1]  # conv1 + fc1 of LeNet-5 are gated, conv2 keeps all outputs

@@ -57,9 +57,9 @@ class Gate(nn.Module):
         scale, which averages 1."""
         if self.frozen is not None:
             return self.frozen.to(z).expand(len(z), -1)
-        s = torch.sigmoid(self.excite(torch.relu(models.apply(self.squeeze, z, at))))
-        mask = torch.zeros_like(s).scatter_(1, s.topk(self.keep, 1).indices, 1.0)
-        s = s / self.unit * mask
+        logits = self.excite(torch.relu(models.apply(self.squeeze, z, at)))
+        mask = torch.zeros_like(logits).scatter_(1, logits.topk(self.keep, 1).indices, 1.0)
+        s = torch.sigmoid(logits) / self.unit * mask
         # ours: over the mean of the chosen, so that a gate cannot turn all of its channels down together, below the excluded
         # ones, which no gradient moves: then choices flip to kernels that were never trained
         s = s * (self.keep / s.sum(1, keepdim=True))
@@ -72,6 +72,9 @@ class Gate(nn.Module):
 
         x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
         """
+        plain = self.training or x.is_cuda or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
+        if self.skip and len(x) == 1 and not plain and self.frozen is None and self.used is None:
+            return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             scale = self.scale(x.mean((2, 3), dtype=torch.float) if x.dim() == 4 else x.float(), at)
         outputs = None if x.is_cuda or torch.compiler.is_exporting() or not (self.skip or self.training) else gather(scale != 0)
@@ -81,6 +84,20 @@ class Gate(nn.Module):
             y = masked_norm(y, (scale.detach() != 0).float(), norm, outputs)
         y = models.activate(y, pool)
         return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
+
+
+    def alone(self, x, at, layer, norm, pool: bool):
+        """forward for a single image on a CPU, to the same result in a third of the operators: they take longer than many a layer."""
+        logits = self.excite(torch.relu(models.apply(self.squeeze, x.mean((2, 3)) if x.dim() == 4 else x, at)))[0]
+        outputs = logits.topk(self.keep, sorted=False).indices.sort().values
+        pick = lambda v: v.index_select(0, outputs)
+        s = torch.sigmoid(pick(logits)) / pick(self.unit)
+        s = s * (self.keep / s.sum())
+        y = models.apply(layer, x, at, outputs)
+        if norm is not None:  # s is positive: it commutes with pooling and relu
+            y = F.batch_norm(y, pick(norm.running_mean), pick(norm.running_var), pick(norm.weight) * s, pick(norm.bias) * s, eps=norm.eps)
+            return models.activate(y, pool), outputs
+        return models.activate(y, pool) * s.reshape(-1, *[1] * (y.dim() - 2)), outputs
 
 
 def gather(used: torch.Tensor) -> torch.Tensor | None:

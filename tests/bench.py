@@ -8,7 +8,9 @@ frozen SEP net against the hard-pruned one, per net. Size: the time of --help, t
 of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minutes). And alone:
 
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and very different structures, 10 epochs each
+    bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time and bytes
 """
+import io
 import resource
 import subprocess
 import sys
@@ -162,6 +164,34 @@ def structures(folder, checkpoint, cut):
         print(f"{w} {name}: cut {share(w):.1%}, validation accuracy {controller.accuracy(small, validation):.2%}", flush=True)
 
 
+def small(folder, *checkpoints):
+    """How much of the MACs saved arrives as time: checkpoints beside their whole nets; without any, VGG-19 and ResNet-56 at half the
+    widths, untrained (hard-pruned; gated, with choices that differ from image to image)."""
+    torch.manual_seed(0)
+    nets = {path: sep.load(path)[0] for path in checkpoints}
+    for arch in () if checkpoints else ("vgg19", "resnet56"):
+        whole = models.build(arch)
+        half = [w // 2 for w in whole.widths]
+        nets |= {f"{arch} hard": models.prune(whole, half), f"{arch} gated": sep.soften(whole, half)}
+        for gate in nets[f"{arch} gated"].gates:
+            torch.nn.init.normal_(gate.excite.weight, 0, 2)
+    print(f"ratios to the whole net, {torch.get_num_threads()} threads: MACs; time of 1 image, of 128, medians; bytes of the state dict")
+    for name, net in nets.items():
+        whole = models.like(net, models.default_widths(net.arch))
+        images = controller.Images(torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8), torch.zeros(128),
+                                   mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
+        pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
+        times = {128: [controller.latency(n, images, 128) for n in pair]}
+        skips = f", {sep.tune(net, images.batch(torch.tensor([0])))} gates skip" if net.gates else ""
+        times[1] = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in pair] for _ in range(5)))]
+        told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in (times[1], times[128])]
+        sizes = []
+        for n in pair:
+            torch.save(n.state_dict(), file := io.BytesIO())
+            sizes.append(file.tell())
+        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[0]}; {told[1]}; {sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB){skips}", flush=True)
+
+
 def size(folder):
     wtp = [sys.executable, str(Path(__file__).parents[1] / "wtp.py")]
     times = []
@@ -183,5 +213,6 @@ if __name__ == "__main__":
     for measure in (exactness, speed, size, search):
         if len(sys.argv) < 3 or measure.__name__ == sys.argv[2]:
             measure(where)
-    if sys.argv[2:3] == ["structures"]:
-        structures(where, *sys.argv[3:])
+    for measure in (structures, small):
+        if sys.argv[2:3] == [measure.__name__]:
+            measure(where, *sys.argv[3:])

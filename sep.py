@@ -73,7 +73,7 @@ class Gate(nn.Module):
         x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
         """
         plain = self.training or x.is_cuda or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
-        if self.skip and len(x) == 1 and not plain and self.frozen is None and self.used is None:
+        if not plain and self.skip and len(x) == 1 and self.frozen is None and self.used is None:
             return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             scale = self.scale(x.mean((2, 3), dtype=torch.float) if x.dim() == 4 else x.float(), at)

@@ -943,7 +943,7 @@ def read_results(folder: Path, missing_ok: bool = False, hint: str = "; --fresh 
 
 
 def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def versions() -> dict:

@@ -232,7 +232,7 @@ def habits(log) -> tuple[str, list, list]:
     return "mean share removed of" if walks else "how often it pruned", *([sum(v) / len(half) for v in zip(*map(share, half))] for half in halves)
 
 
-KEPT, GONE, OTHER, MARK = "#0072b2", "#b0b0b0", "#009e73", "#d55e00"  # Okabe and Ito's colours: told apart by colour-blind eyes
+KEPT, GONE, OTHER, MARK = "#0072b2", "#808080", "#009e73", "#d55e00"  # Okabe and Ito's colours: told apart by colour-blind eyes
 
 
 def bar(share: float, width: int, colour: str = KEPT):

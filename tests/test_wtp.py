@@ -348,6 +348,15 @@ def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(capsys, 
         assert [r[key] for r in rows[0] if r["method"] != "sep"] == [r[key] for r in rows[1]], key
 
 
+def test_weights_for_other_classes_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(controller, "from_torchvision", lambda *_: (torch.zeros(200, 32, 32, 3, dtype=torch.uint8), torch.arange(200) % 10))
+    torch.save({"state_dict": models.build("resnet56", classes=100).state_dict()}, tmp_path / "hundred.th")
+    command = ["reproduce", "resnet56-cifar10", "--baseline", tmp_path / "hundred.th", "--out", tmp_path / "runs", "--data-dir", tmp_path]
+    status, out, err = call(capsys, *command)
+    assert status == 1 and "images of 100 classes; cifar10 has 3 x 32 x 32 images of 10 classes" in err and err.count("\n") == 1 and not out, err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_damaged_run_says_what_to_do(capsys, smoke, tmp_path):
     folder = tmp_path / "digits-smoke-s0"
     shutil.copytree(smoke[0], folder)

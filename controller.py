@@ -437,14 +437,18 @@ def uniform(widths, cut, target: float) -> tuple[int, ...]:
     return best
 
 
-def rounded(structure, widths, cut, target: float, multiple: int) -> tuple[int, ...]:
-    """The structure of multiples (or whole `widths`) nearest to `structure` that still cuts `target`, but no more than it must.
-    Raises Failure."""
+def rounded(structure, widths, cut, target: float | None, multiple: int) -> tuple[int, ...]:
+    """The structure of multiples (or whole `widths`) nearest to `structure`; with a `target`, one that still cuts it, but no more
+    than it must. Raises Failure where there is none."""
     choices = [sorted({w, *range(multiple, w + 1, multiple)}) for w in widths]
-    if (most := cut([c[0] for c in choices])) < target:
-        raise Failure(f"with widths at multiples of {multiple} this net cannot cut {target:.1%}, {most:.1%} at most; give a smaller --round-to", 2)
     at = [min(range(len(c)), key=lambda n: abs(c[n] - k)) for c, k in zip(choices, structure)]
     now = lambda steps: tuple(c[n] for c, n in zip(choices, steps))
+    if multiple > max(widths):
+        raise Failure(f"no layer of this net is {multiple} wide, {max(widths)} at most; give a smaller --round-to", 2)
+    if target is None:
+        return now(at)
+    if (most := cut([c[0] for c in choices])) < target:
+        raise Failure(f"with widths at multiples of {multiple} this net cannot cut {target:.1%}, {most:.1%} at most; give a smaller --round-to", 2)
     excess = lambda i: choices[i][at[i]] / structure[i]
     step = lambda i, by: [n + by * (i == j) for j, n in enumerate(at)]
     while cut(now(at)) < target:  # down where rounding added the most
@@ -812,13 +816,13 @@ class Run:
                 self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
             return
         if not path.exists():
-            if self.round_to and target:  # is it within reach?
-                rounded(baseline.widths, baseline.widths, lambda w: self.cut(METHODS[method][1](baseline, w)), target, self.round_to)
             found, chosen = self.uniform(baseline, target) if method == "uniform" else self.search(method, baseline, target)
+            spent = sum(c["seconds"] for c in self.results["search"][method])
             if self.round_to:
                 found, chosen = self.round(method, baseline, found, chosen, target)
+                spent += self.results["rounded"][method]["seconds"]
             net, _, seconds, curve = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
-            self.save(path, net, method, chosen.validation_accuracy, seconds + sum(c["seconds"] for c in self.results["search"][method]), curve)
+            self.save(path, net, method, chosen.validation_accuracy, seconds + spent, curve)
         self.report(method, *self.load(path))
         self.drop_pool(method)
 
@@ -845,34 +849,34 @@ class Run:
         return net, Candidate(**facts)
 
     def round(self, method: str, baseline: Net, found: Net, chosen: Candidate, target: float | None) -> tuple[Net, Candidate]:
-        """The chosen net with its widths at multiples, made from the baseline with a recovery of its own; tells cost and gain."""
+        """The chosen net with its widths at multiples (ours: as machines like them), made from the baseline with a recovery of its
+        own; tells cost and gain. The settings' target is kept; a cut to compare with another row only where that can be."""
         cut = lambda w: self.cut(METHODS[method][1](baseline, w))
-        least = [min(w, self.round_to) for w in baseline.widths]
-        structure = rounded(chosen.structure, baseline.widths, cut, target or min(chosen.cut, cut(least)), self.round_to)
-        log = self.results["search"][method]
-        if structure == chosen.structure:
-            return found, chosen
-        scheme = tuple(int(a != b) for a, b in zip(structure, baseline.widths))
-        whole = self.load(self.folder / "baseline.pt")[0]
-        make = lambda: self.recover(method, baseline, whole, structure, scheme, log[-1]["epoch"], len(log), target)
-        net, candidate = self.kept(self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", make)
-        log.append(asdict(candidate))
+        least = cut([min(w, self.round_to) for w in baseline.widths])
+        goal = target if self.settings.target or target and target <= least else None
+        structure, candidate, net = rounded(chosen.structure, baseline.widths, cut, goal, self.round_to), chosen, found
+        if structure != chosen.structure:
+            scheme = tuple(int(a != b) for a, b in zip(structure, baseline.widths))
+            whole, log = self.load(self.folder / "baseline.pt")[0], self.results["search"][method]
+            make = lambda: self.recover(method, baseline, whole, structure, scheme, log[-1]["epoch"], len(log), target)
+            net, candidate = self.kept(self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", make)
         told = [f"cut {c.cut:.1%}, {latency(n, self.validation, 1) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
                 for n, c in ((found, chosen), (net, candidate))]
-        self.watch.say(f"{method}: widths at multiples of {self.round_to}: {told[0]} -> {told[1]}")
-        self.results.setdefault("rounded", {})[method] = told
+        self.results.setdefault("rounded", {})[method] = dict(before=told[0], after=told[1], seconds=0.0 if candidate is chosen else candidate.seconds)
+        self.keep_results()
         return net, candidate
 
     def static(self, baseline: Net) -> None:
-        """The row of `sep`'s net made plain: the kernels that its gates choose most often on the training images, and a recovery."""
+        """ours: the row of `sep`'s net made plain: the kernels that its gates choose most often on the training images, and a recovery, on
+        all images as the final training before it; the validation accuracy is that of `sep`'s candidate."""
         path = self.folder / "static.pt"
         if self.row("static"):
             return
         if not path.exists():
             gated, facts = self.load(self.folder / "sep.pt")
-            small = sep.harden(gated, (self.train.batch(i) for i in chunks(self.train))) if gated.gates else gated
-            net, found, seconds, curve = self.complete("static: recovery", small, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
-            self.save(path, net, "static", found, seconds + facts["seconds"], curve)
+            small = sep.harden(gated, (self.all.batch(i) for i in chunks(self.all))) if gated.gates else gated
+            net, _, seconds, curve = self.complete("static: recovery", small, self.all, self.settings.recovery, teacher=baseline)
+            self.save(path, net, "static", facts["validation_accuracy"], seconds + facts["seconds"], curve)
         self.report("static", *self.load(path))
 
     def uniform(self, baseline: Net, target: float | None) -> tuple[Net, Candidate]:

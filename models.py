@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -357,6 +357,11 @@ def prune(net: Net, structure) -> Net:
 # ---- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes its name: beside it, and never over a file of the user's."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
 def write(path: Path, content: dict) -> None:
     """Save tensors and plain values; the old file stays until the new one is complete."""
     path = Path(path)
@@ -544,14 +549,14 @@ class Whole(nn.Module):
 
 
 @torch.no_grad()
-def export(net: Net, path: Path, mean, std, size: int) -> float:
+def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> float:
     """Write `net` for use without this project, normalisation included, any batch size: .pt2 (torch.export) or .onnx.
 
-    The file is read back and run before it takes its name. Returns the largest difference of its logits from the net's on random
-    `size` x `size` images, as a share of the largest logit. Raises Failure.
+    The file is read back and run before it takes its name; `ready` is called between and may refuse. Returns the largest
+    difference of its logits from the net's on random `size` x `size` images, as a share of the largest logit. Raises Failure.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part, onnx = part_of(path), path.suffix == ".onnx"
     whole = Whole(deepcopy(net).cpu().to(memory_format=torch.contiguous_format), mean, std).eval()
     images = torch.rand(5, net.channels, size, size, generator=torch.Generator().manual_seed(0))
     try:
@@ -561,25 +566,27 @@ def export(net: Net, path: Path, mean, std, size: int) -> float:
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             program = torch.export.export(whole, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
-            if path.suffix == ".onnx":
+            if onnx:
                 import onnxruntime
 
                 torch.onnx.export(program, f=str(part), input_names=["images"], output_names=["logits"], external_data=False, verbose=False)
                 session = onnxruntime.InferenceSession(str(part))
                 run = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
             else:
-                with part.open("wb") as file:
-                    torch.export.save(program, file)
-                run = torch.export.load(part.open("rb")).module()
+                torch.export.save(program, content := BytesIO())  # in memory first: torch dies of a disk that is full
+                part.write_bytes(content.getvalue())
+                with part.open("rb") as file:
+                    run = torch.export.load(file).module()
             found = torch.cat([run(images[:1]), run(images[1:])])
         difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
         if not difference < 1e-2:
             raise Failure(f"the exported net differs from the original, by {difference:.1e} of the largest logit; nothing was written")
+        ready()
         os.replace(part, path)
     except ImportError as e:
         raise Failure(f".onnx needs {e.name}: pip install onnx onnxscript onnxruntime") from e
-    except OSError as e:
-        raise Failure(f"cannot write {path}: {e.strerror}") from e
+    except (OSError, RuntimeError) as e:
+        raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e)[:200]}") from e
     finally:
         part.unlink(missing_ok=True)
     return difference

@@ -129,9 +129,9 @@ def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
             new = mean.lerp(batch_mean, norm.momentum), var.lerp(batch_var * n / (n - 1).clamp_min(1), norm.momentum)
         factor = gamma * (batch_var + norm.eps).rsqrt()
         shift = beta - batch_mean * factor
-        out = torch.addcmul(shift.to(y.dtype)[:, None, None], y, factor.to(y.dtype)[:, None, None])
+        out = torch.addcmul(shift[:, None, None], y, factor[:, None, None]).to(y.dtype)
     with torch.no_grad():
-        norm.running_mean[pick], norm.running_var[pick] = (torch.where(images > 0, a, b) for a, b in zip(new, (mean, var)))
+        norm.running_mean[pick], norm.running_var[pick] = (torch.where(images * place > 1, a, b) for a, b in zip(new, (mean, var)))
         norm.num_batches_tracked += 1
     return out
 
@@ -221,7 +221,7 @@ def count(net: Net, batches) -> list[torch.Tensor | None]:
 
 @torch.no_grad()
 def harden(net: Net, batches) -> Net:
-    """A gated net as a plain small one: the kernels that are chosen most often on `batches` stay, each with its mean scale."""
+    """ours: a gated net as a plain small one. The kernels that are chosen most often on `batches` stay, each with its mean scale."""
     counts, kept, net = count(net, batches), [], deepcopy(net)
     for p, width, k, gate, used in zip(net.prunable, net.widths, net.structure, net.gates, counts):
         if gate is None:

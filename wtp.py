@@ -214,7 +214,7 @@ def show_results(results: dict, out) -> None:
             few = f"; {what} each layer: {{}} (first half), {{}} (second half)".format(*(" ".join(f"{v:.0%}" for v in half) for half in halves))
             say(f"{method} tried {len(log) - 1} candidates{few if len(rows[0]['widths']) <= 8 else ''}")
     for method, told in results.get("rounded", {}).items():
-        say(f"{method}, widths at multiples of {results['round_to']}: {told[0]} -> {told[1]}")
+        say(f"{method}, widths at multiples of {results['round_to']}: {told['before']} -> {told['after']}")
     target = results["settings"]["target"]
     for r in rows[1:]:
         if target and r["cut"] < target - 0.005:  # `uniform` lands within half a point
@@ -285,10 +285,13 @@ def show_candidates(results: dict, rows: list, out, width: int = 72, height: int
 
 def show_curves(results: dict, out) -> None:
     """The loss, and where there is one the validation accuracy, over the epochs of the baseline's and each row's final training."""
+    import math
+
     from rich.text import Text
 
     for method, curve in results.get("curves", {}).items():
-        for what, values, text in (("loss", [p[0] for p in curve], "{:.4f}"), ("validation accuracy", [p[1] for p in curve if p[1] is not None], "{:.2%}")):
+        for what, n, text in (("loss", 0, "{:.4f}"), ("validation accuracy", 1, "{:.2%}")):
+            values = [p[n] for p in curve if p[n] is not None and math.isfinite(p[n])]
             if len(values) < 2:
                 continue
             shown = [values[n * (len(values) - 1) // min(59, len(values) - 1)] for n in range(min(60, len(values)))]
@@ -399,6 +402,15 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
     return train.normalised(mean, std), test.normalised(mean, std), what
 
 
+def check_rounding(net, methods, target, round_to: int | None) -> None:
+    """Refuse a --round-to with which `net` cannot reach the target, before anything is trained."""
+    from controller import METHODS, rounded
+
+    for method in methods if round_to else ():
+        cost = METHODS["sep" if method == "static" else method][1]
+        rounded(net.widths, net.widths, lambda w, cost=cost: 1 - cost(net, w) / cost(net, net.widths), target, round_to)
+
+
 def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=(), round_to=None):
     """The run of a folder with its data loaded, and the screen that shows it; `given` are the user's net and its facts."""
     import torch
@@ -472,7 +484,7 @@ def reproduce(
     """All rows of an experiment's table: baseline, uniform, lstm, sep."""
     import sep
     from controller import read_results
-    from models import Failure, default_widths
+    from models import Failure, build, default_widths
 
     if not experiment:
         return show_experiments(device_of(device))
@@ -482,13 +494,15 @@ def reproduce(
         raise Failure(f"{baseline} is a {given[0].arch} of widths {given[0].structure}, not the whole {e.arch} of {experiment}; `prune` takes any net", 2)
     settings = settings_of(e, SCHEDULES[schedule], seed)
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
+    check_rounding(build(e.arch, classes=e.classes, channels=e.channels, size=e.size), rows, settings.target, round_to)
     folder = out / f"{experiment}-{schedule}-s{seed}{f'-from-{baseline.stem}' if baseline else ''}{f'-round{round_to}' if round_to else ''}"
     landed = lambda rows: next((r["cut"] for m in ROWS for r in rows if r["method"] == m), None)  # all rows of a table are compared at one cut
     known = None if fresh else read_results(folder, missing_ok=True)
     if rows == ["uniform"] and settings.target is None and landed(known["rows"] if known else []) is None:
         raise Failure("uniform needs a cut to land on; add --method lstm", 2)
     run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, given=given,
-                        source=digest(baseline) if baseline else None, methods=rows, round_to=round_to)
+                        source=digest(baseline) if baseline else None,
+                        methods=dict.fromkeys(m for row in rows for m in (("sep", row) if row == "static" else (row,))), round_to=round_to)
     with screen:
         teacher = run.baseline(given=given[0]) if given else run.baseline(fresh=fresh_net(e, run))
         for row in rows:
@@ -558,12 +572,12 @@ def deliver(made: Path, output: Path) -> None:
     """Copy a finished checkpoint to where the user wants it; never over a file that came there meanwhile."""
     import shutil
 
-    from models import Failure
+    from models import Failure, part_of
 
     free(output)
     try:
-        shutil.copyfile(made, output.with_name(output.name + ".part"))
-        os.replace(output.with_name(output.name + ".part"), output)
+        shutil.copyfile(made, part_of(output))
+        os.replace(part_of(output), output)
     except OSError as e:
         raise Failure(f"cannot write {output}: {e.strerror}; the net is in {made}") from e
 
@@ -626,6 +640,7 @@ def prune(
         raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
     e = replace(data_of(net, facts, data_dir), target=target)
     settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate)
+    check_rounding(net, [method], target, round_to)
     asked = dict(target=target, rate=rate if rate != SCHEDULES[schedule].rate else None, round=round_to)
     asked = "".join(f"-{name}{value:g}" for name, value in asked.items() if value)
     folder = out / f"prune-{ckpt.stem}-{method}{asked}-{schedule}-s{seed}"
@@ -633,8 +648,8 @@ def prune(
                         given=(net, facts), source=digest(ckpt), methods=dict.fromkeys([method, row]), round_to=round_to)
     with screen:
         run.method(row.value, run.baseline(given=net), settings.target)
-    deliver(run.folder / f"{row}.pt", output)
     finish(run)
+    deliver(run.folder / f"{row}.pt", output)
     console().print(f"wrote {output}", markup=False)
 
 
@@ -743,7 +758,7 @@ def export(
         mean, std = train.mean, train.std
     if static:
         net = made_static(net.to(where), train, say)
-    difference = models.export(net, file, mean, std, size or net.size)
+    difference = models.export(net, file, mean, std, size or net.size, ready=lambda: free(None if force else file, "--force overwrites it"))
     if net.gates is not None:
         say("a gated net: the file computes every kernel and masks them; --static makes a small net of it")
     say(f"wrote {file}: images (batch, {net.channels}, {size or net.size}, {size or net.size}) in [0, 1] to logits (batch, {net.classes}); "
@@ -751,17 +766,16 @@ def export(
 
 
 def made_static(gated, train, say):
-    """A plain small net of a gated one, with the recovery of `fast`, in which the gated net is the teacher."""
-    from controller import BATCH, Plan, Teacher, accuracy, chunks, fit, sgd, split
+    """A plain small net of a gated one, with the recovery of `fast`; ours: the gated net is the teacher, for the baseline is not at hand."""
+    from controller import BATCH, Plan, Teacher, accuracy, chunks, fit, sgd
     from sep import harden
 
-    train, validation = split(train, 0)
     net, s = harden(gated, (train.batch(i) for i in chunks(train))), SCHEDULES["fast"]
-    plan = Plan(1, s.lr, True, min(s.steps, len(train) // BATCH + 1))
-    before = accuracy(gated, validation), accuracy(net, validation)
+    plan = Plan(1, s.lr, True, max(1, min(s.steps, len(train) // BATCH)))
+    before = accuracy(gated, train), accuracy(net, train)
     for _ in fit(net, train, plan, optimizer=sgd(net, plan.lr), seed=0, teacher=Teacher(gated, train, 0)):
         pass
-    say(f"validation accuracy {before[0]:.2%} with gates, {before[1]:.2%} without, {accuracy(net, validation):.2%} after {plan.steps} steps of recovery")
+    say(f"of the training images right: {before[0]:.2%} with gates, {before[1]:.2%} without, {accuracy(net, train):.2%} after {plan.steps} steps of recovery")
     return net
 
 

@@ -282,8 +282,11 @@ def test_rounded_widths_are_multiples_that_still_cut_the_target(arch, multiple, 
     for i, (k, w) in enumerate(zip(found, net.widths)):  # and no layer could have had more
         assert k == w or cut([*found[:i], min(w, k + multiple), *found[i + 1 :]]) < target
     assert max(abs(a - b) / b for a, b in zip(found, odd)) < 1 and controller.rounded(found, net.widths, cut, target, multiple) == found
-    with pytest.raises(models.Failure, match=r"cannot cut 99\.9%"):
-        controller.rounded(odd, net.widths, cut, 0.999, multiple)
+    near = controller.rounded(odd, net.widths, cut, None, multiple)
+    assert all(abs(a - b) <= multiple / 2 or a == w or b < multiple for a, b, w in zip(near, odd, net.widths))
+    for target, n, words in ((0.999, multiple, r"cannot cut 99\.9%"), (0.1, 513, "no layer of this net is 513 wide")):
+        with pytest.raises(models.Failure, match=words):
+            controller.rounded(odd, net.widths, cut, target, n)
 
 
 def candidate(structure, accuracy, cut, target=None):
@@ -330,8 +333,8 @@ def tiny_data():
     return few(1200), few(100, seed=3)
 
 
-def work(folder, spy, settings=TINY, methods=METHODS):
-    run = Run(folder, settings, HEAD, *tiny_data(), spy)
+def work(folder, spy, settings=TINY, methods=METHODS, round_to=None):
+    run = Run(folder, settings, HEAD, *tiny_data(), spy, round_to=round_to)
     baseline = run.baseline(fresh=lenet())
     for method in methods:
         run.method(method, baseline, next((run.row(m)["cut"] for m in ("lstm", "random") if run.row(m)), None))
@@ -421,6 +424,33 @@ def test_a_run_killed_between_any_two_files_ends_like_an_undisturbed_one(tmp_pat
         except Interrupted:
             pass
     assert timeless(results) == timeless(undisturbed[0]) == timeless(json.loads((tmp_path / "results.json").read_text()))
+
+
+def test_a_killed_run_with_rounded_widths_and_a_plain_net_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
+    kind = dict(methods=("random", "static", "uniform"), round_to=2)
+    expected = work(tmp_path / "a", Spy(), **kind)
+    rows = {r["method"]: r for r in expected["rows"]}
+    assert all(k % 2 == 0 for r in rows.values() for k in r["widths"]) and rows["static"]["widths"] == rows["sep"]["widths"]
+    assert rows["static"]["validation_accuracy"] == rows["sep"]["validation_accuracy"] and set(expected["rounded"]) == {"random", "sep", "uniform"}
+    replace = os.replace
+
+    def killed(a, b):
+        replace(a, b)
+        if b not in seen:
+            seen.add(b)
+            raise Interrupted
+
+    seen = set()
+    monkeypatch.setattr(os, "replace", killed)
+    for _ in range(400):
+        try:
+            results = work(tmp_path / "b", Spy(), **kind)
+            break
+        except Interrupted:
+            pass
+    told = lambda r: {m: r["rounded"][m]["before"].partition(",")[0] for m in r["rounded"]}  # less the milliseconds
+    assert told(results) == told(expected)
+    assert timeless(results | {"rounded": 0}) == timeless(expected | {"rounded": 0})
 
 
 def test_fresh_removes_what_a_run_left_and_nothing_else(tmp_path):

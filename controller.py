@@ -243,7 +243,7 @@ def split(images: Images, seed: int) -> tuple[Images, Images]:
     order = order_of(images, seed)
     count = int(VALIDATION * len(images))
     if count < 10:
-        raise Failure(f"{len(images)} training images are too few: {VALIDATION:.0%} of them validate, and {count} say nothing")
+        raise Failure(f"{len(images)} training images are too few: {VALIDATION:.0%} of them validate, so at least {10 / VALIDATION:.0f} are needed")
     return images.part(order[count:]), images.part(order[:count])
 
 
@@ -364,7 +364,7 @@ def latency(net: Net, images: Images, batch: int) -> float:
     return sorted(times[10:])[10]
 
 
-def speed(net: Net, device: torch.device, steps: int = 4) -> float:
+def speed(net: Net, device: torch.device, steps: int = 3) -> float:
     """Images per second that `fit` trains `net` at, with a teacher's outputs at hand, measured on random images."""
     pixels = torch.randint(0, 256, (BATCH * steps, net.size, net.size, net.channels), dtype=torch.uint8)
     images = Images(pixels, torch.zeros(len(pixels)), mean=(0.5,) * net.channels, std=(0.25,) * net.channels).to(device)
@@ -438,8 +438,8 @@ def uniform(widths, cut, target: float) -> tuple[int, ...]:
 
 
 def rounded(structure, widths, cut, target: float | None, multiple: int) -> tuple[int, ...]:
-    """The structure of multiples (or whole `widths`) nearest to `structure`; with a `target`, one that still cuts it, but no more
-    than it must. Raises Failure where there is none."""
+    """The structure of multiples (or whole `widths`) nearest to `structure`; with a `target`, one that still cuts it. Raises Failure
+    where there is none."""
     choices = [sorted({w, *range(multiple, w + 1, multiple)}) for w in widths]
     at = [min(range(len(c)), key=lambda n: abs(c[n] - k)) for c, k in zip(choices, structure)]
     now = lambda steps: tuple(c[n] for c, n in zip(choices, steps))
@@ -448,13 +448,14 @@ def rounded(structure, widths, cut, target: float | None, multiple: int) -> tupl
     if target is None:
         return now(at)
     if (most := cut([c[0] for c in choices])) < target:
-        raise Failure(f"with widths at multiples of {multiple} this net cannot cut {target:.1%}, {most:.1%} at most; give a smaller --round-to", 2)
+        raise Failure(f"{f'with widths at multiples of {multiple}' if multiple > 1 else 'with one channel left in every layer'} this net cannot cut "
+                      f"{target:.1%}, {most:.1%} at most; give a smaller {'--round-to' if multiple > 1 else '--target'}", 2)
     excess = lambda i: choices[i][at[i]] / structure[i]
     step = lambda i, by: [n + by * (i == j) for j, n in enumerate(at)]
     while cut(now(at)) < target:  # down where rounding added the most
         at = step(max((i for i in range(len(at)) if at[i]), key=excess), -1)
-    while larger := [i for i in range(len(at)) if at[i] + 1 < len(choices[i]) and cut(now(step(i, 1))) >= target]:
-        at = step(min(larger, key=excess), 1)  # and up where it took the most
+    while larger := [i for i in range(len(at)) if at[i] + 1 < len(choices[i]) and excess(i) < 1 and cut(now(step(i, 1))) >= target]:
+        at = step(min(larger, key=excess), 1)  # and up where it took the most, while that layer has less than it should
     return now(at)
 
 
@@ -679,20 +680,23 @@ class Run:
     """A run folder, and the work that fills it. Every method picks up what the folder already holds."""
 
     def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None, fresh: bool = False,
-                 round_to: int | None = None):
+                 round_to: int | None = None, split_seed: int | None = None):
         self.folder, self.settings, self.test, self.watch, self.round_to = Path(folder), settings, test, watch or Watch(), round_to
         self.claim(fresh)
-        self.all, (self.train, self.validation) = train, split(train, settings.seed)
+        self.all, (self.train, self.validation) = train, split(train, settings.seed if split_seed is None else split_seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
         head = head | dict(statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to, device=describe(self.device), versions=versions(),
                            seconds=0.0)
         self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:
-            known = ("experiment", "schedule", "data", "settings", "source", "statistics", "round_to")
+            known = ("experiment", "schedule", "seed", "data", "settings", "source", "statistics", "round_to")
             ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
             if differing := [k for k, v in ours.items() if found[k] != v]:
-                raise Failure(f"{self.folder} holds a run with other {' and '.join(differing)}; give another --out, or --fresh to start over", 2)
+                what = " and ".join("checkpoint (source)" if k == "source" else k for k in differing)
+                raise Failure(f"{self.folder} holds a run with other {what}; give another --out, or --fresh to start over", 2)
             self.results = found
+        elif any((self.folder / f"{m}.pt").exists() for m in ("baseline", "static", *METHODS)):
+            self.watch.say(f"{self.folder} has lost its results.json: rows come from the checkpoints, what the searches tried is gone")
         self.before = self.results["seconds"]
         self.keep_results()
 
@@ -703,6 +707,8 @@ class Run:
             self.lock = (self.folder / "lock").open("w")
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if gone := [m for m in ("static", *METHODS) if fresh and (self.folder / f"{m}.pt").exists()]:
+                self.watch.say(f"{self.folder} starts over, without its rows {', '.join(gone)}")
             for method in ("baseline", "static", *METHODS) if fresh else ():
                 self.drop_pool(method)
                 (self.folder / f"{method}.pt").unlink(missing_ok=True)
@@ -903,8 +909,8 @@ class Run:
         A structure is trained once: who meets it again takes its reward from memory.
         """
         folder, cost = self.folder / f"{method}-pool", METHODS[method][1]
-        if target and (most := self.cut(cost(baseline, [1] * len(baseline.widths)))) < target:
-            raise Failure(f"{method} cannot cut {target:.1%}: with one channel left in every layer it is {most:.1%}", 2)
+        if target:  # within reach?
+            rounded(baseline.widths, baseline.widths, lambda w: self.cut(cost(baseline, w)), target, 1)
         kind = Guided if self.settings.candidates and target else Search
         search = kind(baseline, self.start(baseline, target), self.settings, target, lambda w: self.cut(cost(baseline, w)), method, dice=method == "random")
         title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew
@@ -933,17 +939,22 @@ class Run:
 
 
 def read_results(folder: Path, missing_ok: bool = False, hint: str = "; --fresh starts the run over") -> dict | None:
-    """The results.json of a run folder. Raises Failure."""
+    """The results.json of a run folder. Raises Failure where it is not what a run writes."""
     path = Path(folder) / "results.json"
     if missing_ok and not path.exists():
         return None
     try:
         found = json.loads(path.read_text())
-        if not {"rows", "search", "seconds"} <= found.keys():
+        keys = ("test_accuracy", "validation_accuracy", "macs", "params", "cut", "seconds")
+        numbers = all(isinstance(r[k], int | float) for r in found["rows"] for k in keys)
+        widths = [c["structure"] for log in found["search"].values() for c in log] + [r["widths"] for r in found["rows"]]
+        if not numbers or not all(isinstance(k, int) for w in widths for k in w) or len({len(w) for w in widths}) > 1:
             raise ValueError
-        return found
-    except (OSError, ValueError, AttributeError) as e:
-        raise Failure(f"{path} cannot be read ({type(e).__name__}){hint}") from e
+        return found | dict(seconds=float(found["seconds"]))
+    except OSError as e:
+        raise Failure(f"cannot read {path}: {e.strerror}") from e
+    except (ValueError, AttributeError, KeyError, TypeError) as e:
+        raise Failure(f"{path} is damaged, or was edited: it is not what a run writes{hint}") from e
 
 
 def describe(device: torch.device) -> str:

@@ -401,6 +401,8 @@ def read(path: Path) -> dict:
     """
     if not Path(path).is_file():
         raise Failure(f"{path} is a folder, not a checkpoint" if Path(path).is_dir() else f"there is no checkpoint {path}", 2)
+    if Path(path).suffix in (".pt2", ".onnx"):
+        raise Failure(f"{path} is an export, not a checkpoint; give the file that it was made from", 2)
     try:
         with warnings.catch_warnings(action="ignore"):
             found = torch.load(path, map_location="cpu", weights_only=True)

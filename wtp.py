@@ -402,13 +402,13 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
     return train.normalised(mean, std), test.normalised(mean, std), what
 
 
-def check_rounding(net, methods, target, round_to: int | None) -> None:
-    """Refuse a --round-to with which `net` cannot reach the target, before anything is trained."""
+def check_target(net, methods, target, round_to: int | None) -> None:
+    """Refuse a target that `net` cannot reach, with that --round-to, before anything is trained."""
     from controller import METHODS, rounded
 
-    for method in methods if round_to else ():
+    for method in methods if target or round_to else ():
         cost = METHODS["sep" if method == "static" else method][1]
-        rounded(net.widths, net.widths, lambda w, cost=cost: 1 - cost(net, w) / cost(net, net.widths), target, round_to)
+        rounded(net.widths, net.widths, lambda w, cost=cost: 1 - cost(net, w) / cost(net, net.widths), target, round_to or 1)
 
 
 def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=(), round_to=None):
@@ -428,7 +428,8 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
     if steps := SCHEDULES[schedule].steps:  # of the data at hand
         settings = replace(settings, recovery=replace(settings.recovery, epochs=epochs_for(steps, len(train))))
     head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
-    run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh, round_to)
+    seen = given[1].get("seed") if given and given[1].get("data") == what else None  # then what it was not trained on validates here, too
+    run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh, round_to, seen if isinstance(seen, int) else None)
     methods = [m for m in methods if not run.row(m)]
     count = len(run.train)
     screen.plan(epochs_of(settings, methods, count, not (run.row("baseline") or given), len(run.results["rows"]) > 1), count // BATCH)
@@ -494,7 +495,7 @@ def reproduce(
         raise Failure(f"{baseline} is a {given[0].arch} of widths {given[0].structure}, not the whole {e.arch} of {experiment}; `prune` takes any net", 2)
     settings = settings_of(e, SCHEDULES[schedule], seed)
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
-    check_rounding(build(e.arch, classes=e.classes, channels=e.channels, size=e.size), rows, settings.target, round_to)
+    check_target(build(e.arch, classes=e.classes, channels=e.channels, size=e.size), rows, settings.target, round_to)
     folder = out / f"{experiment}-{schedule}-s{seed}{f'-from-{baseline.stem}' if baseline else ''}{f'-round{round_to}' if round_to else ''}"
     landed = lambda rows: next((r["cut"] for m in ROWS for r in rows if r["method"] == m), None)  # all rows of a table are compared at one cut
     known = None if fresh else read_results(folder, missing_ok=True)
@@ -556,12 +557,14 @@ def train(
     console().print(str(output or run.folder / "baseline.pt"), markup=False)
 
 
-def free(output: Path | None, hint: str = "give another --output") -> None:
+def free(output: Path | None, hint: str = "give another --output", checkpoint: bool = True) -> None:
     """Refuse an output that would overwrite a file."""
     from models import Failure
 
     if output and output.exists():
         raise Failure(f"{output} exists already and is kept; {hint}", 2)
+    if output and checkpoint and output.suffix in (".pt2", ".onnx"):
+        raise Failure(f"{output} would be a checkpoint under an export's ending; call it NAME.pt", 2)
     if output and not output.absolute().parent.is_dir():
         raise Failure(f"cannot write {output}: there is no folder {output.parent}", 2)
     if output and not os.access(output.absolute().parent, os.W_OK):
@@ -640,7 +643,7 @@ def prune(
         raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
     e = replace(data_of(net, facts, data_dir), target=target)
     settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate)
-    check_rounding(net, [method], target, round_to)
+    check_target(net, [method], target, round_to)
     asked = dict(target=target, rate=rate if rate != SCHEDULES[schedule].rate else None, round=round_to)
     asked = "".join(f"-{name}{value:g}" for name, value in asked.items() if value)
     folder = out / f"prune-{ckpt.stem}-{method}{asked}-{schedule}-s{seed}"
@@ -750,7 +753,7 @@ def export(
         raise models.Failure(f"{file} is a folder", 2)
     if static and net.gates is None:
         raise models.Failure(f"{ckpt} has no gates: it is plain already, leave out --static", 2)
-    free(None if force and file.exists() else file, "--force overwrites it")
+    free(None if force and file.exists() else file, "--force overwrites it", checkpoint=False)
     say = lambda text: console().print(text, markup=False)
     (mean, std), where = told(net, facts), device_of(device)
     if static or mean is None:
@@ -758,11 +761,11 @@ def export(
         mean, std = train.mean, train.std
     if static:
         net = made_static(net.to(where), train, say)
-    difference = models.export(net, file, mean, std, size or net.size, ready=lambda: free(None if force else file, "--force overwrites it"))
+    difference = models.export(net, file, mean, std, size or net.size, ready=lambda: free(None if force else file, "--force overwrites it", checkpoint=False))
     if net.gates is not None:
         say("a gated net: the file computes every kernel and masks them; --static makes a small net of it")
     say(f"wrote {file}: images (batch, {net.channels}, {size or net.size}, {size or net.size}) in [0, 1] to logits (batch, {net.classes}); "
-        f"run and compared with {ckpt}: largest difference {difference:.0e} of the largest logit")
+        f"run and compared with {'the plain net' if static else ckpt}: largest difference {difference:.0e} of the largest logit")
 
 
 def made_static(gated, train, say):
@@ -799,7 +802,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except Stopped as e:
-        print("stopped; a run goes on where it was with the same command (without --fresh)", file=sys.stderr)
+        runs = {"reproduce", "train", "prune"} & set(arguments or sys.argv[1:])
+        print("stopped" + ("; the run goes on where it was with the same command (without --fresh)" if runs else ""), file=sys.stderr)
         return 128 + e.args[0]
     except Exception as e:
         message, status = explain(e)

@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each of the test runner's workers, and the same for the programs they start
 
 import pytest
 import torch

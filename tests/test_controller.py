@@ -279,8 +279,9 @@ def test_rounded_widths_are_multiples_that_still_cut_the_target(arch, multiple, 
     odd = controller.trim(net.widths, [max(1, k - int(k * 0.3 * torch.rand(1, generator=g))) for k in odd], cut, target)
     found = controller.rounded(odd, net.widths, cut, target, multiple)
     assert all(k % multiple == 0 or k == w for k, w in zip(found, net.widths)) and target <= cut(found)
-    for i, (k, w) in enumerate(zip(found, net.widths)):  # and no layer could have had more
-        assert k == w or cut([*found[:i], min(w, k + multiple), *found[i + 1 :]]) < target
+    for i, (k, w) in enumerate(zip(found, net.widths)):  # and no layer that has less than it should could have had more
+        assert k >= odd[i] or cut([*found[:i], min(w, k + multiple), *found[i + 1 :]]) < target
+    assert all(a <= b + multiple for a, b in zip(found, odd))
     assert max(abs(a - b) / b for a, b in zip(found, odd)) < 1 and controller.rounded(found, net.widths, cut, target, multiple) == found
     near = controller.rounded(odd, net.widths, cut, None, multiple)
     assert all(abs(a - b) <= multiple / 2 or a == w or b < multiple for a, b, w in zip(near, odd, net.widths))

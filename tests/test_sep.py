@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from test_models import NETS, lively, some
@@ -207,3 +209,16 @@ def test_one_image_at_a_time_skips_kernels_and_says_the_same(arch):
             counts.append(counter.get_total_flops())
             assert (found - masked).abs().max() < 1e-4 * masked.abs().max()
     assert counts[0] < (0.95 if arch == "lenet5" else 0.8) * counts[1]  # conv1 + fc1 of LeNet-5 are gated, conv2 keeps all outputs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
+def test_a_gpu_says_what_the_cpu_says(arch, tmp_path):
+    net, x = gated(arch)
+    there, y = deepcopy(net).cuda(), x.cuda()
+    with torch.no_grad():
+        assert torch.allclose(there(y).cpu(), net(x), atol=1e-2 * net(x).abs().max().item())
+    assert sep.harden(there, [y]).widths == sep.harden(net, [x]).widths
+    there.train()(y).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in there.gates.parameters())
+    assert models.export(there.eval(), tmp_path / "a.pt2", [0.5] * net.channels, [0.5] * net.channels, net.size) < 1e-3

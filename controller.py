@@ -859,7 +859,7 @@ class Run:
         own; tells cost and gain. The settings' target is kept; a cut to compare with another row only where that can be."""
         cut = lambda w: self.cut(METHODS[method][1](baseline, w))
         least = cut([min(w, self.round_to) for w in baseline.widths])
-        goal = target if self.settings.target or target and target <= least else None
+        goal = target if self.settings.target or (target and target <= least) else None
         structure, candidate, net = rounded(chosen.structure, baseline.widths, cut, goal, self.round_to), chosen, found
         if structure != chosen.structure:
             scheme = tuple(int(a != b) for a, b in zip(structure, baseline.widths))

@@ -437,19 +437,24 @@ def uniform(widths, cut, target: float) -> tuple[int, ...]:
     return best
 
 
+def check_reach(widths, cut, target: float | None, multiple: int = 1) -> None:
+    """Raise Failure where no structure at multiples of `multiple` (or whole `widths`) cuts `target`, or none but the whole net is one."""
+    if multiple > max(widths):
+        raise Failure(f"no layer of this net is {multiple} wide, {max(widths)} at most; give a smaller --round-to", 2)
+    if target is not None and (most := cut([min(w, multiple) for w in widths])) < target:
+        raise Failure(f"{f'with widths at multiples of {multiple}' if multiple > 1 else 'with one channel left in every layer'} this net cannot cut "
+                      f"{target:.1%}, {most:.1%} at most; give a smaller {'--round-to' if multiple > 1 else '--target'}", 2)
+
+
 def rounded(structure, widths, cut, target: float | None, multiple: int) -> tuple[int, ...]:
     """The structure of multiples (or whole `widths`) nearest to `structure`; with a `target`, one that still cuts it. Raises Failure
     where there is none."""
+    check_reach(widths, cut, target, multiple)
     choices = [sorted({w, *range(multiple, w + 1, multiple)}) for w in widths]
     at = [min(range(len(c)), key=lambda n: abs(c[n] - k)) for c, k in zip(choices, structure)]
     now = lambda steps: tuple(c[n] for c, n in zip(choices, steps))
-    if multiple > max(widths):
-        raise Failure(f"no layer of this net is {multiple} wide, {max(widths)} at most; give a smaller --round-to", 2)
     if target is None:
         return now(at)
-    if (most := cut([c[0] for c in choices])) < target:
-        raise Failure(f"{f'with widths at multiples of {multiple}' if multiple > 1 else 'with one channel left in every layer'} this net cannot cut "
-                      f"{target:.1%}, {most:.1%} at most; give a smaller {'--round-to' if multiple > 1 else '--target'}", 2)
     excess = lambda i: choices[i][at[i]] / structure[i]
     step = lambda i, by: [n + by * (i == j) for j, n in enumerate(at)]
     while cut(now(at)) < target:  # down where rounding added the most
@@ -909,8 +914,7 @@ class Run:
         A structure is trained once: who meets it again takes its reward from memory.
         """
         folder, cost = self.folder / f"{method}-pool", METHODS[method][1]
-        if target:  # within reach?
-            rounded(baseline.widths, baseline.widths, lambda w: self.cut(cost(baseline, w)), target, 1)
+        check_reach(baseline.widths, lambda w: self.cut(cost(baseline, w)), target)
         kind = Guided if self.settings.candidates and target else Search
         search = kind(baseline, self.start(baseline, target), self.settings, target, lambda w: self.cut(cost(baseline, w)), method, dice=method == "random")
         title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew

@@ -362,28 +362,26 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
-def write(path: Path, content: dict) -> None:
-    """Save tensors and plain values; the old file stays until the new one is complete."""
+def replaced(path: Path, make) -> None:
+    """Write a file with `make(part)`; the old one stays until the new one is complete. Raises Failure."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, part)
+        make(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True) if path.parent.is_dir() else None
         raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
+def write(path: Path, content: dict) -> None:
+    """Save tensors and plain values."""
+    replaced(path, lambda part: torch.save(content, part))
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; the old one stays until the new one is complete."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as e:
-        raise Failure(f"cannot write {path}: {e.strerror}") from e
+    replaced(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def save(path: Path, net: Net, facts: dict) -> None:

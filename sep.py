@@ -5,6 +5,7 @@ image take part in that image's forward and backward pass. What the paper does n
 starts) is marked `ours`.
 """
 import time
+from contextlib import contextmanager
 from copy import deepcopy
 from statistics import median
 
@@ -84,7 +85,6 @@ class Gate(nn.Module):
             y = masked_norm(y, (scale.detach() != 0).float(), norm, outputs)
         y = models.activate(y, pool)
         return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
-
 
     def alone(self, x, at, layer, norm, pool: bool):
         """forward for a single image on a CPU, to the same result in a third of the operators: they take longer than many a layer."""
@@ -201,21 +201,26 @@ def freeze(net: Net, kept: list[torch.Tensor]) -> None:
             gate.frozen = torch.zeros(width).index_fill(0, stay.cpu(), 1.0)
 
 
-@torch.no_grad()
-def count(net: Net, batches) -> list[torch.Tensor | None]:
-    """Per prunable layer (2, C): for how many of the images each channel was chosen, and the sum of its scales; None without a gate.
-
-    `batches` are images (B, C, H, W), normalised.
-    """
-    net.eval()
+@contextmanager
+def counting(net: Net):
+    """While it lasts, per prunable layer (2, C): for how many images each channel was chosen, and the sum of its scales; None without a gate."""
     gates = [g for g in net.gates or () if g is not None]
     for gate in gates:
         gate.used = torch.zeros(2, len(gate.unit), device=gate.unit.device)
-    for x in batches:
-        net(x)
-    found = [g.used if g is not None else None for g in net.gates or [None] * len(net.widths)]
-    for gate in gates:
-        gate.used = None
+    try:
+        yield [g.used if g is not None else None for g in net.gates or [None] * len(net.widths)]
+    finally:
+        for gate in gates:
+            gate.used = None
+
+
+@torch.no_grad()
+def count(net: Net, batches) -> list[torch.Tensor | None]:
+    """What `counting` says of the images in `batches`, each (B, C, H, W), normalised."""
+    net.eval()
+    with counting(net) as found:
+        for x in batches:
+            net(x)
     return found
 
 

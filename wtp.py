@@ -404,11 +404,11 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
 
 def check_target(net, methods, target, round_to: int | None) -> None:
     """Refuse a target that `net` cannot reach, with that --round-to, before anything is trained."""
-    from controller import METHODS, rounded
+    from controller import METHODS, check_reach
 
-    for method in methods if target or round_to else ():
+    for method in methods:
         cost = METHODS["sep" if method == "static" else method][1]
-        rounded(net.widths, net.widths, lambda w, cost=cost: 1 - cost(net, w) / cost(net, net.widths), target, round_to or 1)
+        check_reach(net.widths, lambda w, cost=cost: 1 - cost(net, w) / cost(net, net.widths), target, round_to or 1)
 
 
 def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=(), round_to=None):
@@ -667,7 +667,7 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
 
     import models
     import sep
-    from controller import accuracy, chunks, latency
+    from controller import accuracy, latency
 
     net, facts = sep.load(ckpt)
     say = lambda text: console(stderr=True).print(text, markup=False)
@@ -677,15 +677,16 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     net, base = net.to(where).to(memory_format=torch.channels_last), dict(facts.get("baseline") or {})
     if (facts.get("data"), facts.get("test_images")) != (what, len(test)):
         base.pop("test_accuracy", None)  # measured on other images
-    ours = dict(test_accuracy=accuracy(net, test, exact=True), macs=sep.macs(net), params=models.parameters(net), bytes=ckpt.stat().st_size)
+    with sep.counting(net) as counts:
+        right = accuracy(net, test, exact=True)
+    ours = dict(test_accuracy=right, macs=sep.macs(net), params=models.parameters(net), bytes=ckpt.stat().st_size)
     try:
         whole = models.like(net, base["widths"]).to(where).to(memory_format=torch.channels_last)
         torch.save(whole.state_dict(), file := io.BytesIO())
         base["bytes"] = file.tell()
     except (models.Failure, KeyError, TypeError):
         whole = None
-    batches = (test.batch(i) for i in chunks(test)) if net.gates else ()
-    chosen = {p.layer: used[0] for p, used in zip(net.prunable, sep.count(net, batches)) if used is not None}
+    chosen = {p.layer: used[0] for p, used in zip(net.prunable, counts) if used is not None}
     for batch in (128, 1):
         if batch == 1 and net.gates and where.type == "cpu":
             skips = sep.tune(net, test.batch(torch.zeros(1, dtype=torch.long)))

@@ -328,10 +328,63 @@ def sgd(net: Net, lr: float) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr, momentum=MOMENTUM, weight_decay=DECAY)
 
 
+class Step:
+    """A training step: (x (B, C, H, W) normalised, labels (B,), teacher's softmax (B, classes) or None, learning rate) -> loss.
+
+    On a GPU all of it (forward, backward, optimizer) is captured in one CUDA graph by the first call, and replayed by all: the
+    hundreds of small kernels of a narrow net then cost no Python. Its inputs keep their shapes and their places in memory.
+    """
+
+    def __init__(self, net: Net, optimizer):
+        self.net, self.optimizer, self.graph, self.held, self.loss = net, optimizer, None, (), None
+
+    def __call__(self, x, labels, soft, lr: float) -> torch.Tensor:
+        if not x.is_cuda:
+            self.optimizer.param_groups[0]["lr"] = lr
+            return self.run(x, labels, soft)
+        inputs = x, labels, soft, torch.full((), lr, device=x.device)
+        if self.graph is None:
+            self.held = [None if v is None else v.clone() for v in inputs]
+            self.optimizer.param_groups[0].update(lr=self.held[3], fused=True)  # the fused kernel reads the rate where it lies
+            self.capture()
+        for held, v in zip(self.held, inputs):
+            if v is not None:
+                held.copy_(v)
+        self.graph.replay()
+        return self.loss
+
+    def run(self, x, labels, soft) -> torch.Tensor:
+        with half(x.device):
+            logits = self.net(x)
+        loss = loss_of(logits.float(), labels, soft)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def capture(self) -> None:
+        """Three steps aside, as a graph's libraries want to be warm, then the one that is kept; nothing of them stays in the net."""
+        before = deepcopy(self.net.state_dict())
+        moved = {p: s["momentum_buffer"].clone() for p, s in self.optimizer.state.items()}
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.run(*self.held[:3])
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self.run(*self.held[:3])
+        self.net.load_state_dict(before)  # in place
+        for p, s in self.optimizer.state.items():
+            s["momentum_buffer"].copy_(moved[p]) if p in moved else s["momentum_buffer"].zero_()
+
+
 def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: Teacher | None = None, start: int = 0, track=lambda steps: steps):
     """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
     device, batch = images.labels.device, min(BATCH, len(images))
     steps = min(plan.steps or len(images), len(images) // batch)  # ours: the last, smaller batch is left out; another one each epoch
+    take = Step(net, optimizer)
     for epoch in range(start, plan.epochs):
         net.train()
         order, place = images.view(seed, epoch)
@@ -339,15 +392,8 @@ def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: 
         total = torch.zeros((), device=device)
         for step in track(range(steps)):
             index = order[step * batch : (step + 1) * batch]
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps))
-            with half(device):
-                logits = net(images.batch(index, place))
-            loss = loss_of(logits.float(), images.labels[index], soft[index] if teacher else None)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
+            lr = plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps))
+            total += take(images.batch(index, place), images.labels[index], soft[index] if teacher else None, lr)
         yield epoch, total.item() / steps
 
 

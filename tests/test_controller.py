@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+from copy import deepcopy
 from functools import lru_cache
 
 import pytest
@@ -519,3 +520,26 @@ def test_a_gpu_run_ends_with_a_net_like_the_cpus():
         trained(soft, images.to(where), Plan(1, 0.01), teacher=controller.Teacher(net, images.to(where), 0))
         found.append(accuracy(soft, few(1000, seed=5).to(where)))
     assert abs(found[0] - found[1]) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_replayed_step_trains_as_plain_ones_do(gated):
+    torch.manual_seed(0)
+    net = models.build("resnet20").to("cuda", memory_format=torch.channels_last)
+    net = sep.soften(net, [w // 2 for w in net.widths]) if gated else net
+    x, labels, soft = torch.randn(128, 3, 32, 32, device="cuda"), torch.randint(0, 10, (128,), device="cuda"), torch.full((128, 10), 0.1, device="cuda")
+    rates, losses = [0.0] * 3 + [0.01] * 6, []
+    for replayed in (True, False):
+        student = deepcopy(net).train()
+        optimizer = sgd(student, 0.0)
+        step, found = controller.Step(student, optimizer), []
+        for lr in rates:
+            if not replayed:
+                optimizer.param_groups[0]["lr"] = lr
+            found.append((step(x, labels, soft, lr) if replayed else step.run(x, labels, soft)).item())
+        losses.append(torch.tensor(found))
+        optimizer.load_state_dict(deepcopy(optimizer.state_dict()))  # as a resumed run goes on from a file
+        assert controller.Step(student, optimizer)(x, labels, soft, 0.0) < losses[-1][-1]
+    assert torch.allclose(*losses, rtol=0.02)
+    assert all(torch.allclose(v[:4], v[0].expand(4), rtol=1e-3) and v[-1] < 0.98 * v[0] for v in losses)  # a rate of 0 moves nothing

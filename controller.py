@@ -304,10 +304,19 @@ def accuracy(net: Net, images: Images, exact: bool = False) -> float:
     return int(right) / len(images)
 
 
-def loss_of(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
-    """Cross-entropy; with the teacher's softmax (B, classes): MSE between the softmaxes + 0.1 * cross-entropy (script)."""
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None, temperature: float | None = None) -> torch.Tensor:
+    """Cross-entropy; with the teacher's softmax (B, classes): MSE between the softmaxes + 0.1 * cross-entropy (script).
+
+    With a temperature T (ours, for `fast`) T^2 * KL between the softmaxes of logits / T instead of the MSE (Hinton et al. 2015): a
+    teacher that is sure of its training images still tells which classes are like which.
+    """
     hard = F.cross_entropy(logits, labels)
-    return hard if teacher is None else F.mse_loss(logits.softmax(1), teacher) + HARD_LABELS * hard
+    if teacher is None:
+        return hard
+    if temperature is None:
+        return F.mse_loss(logits.softmax(1), teacher) + HARD_LABELS * hard
+    soft = (teacher.clamp_min(1e-30).log() / temperature).softmax(1)
+    return temperature**2 * F.kl_div((logits / temperature).log_softmax(1), soft, reduction="batchmean") + HARD_LABELS * hard
 
 
 @dataclass(frozen=True)
@@ -318,6 +327,7 @@ class Plan:
     lr: float
     cycle: bool = False
     steps: int | None = None  # of an epoch, at most; None: all of its images are shown
+    temperature: float | None = None  # of the distillation; None: the papers' MSE
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1] of the training."""
@@ -335,8 +345,8 @@ class Step:
     hundreds of small kernels of a narrow net then cost no Python. Its inputs keep their shapes and their places in memory.
     """
 
-    def __init__(self, net: Net, optimizer):
-        self.net, self.optimizer, self.graph, self.held, self.loss = net, optimizer, None, (), None
+    def __init__(self, net: Net, optimizer, temperature: float | None = None):
+        self.net, self.optimizer, self.temperature, self.graph, self.held, self.loss = net, optimizer, temperature, None, (), None
 
     def __call__(self, x, labels, soft, lr: float) -> torch.Tensor:
         if not x.is_cuda:
@@ -356,7 +366,7 @@ class Step:
     def run(self, x, labels, soft) -> torch.Tensor:
         with half(x.device):
             logits = self.net(x)
-        loss = loss_of(logits.float(), labels, soft)
+        loss = loss_of(logits.float(), labels, soft, self.temperature)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -384,7 +394,7 @@ def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: 
     """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
     device, batch = images.labels.device, min(BATCH, len(images))
     steps = min(plan.steps or len(images), len(images) // batch)  # ours: the last, smaller batch is left out; another one each epoch
-    take = Step(net, optimizer)
+    take = Step(net, optimizer, plan.temperature)
     for epoch in range(start, plan.epochs):
         net.train()
         order, place = images.view(seed, epoch)

@@ -93,12 +93,17 @@ def part(weight: torch.Tensor, reads: int, inputs: torch.Tensor | None, outputs:
     return per_channel(weight, width).index_select(1, inputs).reshape(len(weight), -1, *weight.shape[2:])
 
 
-def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> torch.Tensor:
+def parts(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) of a layer from its channels `inputs` to `outputs`."""
+    bias = layer.bias if layer.bias is None or outputs is None else layer.bias.index_select(0, outputs)
+    return part(layer.weight, reads, inputs, outputs), bias
+
+
+def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None, gathered=None) -> torch.Tensor:
     """layer(x) of a convolution or linear layer, where x holds its channels `inputs` alone, for the channels `outputs` alone
-    (indices; None: all of them)."""
+    (indices; None: all of them). `gathered` is what `parts` gives for them, where it is at hand."""
     x = x.flatten(1) if isinstance(layer, nn.Linear) else x
-    weight, bias = part(layer.weight, x.shape[1], inputs, outputs), layer.bias
-    bias = bias if bias is None or outputs is None else bias.index_select(0, outputs)
+    weight, bias = gathered or parts(layer, x.shape[1], inputs, outputs)
     whole = inputs is None and outputs is None
     if isinstance(layer, nn.Linear):
         return layer(x) if whole else F.linear(x, weight, bias)
@@ -362,17 +367,17 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
-def replaced(path: Path, make) -> None:
+def replaced(path: Path, make, part: Path | None = None, hint: str = "") -> None:
     """Write a file with `make(part)`; the old one stays until the new one is complete. Raises Failure."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = part or path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         make(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or e}{hint}") from e
 
 
 def write(path: Path, content: dict) -> None:

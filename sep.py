@@ -34,6 +34,7 @@ class Gate(nn.Module):
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
         self.skip = True  # in evaluation: compute only the kernels that some image of the batch uses; else all of them, masked
         self.frozen: torch.Tensor | None = None  # (C,) zeros and ones: the same choice for every image, scale 1
+        self.last = None  # what the last single image used, gathered: the next one often uses the same
         self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
 
     @torch.no_grad()
@@ -88,16 +89,27 @@ class Gate(nn.Module):
 
     def alone(self, x, at, layer, norm, pool: bool):
         """forward for a single image on a CPU, to the same result in a third of the operators: they take longer than many a layer."""
-        logits = self.excite(torch.relu(models.apply(self.squeeze, x.mean((2, 3)) if x.dim() == 4 else x, at)))[0]
+        z = x.mean((2, 3)) if x.dim() == 4 else x
+        kept = self.last if self.last and at is self.last[0] and layer.weight._version == self.last[1] and not torch.is_grad_enabled() else None
+        squeeze = kept[2] if kept else models.parts(self.squeeze, z.shape[1], at, None)
+        logits = self.excite(torch.relu(models.apply(self.squeeze, z, at, None, squeeze)))[0]
         outputs = logits.topk(self.keep, sorted=False).indices.sort().values
-        pick = lambda v: v.index_select(0, outputs)
-        s = torch.sigmoid(pick(logits)) / pick(self.unit)
+        if not kept or not torch.equal(outputs, kept[3]):
+            vectors = self.unit, *((norm.running_mean, norm.running_var, norm.weight, norm.bias) if norm is not None else ())
+            weights = models.parts(layer, x[0].numel() if isinstance(layer, nn.Linear) else x.shape[1], at, outputs)
+            self.last = at, layer.weight._version, squeeze, outputs, weights, [v.index_select(0, outputs) for v in vectors]
+        outputs, gathered, (unit, *normal) = self.last[3:]  # the same tensor for the same choice: by it the next gate knows its own
+        s = torch.sigmoid(logits.index_select(0, outputs)) / unit
         s = s * (self.keep / s.sum())
-        y = models.apply(layer, x, at, outputs)
-        if norm is not None:  # s is positive: it commutes with pooling and relu
-            y = F.batch_norm(y, pick(norm.running_mean), pick(norm.running_var), pick(norm.weight) * s, pick(norm.bias) * s, eps=norm.eps)
-            return models.activate(y, pool), outputs
+        y = models.apply(layer, x, at, outputs, gathered)
+        if normal:  # s is positive: it commutes with pooling and relu
+            mean, var, weight, bias = normal
+            return models.activate(F.batch_norm(y, mean, var, weight * s, bias * s, eps=norm.eps), pool), outputs
         return models.activate(y, pool) * s.reshape(-1, *[1] * (y.dim() - 2)), outputs
+
+    def train(self, mode: bool = True):
+        self.last = None  # weights may change now
+        return super().train(mode)
 
 
 def gather(used: torch.Tensor) -> torch.Tensor | None:

@@ -575,14 +575,10 @@ def deliver(made: Path, output: Path) -> None:
     """Copy a finished checkpoint to where the user wants it; never over a file that came there meanwhile."""
     import shutil
 
-    from models import Failure, part_of
+    from models import part_of, replaced
 
     free(output)
-    try:
-        shutil.copyfile(made, part_of(output))
-        os.replace(part_of(output), output)
-    except OSError as e:
-        raise Failure(f"cannot write {output}: {e.strerror}; the net is in {made}") from e
+    replaced(output, lambda part: shutil.copyfile(made, part), part_of(output), f"; the net is in {made}")
 
 
 def data_of(net, facts: dict, data_dir: Path) -> Experiment:

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 from copy import deepcopy
 from functools import lru_cache
@@ -84,6 +85,17 @@ def test_the_loss_is_the_scripts():
     mse = sum((a - b) ** 2 for a, b in zip(p, teacher[0])) / 3
     assert controller.loss_of(logits, labels, teacher).item() == pytest.approx((mse - 0.1 * p[2].log()).item(), rel=1e-5)
     assert controller.loss_of(logits, labels, None).item() == pytest.approx(-p[2].log().item(), rel=1e-5)
+
+
+def test_a_temperature_tells_what_a_sure_teacher_knows_of_the_other_classes():
+    labels, sure = torch.tensor([0]), torch.tensor([[30.0, 8.0, 0.0]])
+    loss = lambda logits, t: (controller.loss_of(logits, labels, sure.softmax(1), t) - 0.1 * torch.nn.functional.cross_entropy(logits, labels)).item()
+    like, unlike = torch.tensor([[30.0, 8.0, 0.0]]), torch.tensor([[30.0, 0.0, 8.0]])
+    assert loss(like, 4.0) == pytest.approx(0, abs=1e-5) and loss(unlike, 4.0) > 0.01
+    assert abs(loss(unlike, None) - loss(like, None)) < 1e-9
+    t, s = [2.718281828 ** (v / 4) for v in (30, 8, 0)], [2.718281828 ** (v / 4) for v in (30, 0, 8)]
+    kl = sum(a / sum(t) * math.log(a / sum(t) / (b / sum(s))) for a, b in zip(t, s))
+    assert loss(unlike, 4.0) == pytest.approx(16 * kl, rel=1e-3)
 
 
 def test_the_teacher_runs_once_for_a_view_and_stays_as_it_is():

@@ -211,6 +211,23 @@ def test_one_image_at_a_time_skips_kernels_and_says_the_same(arch):
     assert counts[0] < (0.95 if arch == "lenet5" else 0.8) * counts[1]  # conv1 + fc1 of LeNet-5 are gated, conv2 keeps all outputs
 
 
+@pytest.mark.parametrize("arch", ["lenet5", "resnet20"])
+def test_a_choice_met_again_takes_the_kernels_gathered_before_while_they_are_true(arch):
+    net, x = gated(arch)
+    with torch.no_grad():
+        for n in (0, 1, 1, 0, 2, 2):
+            assert torch.allclose(net(x[n : n + 1]), net(x)[n : n + 1], atol=1e-4)
+        gates = [g for g in net.gates if g is not None]
+        kept = [g.last[4][0] for g in gates]
+        net(x[2:3])
+        assert kept and all(g.last[4][0] is k for g, k in zip(gates, kept))
+        for p in net.prunable:
+            net.get_submodule(p.layer).weight.mul_(1.5)
+        assert torch.allclose(net(x[2:3]), net(x)[2:3], atol=1e-3)
+    for _ in range(2):  # and a gradient is none of an image before
+        net(x[2:3]).sum().backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
 def test_a_gpu_says_what_the_cpu_says(arch, tmp_path):

@@ -408,11 +408,13 @@ def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: 
 
 
 def latency(net: Net, images: Images, batch: int) -> float:
-    """Median seconds of a forward pass of so many images in float32, warm."""
-    x, times = images.batch(torch.arange(batch, device=images.labels.device) % len(images)), []
+    """Median seconds of a forward pass of so many images in float32, warm; other images each time."""
+    times, every = [], torch.arange(batch, device=images.labels.device)
     net.eval()
     with torch.no_grad():
-        for _ in range(30):
+        for n in range(30):
+            x = images.batch((n * batch + every) % len(images))
+            torch.cuda.synchronize() if x.is_cuda else None
             began = time.perf_counter()
             net(x)
             torch.cuda.synchronize() if x.is_cuda else None

@@ -224,7 +224,7 @@ def small(folder, *checkpoints):
                                    mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
         times = {128: [controller.latency(n, images, 128) for n in pair]}
-        skips = f", {sep.tune(net, images.batch(torch.tensor([0])))} gates skip" if net.gates else ""
+        skips = f", {sep.tune(net, images.batch(torch.arange(32)))} gates skip" if net.gates else ""
         times[1] = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in pair] for _ in range(5)))]
         told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in (times[1], times[128])]
         sizes = []

@@ -8,6 +8,7 @@ frozen SEP net against the hard-pruned one, per net. Size: the time of --help, t
 of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minutes). And alone:
 
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and very different structures, 10 epochs each
+    bench.py DATA_DIR recipes BASELINE CUT EPOCHS  final trainings of one structure, by several losses and rates
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time and bytes
 """
 import io
@@ -188,22 +189,43 @@ def search(_):
                   f"the papers' rules {way[2]} at a cut of {cut:.1%} after {count:.0f} candidates", flush=True)
 
 
+def ready(folder, checkpoint, cut):
+    """(net, training and validation images, teacher, what a structure cuts, the `uniform` one at `cut`) for a baseline of `train` or `reproduce`."""
+    net, facts = sep.load(checkpoint)
+    crop = dict(crop=4, flip=True) if net.channels == 3 else {}
+    train = controller.load_data(facts["data"], folder, **crop)[0].normalised(tuple(facts["mean"]), tuple(facts["std"]))
+    train, validation = controller.split(train, facts["seed"])
+    whole = models.macs(net)
+    share = lambda w: 1 - models.macs(net, w) / whole
+    return net, train, validation, controller.Teacher(net, train, 0), share, controller.uniform(net.widths, share, float(cut))
+
+
+def validated(net, structure, plan, train, validation, guide):
+    """The accuracy on validation images after each epoch of a training of `structure`, cut from `net`."""
+    small = models.prune(net, structure).to(memory_format=torch.channels_last)
+    steps = controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide)
+    return [controller.accuracy(small, validation) for _ in steps]
+
+
 def structures(folder, checkpoint, cut):
     """Is there anything to find? What LeNet-5s of very different structures and the same MACs come to, on validation images."""
-    net, facts = sep.load(checkpoint)
-    train, validation = controller.split(controller.load_data("mnist", folder)[0], facts["seed"])
-    guide, whole, cut = controller.Teacher(net, train, 0), models.macs(net), float(cut)
-    share = lambda w: 1 - models.macs(net, w) / whole
-    tried = {controller.uniform(net.widths, share, cut): "uniform"}
+    net, train, validation, guide, share, even = ready(folder, checkpoint, cut)
+    tried, cut = {even: "uniform"}, float(cut)
     for a in (2, 3, 4, 5):
         for b in (6, 8, 10, 12, 14, 16):  # and as wide a fc1 as the cut leaves
             if share((a, b, 1)) > cut and (c := max(c for c in range(1, 501) if share((a, b, c)) >= cut)) > 8:
                 tried.setdefault((a, b, c), "")
     for w, name in tried.items():
-        small, plan = models.prune(net, w).to(memory_format=torch.channels_last), controller.Plan(10, 0.05, True)
-        for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide):
-            pass
-        print(f"{w} {name}: cut {share(w):.1%}, validation accuracy {controller.accuracy(small, validation):.2%}", flush=True)
+        found = validated(net, w, controller.Plan(10, 0.05, True), train, validation, guide)
+        print(f"{w} {name}: cut {share(w):.1%}, validation accuracy {found[-1]:.2%}", flush=True)
+
+
+def recipes(folder, checkpoint, cut, epochs):
+    """Which final training? The `uniform` structure at a cut, by several, on validation images that the baseline has not seen."""
+    net, train, validation, guide, _, even = ready(folder, checkpoint, cut)
+    for temperature, peak in ((None, 0.1), (None, 0.03), (4.0, 0.06), (4.0, 0.02), (4.0, 0.006)):
+        found = validated(net, even, controller.Plan(int(epochs), peak, True, temperature=temperature), train, validation, guide)
+        print(f"{f'temperature {temperature:g}' if temperature else 'MSE'}, up to {peak:g}: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
 
 
 def small(folder, *checkpoints):
@@ -255,6 +277,6 @@ if __name__ == "__main__":
     for measure in (exactness, speed, size, search):
         if len(sys.argv) < 3 or measure.__name__ == sys.argv[2]:
             measure(where)
-    for measure in (structures, small):
+    for measure in (structures, recipes, small):
         if sys.argv[2:3] == [measure.__name__]:
             measure(where, *sys.argv[3:])

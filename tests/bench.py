@@ -230,13 +230,13 @@ def recipes(folder, checkpoint, cut, epochs):
 
 def small(folder, *checkpoints):
     """How much of the MACs saved arrives as time: checkpoints beside their whole nets; without any, VGG-19 and ResNet-56 at half the
-    widths, untrained (hard-pruned; gated, with choices that differ from image to image)."""
+    widths, untrained (hard-pruned; gated, all images choosing alike as a fresh gate does; gated, with choices that differ from image to image)."""
     torch.manual_seed(0)
     nets = {path: sep.load(path)[0] for path in checkpoints}
     for arch in () if checkpoints else ("vgg19", "resnet56"):
         whole = models.build(arch)
         half = [w // 2 for w in whole.widths]
-        nets |= {f"{arch} hard": models.prune(whole, half), f"{arch} gated": sep.soften(whole, half)}
+        nets |= {f"{arch} hard": models.prune(whole, half), f"{arch} gated alike": sep.soften(whole, half), f"{arch} gated": sep.soften(whole, half)}
         for gate in nets[f"{arch} gated"].gates:
             torch.nn.init.normal_(gate.excite.weight, 0, 2)
     print(f"ratios to the whole net, {torch.get_num_threads()} threads: MACs; time of 1 image, of 128, medians; bytes of the state dict")

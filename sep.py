@@ -97,8 +97,9 @@ class Gate(nn.Module):
         if not kept or not torch.equal(outputs, kept[3]):
             vectors = self.unit, *((norm.running_mean, norm.running_var, norm.weight, norm.bias) if norm is not None else ())
             weights = models.parts(layer, x[0].numel() if isinstance(layer, nn.Linear) else x.shape[1], at, outputs)
-            self.last = at, layer.weight._version, squeeze, outputs, weights, [v.index_select(0, outputs) for v in vectors]
-        outputs, gathered, (unit, *normal) = self.last[3:]  # the same tensor for the same choice: by it the next gate knows its own
+            kept = at, layer.weight._version, squeeze, outputs, weights, [v.index_select(0, outputs) for v in vectors]
+            self.last = None if torch.is_grad_enabled() else kept
+        outputs, gathered, (unit, *normal) = kept[3:]  # the same tensor for the same choice: by it the next gate knows its own
         s = torch.sigmoid(logits.index_select(0, outputs)) / unit
         s = s * (self.keep / s.sum())
         y = models.apply(layer, x, at, outputs, gathered)

@@ -754,7 +754,7 @@ class Run:
         if (found := read_results(self.folder, missing_ok=True)) is not None:
             known = ("experiment", "schedule", "seed", "data", "settings", "source", "statistics", "round_to")
             ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
-            if differing := [k for k, v in ours.items() if found[k] != v]:
+            if differing := [k for k, v in ours.items() if said(found[k]) != said(v)]:
                 what = " and ".join("checkpoint (source)" if k == "source" else k for k in differing)
                 raise Failure(f"{self.folder} holds a run with other {what}; give another --out, or --fresh to start over", 2)
             self.results = found
@@ -998,6 +998,11 @@ class Run:
             for old in set(folder.glob("*.pt")) - {folder / "search.pt"} - set(map(path_of, search.needed())):
                 old.unlink()
         return self.load(path_of(search.best.structure))[0], search.best
+
+
+def said(value):
+    """A setting without what is None in it: a run begun before a setting came to be has no word of it, and goes on."""
+    return {k: said(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def read_results(folder: Path, missing_ok: bool = False, hint: str = "; --fresh starts the run over") -> dict | None:

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from copy import deepcopy
 from functools import lru_cache
 
@@ -492,6 +493,17 @@ def test_a_folder_of_another_run_is_left_alone(undisturbed):
     with pytest.raises(models.Failure, match="settings") as e:
         work(undisturbed[2], Spy(), settings=Settings(**(vars(TINY) | {"rate": 0.4})))
     assert e.value.status == 2 and (undisturbed[2] / "results.json").read_bytes() == before
+
+
+def test_a_run_begun_before_a_setting_came_to_be_goes_on(undisturbed, tmp_path):
+    results, _, folder = undisturbed
+    shutil.copytree(folder, tmp_path / "run")
+    older = json.loads((folder / "results.json").read_text())
+    for plan in ("baseline", "recovery", "final"):
+        assert older["settings"][plan].pop("temperature") is None
+    (tmp_path / "run" / "results.json").write_text(json.dumps(older))
+    spy = Spy()
+    assert timeless(work(tmp_path / "run", spy))["rows"] == timeless(results)["rows"] and spy.epochs == 0
 
 
 def test_the_teacher_stays_the_baseline_even_where_the_baseline_itself_is_chosen(tmp_path):

@@ -34,7 +34,7 @@ class Gate(nn.Module):
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
         self.skip = True  # in evaluation: compute only the kernels that some image of the batch uses; else all of them, masked
         self.frozen: torch.Tensor | None = None  # (C,) zeros and ones: the same choice for every image, scale 1
-        self.last = None  # what the last single image used, gathered: the next one often uses the same
+        self.last = None  # what the last single image chose: the next one often chooses the same
         self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
 
     @torch.no_grad()
@@ -89,20 +89,18 @@ class Gate(nn.Module):
 
     def alone(self, x, at, layer, norm, pool: bool):
         """forward for a single image on a CPU, to the same result in a third of the operators: they take longer than many a layer."""
-        z = x.mean((2, 3)) if x.dim() == 4 else x
-        kept = self.last if self.last and at is self.last[0] and layer.weight._version == self.last[1] and not torch.is_grad_enabled() else None
-        squeeze = kept[2] if kept else models.parts(self.squeeze, z.shape[1], at, None)
-        logits = self.excite(torch.relu(models.apply(self.squeeze, z, at, None, squeeze)))[0]
+        z, true = x.mean((2, 3)) if x.dim() == 4 else x, (layer.weight.data_ptr(), layer.weight._version)
+        logits = self.excite(torch.relu(models.apply(self.squeeze, z, at)))[0]
         outputs = logits.topk(self.keep, sorted=False).indices.sort().values
-        if not kept or not torch.equal(outputs, kept[3]):
+        last = None if torch.is_grad_enabled() else self.last
+        if not last or last[0] != true or not torch.equal(outputs, last[1]):
             vectors = self.unit, *((norm.running_mean, norm.running_var, norm.weight, norm.bias) if norm is not None else ())
-            weights = models.parts(layer, x[0].numel() if isinstance(layer, nn.Linear) else x.shape[1], at, outputs)
-            kept = at, layer.weight._version, squeeze, outputs, weights, [v.index_select(0, outputs) for v in vectors]
-            self.last = None if torch.is_grad_enabled() else kept
-        outputs, gathered, (unit, *normal) = kept[3:]  # the same tensor for the same choice: by it the next gate knows its own
+            last = true, outputs, [v.index_select(0, outputs) for v in vectors]
+            self.last = None if torch.is_grad_enabled() else last
+        _, outputs, (unit, *normal) = last  # the same tensor for the same choice: by it layers know the kernels gathered before
         s = torch.sigmoid(logits.index_select(0, outputs)) / unit
-        s = s * (self.keep / s.sum())
-        y = models.apply(layer, x, at, outputs, gathered)
+        s = s / s.mean()
+        y = models.apply(layer, x, at, outputs)
         if normal:  # s is positive: it commutes with pooling and relu
             mean, var, weight, bias = normal
             return models.activate(F.batch_norm(y, mean, var, weight * s, bias * s, eps=norm.eps), pool), outputs
@@ -150,19 +148,33 @@ def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def tune(net: Net, x: torch.Tensor, rounds: int = 15) -> int:
+def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> int:
     """Ready `net`, in place, to run one image at a time on this CPU: a gate skips the kernels that it excludes where that is
     measured to be faster than masking them, gate by gate. x (N, C, H, W) are such images. Returns how many gates skip."""
-    net.eval().to(memory_format=torch.contiguous_format)  # from which kernels are gathered twice as fast
-    gates = [g for g in net.gates or () if g is not None]
-    for gate in gates:
+    net.eval()
+    gates, begins = [(p, g) for p, g in zip(net.prunable, net.gates or ()) if g is not None], []
+    hooks = [g.register_forward_pre_hook(lambda *_: begins.append(time.perf_counter())) for _, g in gates]
+    own = {p.layer for p, _ in gates}
+    for i, (p, gate) in enumerate(gates):
         times = {True: [], False: []}
-        for n, gate.skip in enumerate((True, False) * (rounds + 2)):
-            began = time.perf_counter()
-            net(x[n // 2 % len(x)][None])
-            times[gate.skip].append(time.perf_counter() - began)
-        gate.skip = median(times[True][2:]) <= median(times[False][2:])
-    return sum(g.skip for g in gates)
+
+        def ready(skip, gate=gate, layers=[net.get_submodule(k) for k in {p.layer, *({p.next} - own)}]):
+            gate.skip = skip
+            for layer in layers:  # kernels lie together for gathering, else as they compute the fastest
+                layer.to(memory_format=torch.contiguous_format if skip else torch.channels_last)
+
+        for skip in (True, False) * 3:
+            ready(skip)
+            for n in range(rounds + 2):
+                begins.clear()
+                net(x[n % len(x)][None])
+                begins.append(time.perf_counter())
+                if n > 1:
+                    times[skip].append(begins[min(i + 2, len(gates))] - begins[i])  # until what it leaves out is read
+        ready(median(times[True]) <= median(times[False]))
+    for hook in hooks:
+        hook.remove()
+    return sum(g.skip for _, g in gates)
 
 
 def attach(net: Net, keeps) -> None:

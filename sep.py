@@ -78,7 +78,8 @@ class Gate(nn.Module):
         if not plain and self.skip and len(x) == 1 and self.frozen is None and self.used is None:
             return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
-            scale = self.scale(x.mean((2, 3), dtype=torch.float) if x.dim() == 4 else x.float(), at)
+            # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
+            scale = self.scale(x.permute(0, 2, 3, 1).mean((1, 2), dtype=torch.float) if x.dim() == 4 else x.float(), at)
         outputs = None if x.is_cuda or torch.compiler.is_exporting() or not (self.skip or self.training) else gather(scale != 0)
         scale = scale if outputs is None else scale.index_select(1, outputs)
         y = models.apply(layer, x, at, outputs)

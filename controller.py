@@ -176,12 +176,18 @@ def from_torchvision(name: str, folder: Path, part: str):
 def own_images(folder: Path, gray: bool):
     """(pixels, labels) of the image files in folder/train/CLASS, and of those in folder/test/CLASS; classes by name."""
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
     from torchvision.transforms.functional import pil_to_tensor
+
+    class Shown(ImageFolder):  # without what file managers and notebooks hide there
+        def find_classes(self, directory):
+            names = [n for n in super().find_classes(directory)[0] if not n.startswith(".")]
+            return names, {n: i for i, n in enumerate(names)}
 
     parts, sets = [], []
     for part in ("train", "test"):
         try:
-            found = ImageFolder(folder / part)
+            found = Shown(folder / part, is_valid_file=lambda f: f.lower().endswith(IMG_EXTENSIONS) and not Path(f).name.startswith("."))
         except OSError as e:
             raise Failure(f"{folder / part}: {str(e)[:200]}") from e
         pixels = []
@@ -197,6 +203,8 @@ def own_images(folder: Path, gray: bool):
                 raise Failure(f"{path} has {width} x {height} pixels; all images must be squares of one size{before}")
         parts.append((torch.stack(pixels), torch.tensor(found.targets)))
         sets.append(found.classes)
+    if len(sets[0]) < 2:
+        raise Failure(f"{folder / 'train'} has one class alone, {sets[0][0]}; there is nothing to tell apart")
     if sets[0] != sets[1]:
         raise Failure(f"{folder}: train and test have different classes ({', '.join(sorted(set(sets[0]) ^ set(sets[1])))})")
     return parts
@@ -466,11 +474,15 @@ def shrink(structure, scheme, rate: float) -> tuple[int, ...]:
 def trim(parent, child, cut, target: float) -> tuple[int, ...]:
     """The smallest part of the step from `parent` to `child` that still cuts `target`; `cut` gives a structure's cut."""
     removals = sorted(((p - n) / (p - c), i) for i, (p, c) in enumerate(zip(parent, child)) for n in range(c, p))
-    now = list(parent)
+    now, gone = list(parent), []
     for _, i in removals:  # channel by channel, all layers in step
         if cut(now) >= target:
             break
         now[i] -= 1
+        gone.append(i)
+    for i in reversed(gone if cut(now) >= target else ()):  # the last one may cut much: what was not needed beside it comes back
+        now[i] += 1
+        now[i] -= cut(now) < target
     return tuple(now)
 
 
@@ -748,7 +760,7 @@ class Run:
         self.claim(fresh)
         self.all, (self.train, self.validation) = train, split(train, settings.seed if split_seed is None else split_seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
-        head = head | dict(statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to, device=describe(self.device), versions=versions(),
+        head = head | dict(test_images=len(test), statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to, device=describe(self.device), versions=versions(),
                            seconds=0.0)
         self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:

@@ -119,7 +119,7 @@ def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None,
     (indices; None: all of them)."""
     x = x.flatten(1) if isinstance(layer, nn.Linear) else x
     whole = inputs is None and outputs is None
-    alone = len(x) == 1 and not (whole or layer.training or torch.is_grad_enabled())
+    alone = not (whole or layer.training or torch.is_grad_enabled()) and len(x) == 1
     weight, bias = (kept if alone else parts)(layer, x.shape[1], inputs, outputs)
     if isinstance(layer, nn.Linear):
         return layer(x) if whole else F.linear(x, weight, bias)

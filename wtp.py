@@ -198,7 +198,8 @@ def show_results(results: dict, out) -> None:
     from rich.text import Text
 
     rows = in_order(results)
-    title = "{experiment}, {schedule} schedule, data {data}, seed {seed}, {device}".format_map(results)
+    read = f" ({results['test_images']:,} test images)" if "test_images" in results else ""
+    title = f"{{experiment}}, {{schedule}} schedule, data {{data}}{read}, seed {{seed}}, {{device}}".format_map(results)
     table = Table(title=Text(title), title_justify="left")  # a Text, for a user's [name] is no markup
     for name in ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time"):
         table.add_column(name, justify="left" if name == "method" else "right")
@@ -207,6 +208,8 @@ def show_results(results: dict, out) -> None:
                       f"{r['params']:,}", span(r["seconds"]))
     out.print(table)
     say = lambda text: out.print(text, markup=False)
+    if not rows:
+        say("no row is finished yet")
     for r in rows[1:]:
         say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
     if any(r["method"] == "static" for r in rows):
@@ -273,12 +276,14 @@ def show_candidates(results: dict, rows: list, out, width: int = 72, height: int
         points = [(n if alike else c["cut"], c["validation_accuracy"], c) for n, c in enumerate(tried, 1)]
         pool = sorted(tried, key=lambda c: -c["reward"])[: results["settings"]["parents"]]
         is_chosen = lambda c, widths=chosen: list(c["structure"]) == widths
-        (left, right), (low, high) = ((min(v), max(v)) for v in list(zip(*points))[:2])
+        (left, right), (lowest, high) = ((min(v), max(v)) for v in list(zip(*points))[:2])
+        low = min(sorted(p[1] for p in points)[len(points) // 10], *(c["validation_accuracy"] for c in pool))  # few bad ones would press the others together
         grid = [[(" ", "")] * width for _ in range(height)]
         for x, y, c in sorted(points, key=lambda p: (is_chosen(p[2]), p[2] in pool)):  # the marked ones last, on top
-            column, line = (x - left) / ((right - left) or 1) * (width - 1), (high - y) / ((high - low) or 1) * (height - 1)
+            column, line = (x - left) / ((right - left) or 1) * (width - 1), min(1, (high - y) / ((high - low) or 1)) * (height - 1)
             grid[round(line)][round(column)] = ("◆", MARK) if is_chosen(c) else ("o", KEPT) if c in pool else ("•", GONE)
-        out.print(Text(f"{method}: validation accuracy of each candidate; ◆ chosen, o among the {len(pool)} largest rewards, • the others"))
+        out.print(Text(f"{method}: validation accuracy of each candidate; ◆ chosen, o among the {len(pool)} largest rewards, • the others"
+                       + f"; {sum(p[1] < low for p in points)} are lower" * (lowest < low)))
         for n, line in enumerate(grid):
             label = f"{high - n / (height - 1) * (high - low):8.2%} " if n % 4 == 0 or n == height - 1 else " " * 9
             out.print(Text(label + "│") + Text.assemble(*line), no_wrap=True)
@@ -353,6 +358,13 @@ def experiment_of(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise Failure(f"unknown experiment '{name}'; there are {', '.join(EXPERIMENTS)}", 2)
     return EXPERIMENTS[name]
+
+
+def on(data_dir: Path) -> str:
+    """What a run folder's name says of the data, where they are the user's own."""
+    from controller import is_own
+
+    return f"-on-{data_dir.absolute().name}" if is_own(data_dir) else ""
 
 
 def device_of(name: str):
@@ -433,6 +445,7 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
     head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
     seen = given[1].get("seed") if given and given[1].get("data") == what else None  # then what it was not trained on validates here, too
     run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh, round_to, seen if isinstance(seen, int) else None)
+    Stopped.hint = "; the run goes on where it was with the same command (without --fresh)"
     methods = [m for m in methods if not run.row(m)]
     count = len(run.train)
     screen.plan(epochs_of(settings, methods, count, not (run.row("baseline") or given), len(run.results["rows"]) > 1), count // BATCH)
@@ -499,7 +512,8 @@ def reproduce(
     settings = settings_of(e, SCHEDULES[schedule], seed)
     rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
     check_target(build(e.arch, classes=e.classes, channels=e.channels, size=e.size), rows, settings.target, round_to)
-    folder = out / f"{experiment}-{schedule}-s{seed}{f'-from-{baseline.stem}' if baseline else ''}{f'-round{round_to}' if round_to else ''}"
+    more = (f"-from-{baseline.stem}" if baseline else "") + (f"-round{round_to}" if round_to else "")
+    folder = out / f"{experiment}{on(data_dir)}-{schedule}-s{seed}{more}"
     landed = lambda rows: next((r["cut"] for m in ROWS for r in rows if r["method"] == m), None)  # all rows of a table are compared at one cut
     known = None if fresh else read_results(folder, missing_ok=True)
     if rows == ["uniform"] and settings.target is None and landed(known["rows"] if known else []) is None:
@@ -551,13 +565,13 @@ def train(
     e = experiment_of(experiment)
     free(output)
     settings = settings_of(e, SCHEDULES[schedule], seed)
-    run, screen = begin(out / f"{experiment}-{schedule}-s{seed}", experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e)
+    run, screen = begin(out / f"{experiment}{on(data_dir)}-{schedule}-s{seed}", experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e)
     with screen:
         run.baseline(fresh=fresh_net(e, run))
     if output:
         deliver(run.folder / "baseline.pt", output)
     finish(run)
-    console().print(str(output or run.folder / "baseline.pt"), markup=False)
+    console().print(f"wrote {output or run.folder / 'baseline.pt'}", markup=False)
 
 
 def free(output: Path | None, hint: str = "give another --output", checkpoint: bool = True) -> None:
@@ -645,7 +659,7 @@ def prune(
     check_target(net, [method], target, round_to)
     asked = dict(target=target, rate=rate if rate != SCHEDULES[schedule].rate else None, round=round_to)
     asked = "".join(f"-{name}{value:g}" for name, value in asked.items() if value)
-    folder = out / f"prune-{ckpt.stem}-{method}{asked}-{schedule}-s{seed}"
+    folder = out / f"prune-{ckpt.stem}-{method}{asked}{on(data_dir)}-{schedule}-s{seed}"
     run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e,
                         given=(net, facts), source=digest(ckpt), methods=dict.fromkeys([method, row]), round_to=round_to)
     with screen:
@@ -757,7 +771,11 @@ def export(
     say = lambda text: console().print(text, markup=False)
     (mean, std), where = told(net, facts), device_of(device)
     if static or mean is None:
-        train = data_for(net, facts, data_of(net, facts, data_dir), data_dir, where, say)[0]
+        try:
+            train = data_for(net, facts, data_of(net, facts, data_dir), data_dir, where, say)[0]
+        except models.Failure as e:
+            why = "a recovery" if static else f"finding out how {ckpt}'s images were normalised"
+            raise models.Failure(f"{e}; the images are for {why}", e.status) from e
         mean, std = train.mean, train.std
     if static:
         net = made_static(net.to(where), train, say)
@@ -788,10 +806,17 @@ def made_static(gated, train, say):
 class Stopped(BaseException):
     """Ctrl-C or SIGTERM."""
 
+    hint = ""  # what `begin` adds once there is a run to go on with
 
-def stop(number, _frame):
+
+def stop(number, frame):
     for again in (signal.SIGINT, signal.SIGTERM):  # one is enough: the next would cut the farewell short
         signal.signal(again, signal.SIG_IGN)
+    while frame:  # where something is still imported nothing is lost yet, and C++ code may stand in between that knows no exception
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"stopped{Stopped.hint}\n".encode())
+            os._exit(128 + number)
+        frame = frame.f_back
     raise Stopped(number)
 
 
@@ -802,8 +827,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except Stopped as e:
-        runs = {"reproduce", "train", "prune"} & set(arguments or sys.argv[1:])
-        print("stopped" + ("; the run goes on where it was with the same command (without --fresh)" if runs else ""), file=sys.stderr)
+        print(f"stopped{Stopped.hint}", file=sys.stderr)
         return 128 + e.args[0]
     except Exception as e:
         message, status = explain(e)

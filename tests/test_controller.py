@@ -274,6 +274,7 @@ def test_uniform_and_trimmed_structures_land_on_the_target(arch):
     child = controller.shrink(parent, [1] * len(parent), 0.2)
     trimmed = controller.trim(parent, child, cut, 0.2)
     assert 0.2 <= cut(trimmed) < cut(child) and cut(trimmed) < 0.23 and all(c <= t <= p for c, t, p in zip(child, trimmed, parent))
+    assert all(cut([k + (i == j) for j, k in enumerate(trimmed)]) < 0.2 for i in range(len(parent)) if trimmed[i] < parent[i])  # nothing too much
     assert controller.trim(parent, child, cut, 0.99) == child
 
 

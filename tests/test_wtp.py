@@ -145,7 +145,7 @@ def test_reproduce_makes_every_row(smoke):
     rows = {r["method"]: r for r in results["rows"]}
     assert min(r["test_accuracy"] for r in rows.values()) > 0.6 and rows["lstm"]["cut"] > 0.2
     assert abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.005 and abs(rows["sep"]["cut"] - rows["lstm"]["cut"]) < 0.05
-    for word in ("digits, smoke schedule, data digits, seed 0", "uniform keeps", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
+    for word in ("digits, smoke schedule, data digits (2,000 test images), seed 0", "uniform keeps", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
         assert word in done.stdout
     assert "up to about 47 epochs" in done.stderr and "for this epoch" in done.stderr and "baseline: epoch 1/6" in done.stderr and "\x1b" not in done.stderr
 
@@ -303,10 +303,14 @@ def picture_folder(folder, classes=3, count=40, size=28):
 def test_a_users_own_images_are_a_data_set(capsys, tmp_path):
     picture_folder(tmp_path / "pictures")
     places = ["--out", tmp_path / "runs", "--data-dir", tmp_path / "pictures"]
+    for hidden in ("train/.ipynb_checkpoints/a.png", "train/class0/._1.png", "test/class0/.DS_Store"):
+        (tmp_path / "pictures" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "pictures" / hidden).write_bytes(b"not an image")
     status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
     assert status == 0, err
-    assert f"data images in {tmp_path / 'pictures'}" in out and sep.load(tmp_path / "runs/mnist-smoke-s0/lstm.pt")[0].classes == 3
-    status, out, err = call(capsys, "evaluate", tmp_path / "runs/mnist-smoke-s0/lstm.pt", "--data-dir", tmp_path / "pictures")
+    made = tmp_path / "runs/mnist-on-pictures-smoke-s0/lstm.pt"
+    assert f"data images in {tmp_path / 'pictures'} (120 test images)" in out and sep.load(made)[0].classes == 3
+    status, out, err = call(capsys, "evaluate", made, "--data-dir", tmp_path / "pictures")
     assert status == 0 and "120 test images" in out, err
 
 
@@ -321,6 +325,9 @@ def damage(folder, how):
             save_image(torch.rand(1, 28, 40), f)
     elif how == "classes":
         shutil.rmtree(folder / "test" / "class0")
+    elif how == "one":
+        for name in ("class1", "class2"):
+            shutil.rmtree(folder / "train" / name), shutil.rmtree(folder / "test" / name)
     elif how == "empty":
         for f in (folder / "train" / "class1").iterdir():
             f.unlink()
@@ -330,6 +337,7 @@ def damage(folder, how):
 
 @pytest.mark.parametrize("how, words", [
     ("sizes", "has 32 x 32 pixels"), ("oblong", "has 40 x 28 pixels"), ("classes", "different classes (class0)"), ("empty", "class1"),
+    ("one", "has one class alone, class0"),
     ("bytes", "cannot be read as an image"), ("few", "12 training images are too few: 10% of them validate, so at least 100")])
 def test_own_images_that_do_not_fit_get_one_line(capsys, tmp_path, how, words):
     picture_folder(tmp_path / "p", count=4)
@@ -516,17 +524,18 @@ def test_ctrl_c_while_nothing_runs_yet(tmp_path):
 
 
 def test_ctrl_c_at_once(tmp_path):
-    """However early it comes: once Python has read the first lines of wtp.py, it gets one line at most."""
-    for _ in range(3):
+    """However early it comes: once Python has read the first lines of wtp.py, it gets one line at most, and no promise of a run."""
+    for last in ("| typing", "| typing", "torch.torch_version"):  # the last of the quick imports; one of torch's first
         command = [sys.executable, "-X", "importtime", ROOT / "wtp.py", "reproduce", "digits", "--out", tmp_path]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as p:
             while "| signal" not in p.stderr.readline():
                 pass
-            while "| typing" not in p.stderr.readline():  # the last of the quick imports
+            while last not in p.stderr.readline():
                 pass
             time.sleep(0.005)
             p.send_signal(signal.SIGINT)
-            assert "Traceback" not in p.stderr.read() and p.wait() == 130
+            said = p.stderr.read()
+            assert "Traceback" not in said and "terminate" not in said and "goes on" not in said and p.wait() == 130
 
 
 @pytest.mark.parametrize("package", ["typer", "torch", "rich"])

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -473,17 +474,14 @@ def shrink(structure, scheme, rate: float) -> tuple[int, ...]:
 
 def trim(parent, child, cut, target: float) -> tuple[int, ...]:
     """The smallest part of the step from `parent` to `child` that still cuts `target`; `cut` gives a structure's cut."""
-    removals = sorted(((p - n) / (p - c), i) for i, (p, c) in enumerate(zip(parent, child)) for n in range(c, p))
-    now, gone = list(parent), []
-    for _, i in removals:  # channel by channel, all layers in step
-        if cut(now) >= target:
-            break
-        now[i] -= 1
-        gone.append(i)
-    for i in reversed(gone if cut(now) >= target else ()):  # the last one may cut much: what was not needed beside it comes back
-        now[i] += 1
-        now[i] -= cut(now) < target
-    return tuple(now)
+    removals = [i for _, i in sorted(((p - n) / (p - c), i) for i, (p, c) in enumerate(zip(parent, child)) for n in range(c, p))]
+    after = lambda n: tuple(k - g for k, g in zip(parent, torch.bincount(torch.tensor(removals[:n], dtype=torch.long), minlength=len(parent)).tolist()))
+    count = bisect_left(range(len(removals)), target, key=lambda n: cut(after(n)))  # channel by channel, all layers in step
+    now = after(count)
+    for i in dict.fromkeys(reversed(removals[:count])) if cut(now) >= target else ():  # the last one may cut much: what it makes up for comes back
+        while now[i] < parent[i] and cut(more := (*now[:i], now[i] + 1, *now[i + 1 :])) >= target:
+            now = more
+    return now
 
 
 def uniform(widths, cut, target: float) -> tuple[int, ...]:

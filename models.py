@@ -298,7 +298,7 @@ def macs(net: Net, structure=None) -> int:
     into = {p.next: (k, w) for p, k, w in zip(net.prunable, structure, net.widths)}
     total = 0
     for name, area in positions(net.arch, len(net.widths), net.channels, net.size).items():
-        outputs, inputs = net.get_submodule(name).weight.shape[:2]
+        outputs, inputs = attrgetter(name)(net).weight.shape[:2]
         k, w = into.get(name, (1, 1))
         total += area * out.get(name, outputs) * (inputs * k // w)
     return total

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -183,6 +184,8 @@ def own_images(folder: Path, gray: bool):
     class Shown(ImageFolder):  # without what file managers and notebooks hide there
         def find_classes(self, directory):
             names = [n for n in super().find_classes(directory)[0] if not n.startswith(".")]
+            if not names:
+                raise FileNotFoundError("it has no folder of a class")
             return names, {n: i for i, n in enumerate(names)}
 
     parts, sets = [], []
@@ -475,7 +478,11 @@ def shrink(structure, scheme, rate: float) -> tuple[int, ...]:
 def trim(parent, child, cut, target: float) -> tuple[int, ...]:
     """The smallest part of the step from `parent` to `child` that still cuts `target`; `cut` gives a structure's cut."""
     removals = [i for _, i in sorted(((p - n) / (p - c), i) for i, (p, c) in enumerate(zip(parent, child)) for n in range(c, p))]
-    after = lambda n: tuple(k - g for k, g in zip(parent, torch.bincount(torch.tensor(removals[:n], dtype=torch.long), minlength=len(parent)).tolist()))
+
+    def after(n: int) -> tuple[int, ...]:
+        gone = Counter(removals[:n])
+        return tuple(k - gone[i] for i, k in enumerate(parent))
+
     count = bisect_left(range(len(removals)), target, key=lambda n: cut(after(n)))  # channel by channel, all layers in step
     now = after(count)
     for i in dict.fromkeys(reversed(removals[:count])) if cut(now) >= target else ():  # the last one may cut much: what it makes up for comes back
@@ -758,8 +765,8 @@ class Run:
         self.claim(fresh)
         self.all, (self.train, self.validation) = train, split(train, settings.seed if split_seed is None else split_seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
-        head = head | dict(test_images=len(test), statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to, device=describe(self.device), versions=versions(),
-                           seconds=0.0)
+        head = head | dict(test_images=len(test), statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to,
+                           device=describe(self.device), versions=versions(), seconds=0.0)
         self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:
             known = ("experiment", "schedule", "seed", "data", "settings", "source", "statistics", "round_to")

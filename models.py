@@ -100,18 +100,24 @@ def parts(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: to
     return part(layer.weight, reads, inputs, outputs), bias
 
 
+def stamp(layer: nn.Module) -> tuple[int, int]:
+    """Another one when the layer's weights have changed, or lie elsewhere."""
+    return layer.weight.data_ptr(), layer.weight._version
+
+
 def kept(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`parts`, kept at the layer for who comes with the very same tensors of indices, as long as its weights are the same;
     from then on channels-last, which computes faster but takes as long to make as to gather."""
-    true, last = (layer.weight.data_ptr(), layer.weight._version), layer.__dict__.get("last")
+    true, last = stamp(layer), layer.__dict__.get("last")
     if not last or last[0] is not inputs or last[1] is not outputs or last[2] != true:
-        found, again = parts(layer, reads, inputs, outputs), False
-    elif last[4] or isinstance(layer, nn.Linear):
-        return last[3]
+        weight, bias = parts(layer, reads, inputs, outputs)
     else:
-        found, again = (last[3][0].contiguous(memory_format=torch.channels_last), last[3][1]), True
-    layer.last = inputs, outputs, true, found, again
-    return found
+        weight, bias = last[3]
+        if weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last):
+            return weight, bias
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    layer.last = inputs, outputs, true, (weight, bias)
+    return weight, bias
 
 
 def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> torch.Tensor:

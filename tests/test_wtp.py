@@ -328,6 +328,10 @@ def damage(folder, how):
     elif how == "one":
         for name in ("class1", "class2"):
             shutil.rmtree(folder / "train" / name), shutil.rmtree(folder / "test" / name)
+    elif how == "hidden":
+        for part in ("train", "test"):
+            shutil.rmtree(folder / part)
+            (folder / part / ".class").mkdir(parents=True)
     elif how == "empty":
         for f in (folder / "train" / "class1").iterdir():
             f.unlink()
@@ -337,7 +341,7 @@ def damage(folder, how):
 
 @pytest.mark.parametrize("how, words", [
     ("sizes", "has 32 x 32 pixels"), ("oblong", "has 40 x 28 pixels"), ("classes", "different classes (class0)"), ("empty", "class1"),
-    ("one", "has one class alone, class0"),
+    ("one", "has one class alone, class0"), ("hidden", "no folder of a class"),
     ("bytes", "cannot be read as an image"), ("few", "12 training images are too few: 10% of them validate, so at least 100")])
 def test_own_images_that_do_not_fit_get_one_line(capsys, tmp_path, how, words):
     picture_folder(tmp_path / "p", count=4)

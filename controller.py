@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 
@@ -491,6 +491,16 @@ def trim(parent, child, cut, target: float) -> tuple[int, ...]:
     return now
 
 
+def landed(structure, widths, cut, target: float, rate: float) -> tuple[int, ...]:
+    """`structure`, or with as little less as cuts `target`: from layers that have less than their `widths` already, while they have any."""
+    check_reach(widths, cut, target)
+    while cut(structure) < target:
+        smaller = shrink(structure, [k < w for k, w in zip(structure, widths)], rate)
+        smaller = smaller if smaller != structure else shrink(structure, [1] * len(widths), rate)
+        structure = trim(structure, smaller, cut, target)
+    return structure
+
+
 def uniform(widths, cut, target: float) -> tuple[int, ...]:
     """The structure with the same share of channels in every layer, to a channel or 3 %, whose cut is nearest to `target`."""
     best = tuple(widths)
@@ -902,8 +912,10 @@ class Run:
                 self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
             return
         if not path.exists():
-            found, chosen = self.uniform(baseline, target) if method == "uniform" else self.search(method, baseline, target)
-            spent = sum(c["seconds"] for c in self.results["search"][method])
+            shared = method == "sep" and self.settings.candidates and target
+            find = self.uniform if method == "uniform" else self.share if shared else partial(self.search, method)
+            found, chosen = find(baseline, target)
+            spent = sum(c["seconds"] for m in (method, *["lstm"] * bool(shared)) for c in self.results["search"][m])
             if self.round_to:
                 found, chosen = self.round(method, baseline, found, chosen, target)
                 spent += self.results["rounded"][method]["seconds"]
@@ -926,10 +938,11 @@ class Run:
         macs = sep.macs(net)
         return net, Candidate(structure, scheme, parent.structure, epoch, found, macs, self.cut(macs), reward(found, self.cut(macs), target), round(seconds, 2))
 
-    def kept(self, path: Path, make) -> tuple[Net, Candidate]:
-        """The candidate in a file of the pool; made and saved first, where it is not there."""
+    def step(self, path: Path, method: str, baseline: Net, parent: Net, structure, epoch: int, number: int, target) -> tuple[Net, Candidate]:
+        """`parent` brought to a structure by `recover`, kept in a file of the pool: it is made where that is not there."""
         if not path.exists():
-            net, candidate = make()
+            scheme = tuple(int(a != b) for a, b in zip(structure, parent.structure))
+            net, candidate = self.recover(method, baseline, parent, structure, scheme, epoch, number, target)
             models.save(path, net, asdict(candidate))
         net, facts = self.load(path)
         return net, Candidate(**facts)
@@ -942,10 +955,8 @@ class Run:
         goal = target if self.settings.target or (target and target <= least) else None
         structure, candidate, net = rounded(chosen.structure, baseline.widths, cut, goal, self.round_to), chosen, found
         if structure != chosen.structure:
-            scheme = tuple(int(a != b) for a, b in zip(structure, baseline.widths))
-            whole, log = self.load(self.folder / "baseline.pt")[0], self.results["search"][method]
-            make = lambda: self.recover(method, baseline, whole, structure, scheme, log[-1]["epoch"], len(log), target)
-            net, candidate = self.kept(self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", make)
+            path, log = self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", self.results["search"][method]
+            net, candidate = self.step(path, method, baseline, self.load(self.folder / "baseline.pt")[0], structure, log[-1]["epoch"], len(log), target)
         told = [f"cut {c.cut:.1%}, {latency(n, self.validation, 1) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
                 for n, c in ((found, chosen), (net, candidate))]
         self.results.setdefault("rounded", {})[method] = dict(before=told[0], after=told[1], seconds=0.0 if candidate is chosen else candidate.seconds)
@@ -975,13 +986,22 @@ class Run:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
             if self.settings.candidates and self.settings.target:
                 structure = end  # in one step, as the others go
-            scheme = tuple(int(a != b) for a, b in zip(structure, net.structure))
-            make = lambda n=net, w=structure, s=scheme: self.recover("uniform", baseline, n, w, s, len(log), len(log), target)
-            net, candidate = self.kept(folder / f"{name_of((len(log), *end))}.pt", make)
+            net, candidate = self.step(folder / f"{name_of((len(log), *end))}.pt", "uniform", baseline, net, structure, len(log), len(log), target)
             log.append(candidate)
         self.results["search"]["uniform"] = [asdict(c) for c in log]
         self.keep_results()
         return net, log[-1]
+
+    def share(self, baseline: Net, target: float) -> tuple[Net, Candidate]:
+        """ours, for `fast`: `sep` gates the scheme of `lstm`'s search, for a fresh gate is what hard pruning is, and costs more to train."""
+        log = [Candidate(**c) for c in self.results["search"].get("lstm", ())] if self.row("lstm") else []
+        scheme = (choose(log, self.settings.target) if log else self.search("lstm", baseline, target)[1]).structure
+        structure = landed(tuple(scheme), baseline.widths, lambda w: self.cut(sep.macs(baseline, w)), target, self.settings.rate)
+        path, whole = self.folder / "sep-pool" / f"{name_of(structure)}.pt", self.load(self.folder / "baseline.pt")[0]
+        net, candidate = self.step(path, "sep", baseline, whole, structure, 1, 1, target)
+        self.results["search"]["sep"] = [asdict(c) for c in (self.start(baseline, target), candidate)]
+        self.keep_results()
+        return net, candidate
 
     def search(self, method: str, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
         """The search for where to prune: (best network, what is known of it).

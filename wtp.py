@@ -212,7 +212,10 @@ def show_results(results: dict, out) -> None:
         say("no row is finished yet")
     for r in rows[1:]:
         say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
-    if any(r["method"] == "static" for r in rows):
+    done, tried = {r["method"] for r in rows}, {m: len(log) for m, log in results["search"].items()}
+    if "sep" in done and tried.get("sep") == 2 and tried.get("lstm", 0) > 2:
+        say("sep has the scheme of lstm's search; its time includes that search")
+    if "static" in done:
         say("static begins with sep's net; its time includes sep's")
     for method, log in results["search"].items():
         if method != "uniform" and len(log) > 2:
@@ -400,6 +403,7 @@ def epochs_of(settings, methods, images: int, baseline: bool = True, landed: boo
             tries = 1 if count and settings.target else 10
         else:
             tries = count if count and (settings.target or landed) else (settings.patience + 10) * settings.parents
+            tries = 1 if method == "sep" and count and landed else tries  # `lstm`'s search serves it
         total, landed = total + tries * recovery + final, True
     return total
 

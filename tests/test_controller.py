@@ -278,6 +278,19 @@ def test_uniform_and_trimmed_structures_land_on_the_target(arch):
     assert controller.trim(parent, child, cut, 0.99) == child
 
 
+@pytest.mark.parametrize("arch", ["lenet5", "vgg19"])
+def test_a_scheme_lands_with_its_gates_on_the_target(arch):
+    net = models.build(arch, **NETS[arch])
+    cut = lambda w: 1 - sep.macs(net, w) / models.macs(net)
+    target, whole = 1 - models.macs(net, (scheme := (*(w // 2 for w in net.widths[:-1]), net.widths[-1]))) / models.macs(net), net.widths[-1]
+    found = controller.landed(scheme, net.widths, cut, target, 0.2)
+    assert cut(scheme) < target <= cut(found) < target + 0.03 and found[-1] == whole
+    assert all(cut([k + (i == j) for j, k in enumerate(found)]) < target for i in range(len(found)) if found[i] < scheme[i])  # nothing too much
+    assert controller.landed(found, net.widths, cut, target, 0.2) == found and cut(controller.landed((1, 1, whole), net.widths, cut, 0.99, 0.2) if arch == "lenet5" else found) >= target
+    with pytest.raises(models.Failure, match="cannot cut"):
+        controller.landed(scheme, net.widths, cut, 0.9999, 0.2)
+
+
 @pytest.mark.parametrize(("arch", "multiple", "target"), [("vgg19", 8, 0.701), ("resnet56", 8, 0.475), ("resnet56", 4, 0.3), ("lenet5", 8, 0.7)])
 def test_rounded_widths_are_multiples_that_still_cut_the_target(arch, multiple, target):
     net, g = models.build(arch, **NETS[arch]), torch.Generator().manual_seed(0)
@@ -516,6 +529,21 @@ def test_the_teacher_stays_the_baseline_even_where_the_baseline_itself_is_chosen
         run.method(method, baseline, target)
     assert all(torch.equal(v, before[k]) for k, v in baseline.state_dict().items())
     assert run.row("uniform")["widths"] == list(baseline.widths)
+
+
+def test_a_search_that_learns_from_all_serves_lstm_and_sep(tmp_path):
+    settings, found = Settings(**(vars(TINY) | dict(candidates=3, target=0.6, recovery=Plan(1, 0.05), baseline=Plan(3, 0.1, True)))), []
+    for name, methods in (("both", ("lstm", "sep")), ("alone", ("sep", "lstm"))):
+        spy = Spy()
+        run = Run(tmp_path / name, settings, HEAD, *tiny_data(), spy)
+        baseline = run.baseline(fresh=lenet())
+        for method in methods:
+            run.method(method, baseline, 0.6)
+        found.append(timeless({m: run.row(m) for m in methods}))
+        assert sum(t.startswith("lstm: candidate") for t in spy.titles) == 3 and sum(t.startswith("sep: candidate") for t in spy.titles) == 1
+    hard, soft = (found[0][m] for m in ("lstm", "sep"))
+    assert found[0] == found[1] and 0.6 <= soft["cut"]
+    assert all(a >= b and (a < w) == (b < w) for a, b, w in zip(hard["widths"], soft["widths"], baseline.widths))
 
 
 def test_dice_learn_nothing_and_find_something(tmp_path):

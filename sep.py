@@ -157,9 +157,9 @@ def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> int:
     hooks = [g.register_forward_pre_hook(lambda *_: begins.append(time.perf_counter())) for _, g in gates]
     own = {p.layer for p, _ in gates}
     for i, (p, gate) in enumerate(gates):
-        times = {True: [], False: []}
+        times, layers = {True: [], False: []}, [net.get_submodule(k) for k in {p.layer, *({p.next} - own)}]
 
-        def ready(skip, gate=gate, layers=[net.get_submodule(k) for k in {p.layer, *({p.next} - own)}]):
+        def ready(skip, gate=gate, layers=layers):
             gate.skip = skip
             for layer in layers:  # kernels lie together for gathering, else as they compute the fastest
                 layer.to(memory_format=torch.contiguous_format if skip else torch.channels_last)

@@ -569,7 +569,8 @@ def train(
     e = experiment_of(experiment)
     free(output)
     settings = settings_of(e, SCHEDULES[schedule], seed)
-    run, screen = begin(out / f"{experiment}{on(data_dir)}-{schedule}-s{seed}", experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e)
+    folder = out / f"{experiment}{on(data_dir)}-{schedule}-s{seed}"
+    run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e)
     with screen:
         run.baseline(fresh=fresh_net(e, run))
     if output:

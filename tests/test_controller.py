@@ -286,7 +286,8 @@ def test_a_scheme_lands_with_its_gates_on_the_target(arch):
     found = controller.landed(scheme, net.widths, cut, target, 0.2)
     assert cut(scheme) < target <= cut(found) < target + 0.03 and found[-1] == whole
     assert all(cut([k + (i == j) for j, k in enumerate(found)]) < target for i in range(len(found)) if found[i] < scheme[i])  # nothing too much
-    assert controller.landed(found, net.widths, cut, target, 0.2) == found and cut(controller.landed((1, 1, whole), net.widths, cut, 0.99, 0.2) if arch == "lenet5" else found) >= target
+    assert controller.landed(found, net.widths, cut, target, 0.2) == found
+    assert cut(controller.landed((*[1] * (len(found) - 1), whole), net.widths, cut, 0.99, 0.2)) >= 0.99  # LeNet-5: beyond what the scheme's layers have
     with pytest.raises(models.Failure, match="cannot cut"):
         controller.landed(scheme, net.widths, cut, 0.9999, 0.2)
 
@@ -542,7 +543,7 @@ def test_a_search_that_learns_from_all_serves_lstm_and_sep(tmp_path):
         found.append(timeless({m: run.row(m) for m in methods}))
         assert sum(t.startswith("lstm: candidate") for t in spy.titles) == 3 and sum(t.startswith("sep: candidate") for t in spy.titles) == 1
     hard, soft = (found[0][m] for m in ("lstm", "sep"))
-    assert found[0] == found[1] and 0.6 <= soft["cut"]
+    assert found[0] == found[1] and soft["cut"] >= 0.6
     assert all(a >= b and (a < w) == (b < w) for a, b, w in zip(hard["widths"], soft["widths"], baseline.widths))
 
 

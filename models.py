@@ -62,10 +62,10 @@ class Net(nn.Module):
         (B, C_in, H, W) -> (B, C, H', W'), None; a gate leaves out channels that no image of the batch uses and returns the
         indices of the others, the next layer's `at`: the channels that its x holds.
         """
-        p = self.prunable[i]
+        p, gate = self.prunable[i], None if self.gates is None else self.gates[i]
         layer, norm = attrgetter(p.layer)(self), attrgetter(p.norm)(self) if p.norm else None  # an eighth of get_submodule's time
-        if self.gates is not None and self.gates[i] is not None:
-            return self.gates[i](x, at, layer, norm, p.pool)
+        if gate is not None:
+            return gate(x, at, layer, norm, p.pool)
         y = apply(layer, x, at)
         return activate(y if norm is None else norm(y), p.pool), None
 
@@ -102,7 +102,8 @@ def parts(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: to
 
 def stamp(layer: nn.Module) -> tuple[int, int]:
     """Another one when the layer's weights have changed, or lie elsewhere."""
-    return layer.weight.data_ptr(), layer.weight._version
+    weight = layer.weight  # looked up once: a module's attributes take as long as a small operator
+    return weight.data_ptr(), weight._version
 
 
 def kept(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -123,12 +124,14 @@ def kept(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: tor
 def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> torch.Tensor:
     """layer(x) of a convolution or linear layer, where x holds its channels `inputs` alone, for the channels `outputs` alone
     (indices; None: all of them)."""
-    x = x.flatten(1) if isinstance(layer, nn.Linear) else x
-    whole = inputs is None and outputs is None
-    alone = not (whole or layer.training or torch.is_grad_enabled()) and len(x) == 1
+    linear, whole = isinstance(layer, nn.Linear), inputs is None and outputs is None
+    x = x.flatten(1) if linear and x.dim() > 2 else x
+    if linear and whole:
+        return layer(x)
+    alone = not (whole or layer.training or torch.is_grad_enabled()) and x.shape[0] == 1
     weight, bias = (kept if alone else parts)(layer, x.shape[1], inputs, outputs)
-    if isinstance(layer, nn.Linear):
-        return layer(x) if whole else F.linear(x, weight, bias)
+    if linear:
+        return F.linear(x, weight, bias)
     h, w = x.shape[2:]
     small = max(h, w) <= 4 and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1)) and not x.is_cuda
     if small and alone and max(h, w) <= 2 and not weight.is_contiguous(memory_format=torch.channels_last):

@@ -75,7 +75,7 @@ class Gate(nn.Module):
         x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
         """
         plain = self.training or x.is_cuda or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
-        if not plain and self.skip and len(x) == 1 and self.frozen is None and self.used is None:
+        if not plain and self.skip and x.shape[0] == 1 and self.frozen is None and self.used is None:
             return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer

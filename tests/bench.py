@@ -9,6 +9,7 @@ of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minu
 
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and very different structures, 10 epochs each
     bench.py DATA_DIR recipes BASELINE CUT EPOCHS  final trainings of one structure, by several losses and rates
+    bench.py DATA_DIR seeds RUN SEED [...]         the final trainings of a run's structures, by other seeds, to test accuracies
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time and bytes
 """
 import io
@@ -228,6 +229,25 @@ def recipes(folder, checkpoint, cut, epochs):
         print(f"{f'temperature {temperature:g}' if temperature else 'MSE'}, up to {peak:g}: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
 
 
+def seeds(folder, run, *numbers):
+    """How much do the rows of a `fast` run owe to luck? Its structures anew from its baseline, recovery and final training by other seeds."""
+    results = controller.read_results(Path(run))
+    recovery, final = (controller.Plan(**results["settings"][k]) for k in ("recovery", "final"))
+    net, train, *_ = ready(folder, Path(run) / "baseline.pt", 0.1)
+    crop = dict(crop=4, flip=True) if net.channels == 3 else {}
+    every, test = (images.normalised(train.mean, train.std) for images in controller.load_data(results["data"], folder, **crop)[:2])
+    for seed in map(int, numbers):
+        guides = {images: controller.Teacher(net, images, seed) for images in (train, every)}
+        for row in results["rows"]:
+            if row["method"] not in controller.METHODS:
+                continue
+            torch.manual_seed(seed)
+            small = controller.METHODS[row["method"]][0](net, row["widths"]).to(memory_format=torch.channels_last)
+            for images, plan in ((train, recovery), (every, final)):
+                *_, (_, loss) = controller.fit(small, images, plan, optimizer=controller.sgd(small, plan.lr), seed=seed, teacher=guides[images])
+            print(f"seed {seed}, {row['method']}: loss {loss:.4f}, test accuracy {controller.accuracy(small, test, exact=True):.2%}", flush=True)
+
+
 def small(folder, *checkpoints):
     """How much of the MACs saved arrives as time: checkpoints beside their whole nets; without any, VGG-19 and ResNet-56 at half the
     widths, untrained (hard-pruned; gated, all images choosing alike as a fresh gate does; gated, with choices that differ from image to image)."""
@@ -277,6 +297,6 @@ if __name__ == "__main__":
     for measure in (exactness, speed, size, search):
         if len(sys.argv) < 3 or measure.__name__ == sys.argv[2]:
             measure(where)
-    for measure in (structures, recipes, small):
+    for measure in (structures, recipes, seeds, small):
         if sys.argv[2:3] == [measure.__name__]:
             measure(where, *sys.argv[3:])

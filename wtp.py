@@ -401,9 +401,10 @@ def epochs_of(settings, methods, images: int, baseline: bool = True, landed: boo
             continue
         if method == "uniform":
             tries = 1 if count and settings.target else 10
+        elif method == "sep" and count and landed:
+            tries = 1  # `lstm`'s search serves it
         else:
             tries = count if count and (settings.target or landed) else (settings.patience + 10) * settings.parents
-            tries = 1 if method == "sep" and count and landed else tries  # `lstm`'s search serves it
         total, landed = total + tries * recovery + final, True
     return total
 

@@ -190,12 +190,16 @@ def search(_):
                   f"the papers' rules {way[2]} at a cut of {cut:.1%} after {count:.0f} candidates", flush=True)
 
 
+def loaded(folder, net, facts):
+    """The training and the test images of a baseline of `train` or `reproduce`, normalised as it reads them."""
+    crop = dict(crop=4, flip=True) if net.channels == 3 else {}
+    return [images.normalised(tuple(facts["mean"]), tuple(facts["std"])) for images in controller.load_data(facts["data"], folder, **crop)[:2]]
+
+
 def ready(folder, checkpoint, cut):
     """(net, training and validation images, teacher, what a structure cuts, the `uniform` one at `cut`) for a baseline of `train` or `reproduce`."""
     net, facts = sep.load(checkpoint)
-    crop = dict(crop=4, flip=True) if net.channels == 3 else {}
-    train = controller.load_data(facts["data"], folder, **crop)[0].normalised(tuple(facts["mean"]), tuple(facts["std"]))
-    train, validation = controller.split(train, facts["seed"])
+    train, validation = controller.split(loaded(folder, net, facts)[0], facts["seed"])
     whole = models.macs(net)
     share = lambda w: 1 - models.macs(net, w) / whole
     return net, train, validation, controller.Teacher(net, train, 0), share, controller.uniform(net.widths, share, float(cut))
@@ -233,9 +237,9 @@ def seeds(folder, run, *numbers):
     """How much do the rows of a `fast` run owe to luck? Its structures anew from its baseline, recovery and final training by other seeds."""
     results = controller.read_results(Path(run))
     recovery, final = (controller.Plan(**results["settings"][k]) for k in ("recovery", "final"))
-    net, train, *_ = ready(folder, Path(run) / "baseline.pt", 0.1)
-    crop = dict(crop=4, flip=True) if net.channels == 3 else {}
-    every, test = (images.normalised(train.mean, train.std) for images in controller.load_data(results["data"], folder, **crop)[:2])
+    net, facts = sep.load(Path(run) / "baseline.pt")
+    every, test = loaded(folder, net, facts)
+    train = controller.split(every, facts["seed"])[0]
     for seed in map(int, numbers):
         guides = {images: controller.Teacher(net, images, seed) for images in (train, every)}
         for row in results["rows"]:

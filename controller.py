@@ -765,6 +765,10 @@ class Settings:
     candidates: int | None  # of a search that learns from all of them (Guided), where there is a target
     seed: int
 
+    def guided(self, target: float | None) -> bool:
+        """Whether a search for `target` learns from every candidate so far (Guided), and by the papers' rules (Search) else."""
+        return bool(self.candidates and target)
+
 
 class Run:
     """A run folder, and the work that fills it. Every method picks up what the folder already holds."""
@@ -912,7 +916,7 @@ class Run:
                 self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
             return
         if not path.exists():
-            shared = method == "sep" and self.settings.candidates and target
+            shared = method == "sep" and self.settings.guided(target)
             find = self.uniform if method == "uniform" else self.share if shared else partial(self.search, method)
             found, chosen = find(baseline, target)
             spent = sum(c["seconds"] for m in (method, *["lstm"] * bool(shared)) for c in self.results["search"][m])
@@ -984,7 +988,7 @@ class Run:
         folder, net, log = self.folder / "uniform-pool", self.load(self.folder / "baseline.pt")[0], [self.start(baseline, target)]
         while net.structure != end:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
-            if self.settings.candidates and self.settings.target:
+            if self.settings.guided(self.settings.target):
                 structure = end  # in one step, as the others go
             net, candidate = self.step(folder / f"{name_of((len(log), *end))}.pt", "uniform", baseline, net, structure, len(log), len(log), target)
             log.append(candidate)
@@ -1010,7 +1014,7 @@ class Run:
         """
         folder, cost = self.folder / f"{method}-pool", METHODS[method][1]
         check_reach(baseline.widths, lambda w: self.cut(cost(baseline, w)), target)
-        kind = Guided if self.settings.candidates and target else Search
+        kind = Guided if self.settings.guided(target) else Search
         search = kind(baseline, self.start(baseline, target), self.settings, target, lambda w: self.cut(cost(baseline, w)), method, dice=method == "random")
         title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew
         if state := models.read_progress(folder / "search.pt", title):

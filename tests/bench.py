@@ -9,6 +9,7 @@ of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minu
 
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and very different structures, 10 epochs each
     bench.py DATA_DIR recipes BASELINE CUT EPOCHS  final trainings of one structure, by several losses and rates
+    bench.py DATA_DIR choices BASELINE CUT STEPS   the same channels for all images, or each image's own: accuracy after so many steps
     bench.py DATA_DIR seeds RUN SEED [...]         the final trainings of a run's structures, by other seeds, to test accuracies
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time and bytes
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 
@@ -233,6 +235,32 @@ def recipes(folder, checkpoint, cut, epochs):
         print(f"{f'temperature {temperature:g}' if temperature else 'MSE'}, up to {peak:g}: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
 
 
+class Strongest(sep.Gate):
+    """Chooses for each image the channels that are the strongest in it: it computes them all first, so no gate can know it better."""
+
+    def forward(self, x, at, layer, norm, pool):
+        y = models.activate(norm(models.apply(layer, x, at)), pool)
+        strength = self.importance * y.detach().float().square().mean((2, 3))
+        mask = torch.zeros_like(strength).scatter_(1, strength.topk(self.keep, 1).indices, 1.0)
+        return y * mask[..., None, None].to(y.dtype), None
+
+
+def choices(folder, checkpoint, cut, steps):
+    """What is it worth to choose by the image? The `uniform` structure at a cut, with hard pruning's choice and with each image's own."""
+    net, train, validation, guide, _, even = ready(folder, checkpoint, cut)
+    gated = sep.soften(net, even)
+    for gate, score in zip(gated.gates, models.importance(net)):
+        gate.__class__, gate.importance = Strongest, score
+    for name, small in (("the same for all", models.prune(net, even)), ("each image's own", gated)):
+        small, found = small.to(memory_format=torch.channels_last), []
+        found.append(controller.accuracy(small, validation))
+        for plan in (controller.Plan(1, 0.02, True, int(n)) for n in steps.split(",")):
+            student = deepcopy(small)
+            list(controller.fit(student, train, plan, optimizer=controller.sgd(student, plan.lr), seed=0, teacher=guide))
+            found.append(controller.accuracy(student, validation))
+        print(f"{name}: validation accuracy before training, after {steps} steps: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
+
+
 def seeds(folder, run, *numbers):
     """How much do the rows of a `fast` run owe to luck? Its structures anew from its baseline, recovery and final training by other seeds."""
     results = controller.read_results(Path(run))
@@ -301,6 +329,6 @@ if __name__ == "__main__":
     for measure in (exactness, speed, size, search):
         if len(sys.argv) < 3 or measure.__name__ == sys.argv[2]:
             measure(where)
-    for measure in (structures, recipes, seeds, small):
+    for measure in (structures, recipes, choices, seeds, small):
         if sys.argv[2:3] == [measure.__name__]:
             measure(where, *sys.argv[3:])

@@ -400,7 +400,7 @@ def epochs_of(settings, methods, images: int, baseline: bool = True, landed: boo
             total += recovery
             continue
         if method == "uniform":
-            tries = 1 if count and settings.target else 10
+            tries = 1 if settings.guided(settings.target) else 10
         elif method == "sep" and count and landed:
             tries = 1  # `lstm`'s search serves it
         else:

@@ -207,9 +207,9 @@ def ready(folder, checkpoint, cut):
     return net, train, validation, controller.Teacher(net, train, 0), share, controller.uniform(net.widths, share, float(cut))
 
 
-def validated(net, structure, plan, train, validation, guide):
-    """The accuracy on validation images after each epoch of a training of `structure`, cut from `net`."""
-    small = models.prune(net, structure).to(memory_format=torch.channels_last)
+def validated(net, plan, train, validation, guide):
+    """The accuracy on validation images after each epoch of a training of a copy of `net`."""
+    small = deepcopy(net).to(memory_format=torch.channels_last)
     steps = controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide)
     return [controller.accuracy(small, validation) for _ in steps]
 
@@ -223,15 +223,16 @@ def structures(folder, checkpoint, cut):
             if share((a, b, 1)) > cut and (c := max(c for c in range(1, 501) if share((a, b, c)) >= cut)) > 8:
                 tried.setdefault((a, b, c), "")
     for w, name in tried.items():
-        found = validated(net, w, controller.Plan(10, 0.05, True), train, validation, guide)
+        found = validated(models.prune(net, w), controller.Plan(10, 0.05, True), train, validation, guide)
         print(f"{w} {name}: cut {share(w):.1%}, validation accuracy {found[-1]:.2%}", flush=True)
 
 
 def recipes(folder, checkpoint, cut, epochs):
     """Which final training? The `uniform` structure at a cut, by several, on validation images that the baseline has not seen."""
     net, train, validation, guide, _, even = ready(folder, checkpoint, cut)
+    start = models.prune(net, even)
     for temperature, peak in ((None, 0.1), (None, 0.03), (4.0, 0.06), (4.0, 0.02), (4.0, 0.006)):
-        found = validated(net, even, controller.Plan(int(epochs), peak, True, temperature=temperature), train, validation, guide)
+        found = validated(start, controller.Plan(int(epochs), peak, True, temperature=temperature), train, validation, guide)
         print(f"{f'temperature {temperature:g}' if temperature else 'MSE'}, up to {peak:g}: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
 
 
@@ -250,14 +251,11 @@ def choices(folder, checkpoint, cut, steps):
     net, train, validation, guide, _, even = ready(folder, checkpoint, cut)
     gated = sep.soften(net, even)
     for gate, score in zip(gated.gates, models.importance(net)):
-        gate.__class__, gate.importance = Strongest, score
+        if gate is not None:
+            gate.__class__, gate.importance = Strongest, score
     for name, small in (("the same for all", models.prune(net, even)), ("each image's own", gated)):
-        small, found = small.to(memory_format=torch.channels_last), []
-        found.append(controller.accuracy(small, validation))
-        for plan in (controller.Plan(1, 0.02, True, int(n)) for n in steps.split(",")):
-            student = deepcopy(small)
-            list(controller.fit(student, train, plan, optimizer=controller.sgd(student, plan.lr), seed=0, teacher=guide))
-            found.append(controller.accuracy(student, validation))
+        plans = [controller.Plan(1, 0.02, True, int(n)) for n in steps.split(",")]
+        found = [controller.accuracy(small, validation), *(validated(small, plan, train, validation, guide)[-1] for plan in plans)]
         print(f"{name}: validation accuracy before training, after {steps} steps: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
 
 

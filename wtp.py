@@ -484,9 +484,19 @@ def fresh_net(e: Experiment, run):
     return build(e.arch, classes=run.all.classes if own else e.classes, channels=e.channels, size=run.all.pixels.shape[1])
 
 
+def show_run(results: dict, folder: Path) -> None:
+    """The tables of a run, and its report.svg. Raises Failure where its results.json was edited to what cannot be shown."""
+    from models import Failure
+
+    try:
+        show_results(results, console())
+        draw(results, folder / "report.svg")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        raise Failure(f"{folder / 'results.json'} is damaged ({type(e).__name__}: {e})") from e
+
+
 def finish(run) -> None:
-    show_results(run.results, console())
-    draw(run.results, run.folder / "report.svg")
+    show_run(run.results, run.folder)
     console().print(f"{run.folder / 'results.json'}, report.svg; {span(run.results['seconds'])} in all", markup=False)
 
 
@@ -743,12 +753,7 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder, or its result
     folder = run.parent if run.name == "results.json" else run
     if not (folder / "results.json").is_file():
         raise Failure(f"{run} is no run folder: it has no results.json", 2)
-    results = read_results(folder, hint="")
-    try:
-        show_results(results, console())
-        draw(results, folder / "report.svg")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-        raise Failure(f"{folder / 'results.json'} is damaged ({type(e).__name__}: {e})") from e
+    show_run(read_results(folder, hint=""), folder)
     console().print(f"wrote {folder / 'report.svg'}", markup=False)
 
 

@@ -399,6 +399,22 @@ def test_a_damaged_run_says_what_to_do(capsys, smoke, tmp_path):
     assert status == 1 and "baseline.pt is damaged" in err and "--fresh starts the run over" in err and not out
 
 
+EDITS = [lambda r: r.pop("settings"), lambda r: r.pop("device"), lambda r: r["settings"].pop("target"), lambda r: r["rows"][0].update(method="mine"),
+         lambda r: r["search"]["lstm"][0].update(cuts=1), lambda r: r["search"]["lstm"][0].pop("epoch"), lambda r: r.update(curves={"lstm": [1]})]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_results_are_no_traceback(capsys, smoke, tmp_path, edit):
+    folder = tmp_path / "digits-smoke-s0"
+    shutil.copytree(smoke[0], folder)
+    results = json.loads((folder / "results.json").read_text())
+    edit(results)
+    (folder / "results.json").write_text(json.dumps(results))
+    for command in (["report", folder], ["reproduce", "digits", "--schedule", "smoke", "--out", tmp_path]):
+        status, _, err = call(capsys, *command)
+        assert status == 1 and "results.json is damaged" in err and err.count("\n") == 1, err
+
+
 def test_a_target_out_of_reach_is_refused(capsys, smoke, tmp_path):
     shutil.copyfile(smoke[0] / "baseline.pt", tmp_path / "my.pt")
     status, out, err = call(capsys, "prune", tmp_path / "my.pt", "--target", "0.9999", "--schedule", "smoke", "--out", tmp_path)

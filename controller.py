@@ -1058,7 +1058,8 @@ def read_results(folder: Path, missing_ok: bool = False, hint: str = "; --fresh 
         widths = [Candidate(**c).structure for log in found["search"].values() for c in log] + [r["widths"] for r in found["rows"]]
         whole = {"experiment", "schedule", "data", "seed", "device", "settings"} <= found.keys() and {"target", "parents"} <= found["settings"].keys()
         named = all(r["method"] in ("baseline", "static", *METHODS) for r in found["rows"])
-        if not (numbers and whole and named) or not all(isinstance(k, int) for w in widths for k in w) or len({len(w) for w in widths}) > 1:
+        lists = all(isinstance(v, list) for v in (found["rows"], *found["search"].values()))
+        if not (numbers and whole and named and lists) or not all(isinstance(k, int) for w in widths for k in w) or len({len(w) for w in widths}) > 1:
             raise ValueError
         return found | dict(seconds=float(found["seconds"]))
     except OSError as e:

@@ -400,7 +400,8 @@ def test_a_damaged_run_says_what_to_do(capsys, smoke, tmp_path):
 
 
 EDITS = [lambda r: r.pop("settings"), lambda r: r.pop("device"), lambda r: r["settings"].pop("target"), lambda r: r["rows"][0].update(method="mine"),
-         lambda r: r["search"]["lstm"][0].update(cuts=1), lambda r: r["search"]["lstm"][0].pop("epoch"), lambda r: r.update(curves={"lstm": [1]}), lambda r: r.update(rows="")]
+         lambda r: r["search"]["lstm"][0].update(cuts=1), lambda r: r["search"]["lstm"][0].pop("epoch"), lambda r: r.update(curves={"lstm": [1]}),
+         lambda r: r.update(rows="")]
 
 
 @pytest.mark.parametrize("edit", EDITS)

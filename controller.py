@@ -44,6 +44,7 @@ TEACHER_BYTES = 1 << 30  # ours: outputs of the teacher kept at most; beyond, th
 
 # How a method brings a net to a structure, and what that will cost.
 METHODS = dict.fromkeys(("lstm", "random", "uniform"), (models.prune, models.macs)) | {"sep": (sep.soften, sep.macs)}
+NETS = ("baseline", "static", *METHODS)  # of a run folder: each has a checkpoint and a row
 
 
 def stream(*where) -> int:
@@ -789,7 +790,7 @@ class Run:
                 what = " and ".join("checkpoint (source)" if k == "source" else k for k in differing)
                 raise Failure(f"{self.folder} holds a run with other {what}; give another --out, or --fresh to start over", 2)
             self.results = found
-        elif any((self.folder / f"{m}.pt").exists() for m in ("baseline", "static", *METHODS)):
+        elif any((self.folder / f"{m}.pt").exists() for m in NETS):
             self.watch.say(f"{self.folder} has lost its results.json: rows come from the checkpoints, what the searches tried is gone")
         self.before = self.results["seconds"]
         self.keep_results()
@@ -801,9 +802,9 @@ class Run:
             self.lock = (self.folder / "lock").open("w")
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if gone := [m for m in ("static", *METHODS) if fresh and (self.folder / f"{m}.pt").exists()]:
+            if gone := [m for m in NETS[1:] if fresh and (self.folder / f"{m}.pt").exists()]:
                 self.watch.say(f"{self.folder} starts over, without its rows {', '.join(gone)}")
-            for method in ("baseline", "static", *METHODS) if fresh else ():
+            for method in NETS if fresh else ():
                 self.drop_pool(method)
                 (self.folder / f"{method}.pt").unlink(missing_ok=True)
             for name in ("progress.pt", "report.svg", "results.json") if fresh else ():  # results last: they tell whose all is
@@ -1057,7 +1058,7 @@ def read_results(folder: Path, missing_ok: bool = False, hint: str = "; --fresh 
         numbers = all(isinstance(r[k], int | float) for r in found["rows"] for k in keys)
         widths = [Candidate(**c).structure for log in found["search"].values() for c in log] + [r["widths"] for r in found["rows"]]
         whole = {"experiment", "schedule", "data", "seed", "device", "settings"} <= found.keys() and {"target", "parents"} <= found["settings"].keys()
-        named = all(r["method"] in ("baseline", "static", *METHODS) for r in found["rows"])
+        named = all(r["method"] in NETS for r in found["rows"])
         lists = all(isinstance(v, list) for v in (found["rows"], *found["search"].values()))
         if not (numbers and whole and named and lists) or not all(isinstance(k, int) for w in widths for k in w) or len({len(w) for w in widths}) > 1:
             raise ValueError

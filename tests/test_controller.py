@@ -144,14 +144,14 @@ def test_the_same_seed_gives_the_same_numbers():
 
 
 def test_bfloat16_agrees_with_float32_within_noise(monkeypatch):
-    images, other = few(2000), few(1000, seed=5)
+    images, other = few(1200), few(1000, seed=5)
     found = []
     for native in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert controller.half(torch.device("cpu"))._enabled == native
-        net = lenet((20, 50, 100))
-        trained(net, images, Plan(4, 0.05, True))
+        net = lenet((8, 20, 50))
+        trained(net, images, Plan(6, 0.1, True))
         found.append(accuracy(net, other))
     assert abs(found[0] - found[1]) < 3 * (2 * found[1] * (1 - found[1]) / 1000) ** 0.5 and min(found) > 0.8
 
@@ -353,7 +353,7 @@ class Spy(Watch):
 
 @lru_cache
 def tiny_data():
-    return few(1200), few(100, seed=3)
+    return few(1000), few(150, seed=3)
 
 
 def work(folder, spy, settings=TINY, methods=METHODS, round_to=None):
@@ -410,10 +410,10 @@ def test_the_test_images_are_read_once_per_row(tmp_path, monkeypatch):
     read, plain = [], controller.accuracy
     monkeypatch.setattr(controller, "accuracy", lambda net, images, exact=False: read.append(len(images)) or plain(net, images, exact))
     results = work(tmp_path, Spy(), methods=("lstm",))
-    assert read.count(100) == len(results["rows"]) == 2 and read.count(120) > 2
+    assert read.count(150) == len(results["rows"]) == 2 and read.count(100) > 2
 
 
-@pytest.mark.parametrize("stop", [1, 2, 7])
+@pytest.mark.parametrize("stop", [1, 7])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, undisturbed, stop):
     expected, whole, _ = undisturbed
     total = 0
@@ -428,7 +428,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, undisturbed, 
     assert total + spy.epochs == whole.epochs  # no finished epoch is trained again
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
+@pytest.mark.parametrize("stop", [3])
 def test_a_run_killed_between_any_two_files_ends_like_an_undisturbed_one(tmp_path, undisturbed, monkeypatch, stop):
     replace, left = os.replace, [0]
 

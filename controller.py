@@ -137,12 +137,12 @@ def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> 
     keep = dict(zip(("mean", "std"), STATISTICS[name]))
     if name == "digits":
         if own:
-            raise Failure(f"digits are drawn and read no folder; {folder} serves the other experiments: mnist (gray), those of CIFAR (RGB)", 2)
+            raise Failure(f"digits are drawn and read no folder; {folder} serves the other experiments, mnist (gray) and those of CIFAR (RGB); name another --data-dir", 2)
         train, test = (digits(n, stream("digits", n)) for n in (6000, 2000))
         return Images(*train, **keep), Images(*test, **keep), "digits"
     gray = name == "mnist"
     if own:
-        train, test, what = *own_images(folder, gray), f"images in {folder}"
+        train, test, what = *own_images(folder, gray), f"images in {folder.resolve()}"
     else:
         train, test, what = from_torchvision(name, folder, "train"), from_torchvision(name, folder, "test"), name
     return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), what
@@ -178,6 +178,7 @@ def from_torchvision(name: str, folder: Path, part: str):
 
 def own_images(folder: Path, gray: bool):
     """(pixels, labels) of the image files in folder/train/CLASS, and of those in folder/test/CLASS; classes by name."""
+    from PIL import Image
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import IMG_EXTENSIONS
     from torchvision.transforms.functional import pil_to_tensor
@@ -192,15 +193,19 @@ def own_images(folder: Path, gray: bool):
     parts, sets = [], []
     for part in ("train", "test"):
         try:
-            found = Shown(folder / part, is_valid_file=lambda f: f.lower().endswith(IMG_EXTENSIONS) and not Path(f).name.startswith("."))
+            hidden = lambda f, top=folder / part: any(name.startswith(".") for name in Path(f).relative_to(top).parts)
+            found = Shown(folder / part, is_valid_file=lambda f: f.lower().endswith(IMG_EXTENSIONS) and not hidden(f))
         except OSError as e:
             raise Failure(f"{folder / part}: {str(e)[:200]}") from e
         pixels = []
         for path, _ in found.samples:
             try:
-                pixels.append(pil_to_tensor(found.loader(path).convert("L" if gray else "RGB")).permute(1, 2, 0))
+                with Image.open(path) as image:
+                    if image.mode[0] in "IF":
+                        raise ValueError(image.mode)
+                    pixels.append(pil_to_tensor(image.convert("L" if gray else "RGB")).permute(1, 2, 0))
             except Exception as e:
-                raise Failure(f"{path} cannot be read as an image") from e
+                raise Failure(f"{path} cannot be read as an image of 8 bits a channel") from e
             height, width = pixels[-1].shape[:2]
             side = len(parts[0][0][0]) if parts else len(pixels[0])
             if (height, width) != (side, side):
@@ -777,14 +782,15 @@ class Run:
     def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None, fresh: bool = False,
                  round_to: int | None = None, split_seed: int | None = None):
         self.folder, self.settings, self.test, self.watch, self.round_to = Path(folder), settings, test, watch or Watch(), round_to
+        self.split_seed = settings.seed if split_seed is None else split_seed
+        self.all, (self.train, self.validation) = train, split(train, self.split_seed)
         self.claim(fresh)
-        self.all, (self.train, self.validation) = train, split(train, settings.seed if split_seed is None else split_seed)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
-        head = head | dict(test_images=len(test), statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to,
+        head = head | dict(train_images=len(train), test_images=len(test), statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to,
                            device=describe(self.device), versions=versions(), seconds=0.0)
         self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:
-            known = ("experiment", "schedule", "seed", "data", "settings", "source", "statistics", "round_to")
+            known = ("experiment", "schedule", "seed", "data", "train_images", "test_images", "settings", "source", "statistics", "round_to")
             ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
             if differing := [k for k, v in ours.items() if said(found[k]) != said(v)]:
                 what = " and ".join("checkpoint (source)" if k == "source" else k for k in differing)
@@ -886,7 +892,7 @@ class Run:
 
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
         told = {k: self.results[k] for k in ("data", "schedule", "seed", "versions")}
-        facts = told | dict(method=method, mean=list(self.train.mean), std=list(self.train.std), test_images=len(self.test), macs=sep.macs(net),
+        facts = told | dict(method=method, mean=list(self.train.mean), std=list(self.train.std), split=self.split_seed, test_images=len(self.test), macs=sep.macs(net),
                             parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1),
                             curve=curve, baseline=self.row("baseline"))
         models.save(path, net, facts)
@@ -1002,7 +1008,7 @@ class Run:
         log = [Candidate(**c) for c in self.results["search"].get("lstm", ())] if self.row("lstm") else []
         scheme = (choose(log, self.settings.target) if log else self.search("lstm", baseline, target)[1]).structure
         structure = landed(tuple(scheme), baseline.widths, lambda w: self.cut(sep.macs(baseline, w)), target, self.settings.rate)
-        path, whole = self.folder / "sep-pool" / f"{name_of(structure)}.pt", self.load(self.folder / "baseline.pt")[0]
+        path, whole = self.folder / "sep-pool" / f"shared-{name_of(structure)}.pt", self.load(self.folder / "baseline.pt")[0]
         net, candidate = self.step(path, "sep", baseline, whole, structure, 1, 1, target)
         self.results["search"]["sep"] = [asdict(c) for c in (self.start(baseline, target), candidate)]
         self.keep_results()

@@ -4,6 +4,7 @@ The *structure* of a net is the tuple of the widths of its prunable layers. `pru
 as the IJCAI 2018 paper's released script chooses them: channel i of layer l counts as much as the sum of the squared
 weights that the next layer applies to it.
 """
+import json
 import os
 import re
 import warnings
@@ -402,7 +403,8 @@ def replaced(path: Path, make, part: Path | None = None, hint: str = "") -> None
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or e}{hint}") from e
+        why = "the disk may be full" if "inline_container" in str(e) or "unexpected pos" in str(e) else getattr(e, "strerror", None) or e
+        raise Failure(f"cannot write {path}: {why}{hint}") from e
 
 
 def write(path: Path, content: dict) -> None:
@@ -447,8 +449,12 @@ def read(path: Path) -> dict:
     if lacking := {"arch", "widths", "classes", "channels", "size", "gates", "state", "facts"} - found.keys():
         raise Failure(f"{path} is damaged: it lacks {', '.join(sorted(lacking))}")
     plain = lambda facts: isinstance(facts, dict) and all(isinstance(facts.get(k, 0), int | float) for k in ("test_accuracy", "macs", "params"))
-    if not plain(found["facts"]) or not plain(found["facts"].get("baseline") or {}):
-        raise Failure(f"{path} is damaged: its facts are no facts")
+    try:
+        json.dumps(found["facts"])  # no tensors in them
+        if not plain(found["facts"]) or not plain(found["facts"].get("baseline") or {}):
+            raise ValueError
+    except (TypeError, ValueError) as e:
+        raise Failure(f"{path} is damaged: its facts are no facts") from e
     return found
 
 

@@ -33,7 +33,6 @@ class Gate(nn.Module):
         nn.init.zeros_(self.excite.bias)
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
         self.skip = True  # in evaluation: compute only the kernels that some image of the batch uses; else all of them, masked
-        self.frozen: torch.Tensor | None = None  # (C,) zeros and ones: the same choice for every image, scale 1
         self.last = None  # what the last single image chose: the next one often chooses the same
         self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
 
@@ -57,8 +56,6 @@ class Gate(nn.Module):
     def scale(self, z: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """s * m: (B, C_in) means, of the channels `at` alone if there are such -> (B, C); 0 for an excluded channel, else its
         scale, which averages 1."""
-        if self.frozen is not None:
-            return self.frozen.to(z).expand(len(z), -1)
         logits = self.excite(torch.relu(models.apply(self.squeeze, z, at)))
         mask = torch.zeros_like(logits).scatter_(1, logits.topk(self.keep, 1).indices, 1.0)
         s = torch.sigmoid(logits) / self.unit * mask
@@ -75,7 +72,7 @@ class Gate(nn.Module):
         x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
         """
         plain = self.training or x.is_cuda or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
-        if not plain and self.skip and x.shape[0] == 1 and self.frozen is None and self.used is None:
+        if not plain and self.skip and x.shape[0] == 1 and self.used is None:
             return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
@@ -184,7 +181,7 @@ def attach(net: Net, keeps) -> None:
     for i, (p, width, k) in enumerate(zip(net.prunable, net.widths, keeps, strict=True)):
         if k is None or net.gates[i] is not None:
             continue
-        if not 1 <= k <= width:
+        if type(k) is not int or not 1 <= k <= width:
             raise models.Failure(f"a gate of {p.layer} keeps {k} of {width} channels")
         net.gates[i] = Gate(reads(net, i), width, k).to(next(net.parameters()).device)
 
@@ -218,13 +215,6 @@ def soften(net: Net, structure) -> Net:
 def preferred(net: Net) -> list[torch.Tensor]:
     """Per prunable layer the channels (ascending indices) at work before an image is seen."""
     return [torch.arange(w) if g is None else g.first_choice for g, w in zip(net.gates or [None] * len(net.widths), net.widths)]
-
-
-def freeze(net: Net, kept: list[torch.Tensor]) -> None:
-    """Let every gate choose the channels `kept` (indices per prunable layer) for every image, at scale 1, in place."""
-    for gate, width, stay in zip(net.gates, net.widths, kept):
-        if gate is not None:
-            gate.frozen = torch.zeros(width).index_fill(0, stay.cpu(), 1.0)
 
 
 @contextmanager

@@ -409,7 +409,7 @@ def epochs_of(settings, methods, images: int, baseline: bool = True, landed: boo
     return total
 
 
-def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
+def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say, seed: int = 0):
     """(training, test, what it is) for the user's net: checked against it, normalised as it is used to, on the device. Raises Failure."""
     from controller import load_data, statistics_of
 
@@ -417,7 +417,7 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say):
     fits(net, facts, train, what)
     train, test, (mean, std) = train.to(where), test.to(where), told(net, facts)
     if mean is None:
-        text, mean, std = statistics_of(net.to(where), train, 0)
+        text, mean, std = statistics_of(net.to(where), train, seed)
         say(text)
     return train.normalised(mean, std), test.normalised(mean, std), what
 
@@ -439,7 +439,7 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
 
     where, screen = device_of(device), Screen()
     if given:
-        train, test, what = data_for(*given, e, data_dir, where, screen.say)
+        train, test, what = data_for(*given, e, data_dir, where, screen.say, settings.seed)
     else:
         train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
     if limit := SCHEDULES[schedule].images:
@@ -448,7 +448,7 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
     if steps := SCHEDULES[schedule].steps:  # of the data at hand
         settings = replace(settings, recovery=replace(settings.recovery, epochs=epochs_for(steps, len(train))))
     head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
-    seen = given[1].get("seed") if given and given[1].get("data") == what else None  # then what it was not trained on validates here, too
+    seen = given[1].get("split", given[1].get("seed")) if given and given[1].get("data") == what else None  # what validated a baseline validates again
     run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh, round_to, seen if isinstance(seen, int) else None)
     Stopped.hint = "; the run goes on where it was with the same command (without --fresh)"
     methods = [m for m in methods if not run.row(m)]
@@ -608,8 +608,10 @@ def deliver(made: Path, output: Path) -> None:
     """Copy a finished checkpoint to where the user wants it; never over a file that came there meanwhile."""
     import shutil
 
-    from models import part_of, replaced
+    from models import Failure, part_of, replaced, sound
 
+    if not sound(made):
+        raise Failure(f"{made} is gone or damaged; --fresh makes it anew")
     free(output)
     replaced(output, lambda part: shutil.copyfile(made, part), part_of(output), f"; the net is in {made}")
 
@@ -835,6 +837,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for a wrong call, 1 for what failed, 130 after Ctrl-C, 143 after SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    for file in (sys.stdout, sys.stderr):
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(errors="replace")  # where letters cannot be encoded, "?" comes for them
     try:
         return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except Stopped as e:

@@ -153,7 +153,7 @@ def speed(folder):
 
 
 def exactness(_):
-    from test_models import NETS, lively, some
+    from test_models import NETS, freeze, lively, some
 
     print("largest difference of the logits (largest logit): masked - removed; SEP frozen to the criterion's choice - hard-pruned")
     for arch in NETS:
@@ -161,7 +161,7 @@ def exactness(_):
         structure = some(net)
         kept = models.most_important(net, structure)
         hard, soft = models.prune(net, structure).eval(), sep.soften(net, structure).eval()
-        sep.freeze(soft, kept)
+        freeze(soft, kept)
         models.compensate(net, kept)
         for p, w, stay in zip(net.prunable, net.widths, kept):
             lost = torch.ones(w, dtype=torch.bool).index_fill(0, stay, False)
@@ -201,7 +201,7 @@ def loaded(folder, net, facts):
 def ready(folder, checkpoint, cut):
     """(net, training and validation images, teacher, what a structure cuts, the `uniform` one at `cut`) for a baseline of `train` or `reproduce`."""
     net, facts = sep.load(checkpoint)
-    train, validation = controller.split(loaded(folder, net, facts)[0], facts["seed"])
+    train, validation = controller.split(loaded(folder, net, facts)[0], facts.get("split", facts["seed"]))
     whole = models.macs(net)
     share = lambda w: 1 - models.macs(net, w) / whole
     return net, train, validation, controller.Teacher(net, train, 0), share, controller.uniform(net.widths, share, float(cut))
@@ -265,7 +265,7 @@ def seeds(folder, run, *numbers):
     recovery, final = (controller.Plan(**results["settings"][k]) for k in ("recovery", "final"))
     net, facts = sep.load(Path(run) / "baseline.pt")
     every, test = loaded(folder, net, facts)
-    train = controller.split(every, facts["seed"])[0]
+    train = controller.split(every, facts.get("split", facts["seed"]))[0]
     for seed in map(int, numbers):
         guides = {images: controller.Teacher(net, images, seed) for images in (train, every)}
         for row in results["rows"]:
@@ -323,10 +323,9 @@ def size(folder):
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1] if len(sys.argv) > 1 else "data")
-    for measure in (exactness, speed, size, search):
-        if len(sys.argv) < 3 or measure.__name__ == sys.argv[2]:
-            measure(where)
-    for measure in (structures, recipes, choices, seeds, small):
-        if sys.argv[2:3] == [measure.__name__]:
-            measure(where, *sys.argv[3:])
+    where, name, *rest = *sys.argv[1:], *("data", "")[len(sys.argv) - 1 :]
+    usual, others = ({m.__name__: m for m in kind} for kind in ((exactness, speed, size, search), (structures, recipes, choices, seeds, small)))
+    if where.startswith("-") or name not in {"", *usual, *others}:
+        sys.exit(__doc__)
+    for measure in [(usual | others)[name]] if name else usual.values():
+        measure(Path(where), *rest)

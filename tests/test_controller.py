@@ -476,6 +476,14 @@ def test_a_killed_run_with_rounded_widths_and_a_plain_net_ends_like_an_undisturb
     assert timeless(results | {"rounded": 0}) == timeless(expected | {"rounded": 0})
 
 
+def test_what_validated_a_baseline_validates_again(tmp_path):
+    run = Run(tmp_path, Settings(**(vars(TINY) | {"seed": 1})), HEAD, *tiny_data(), split_seed=0)
+    run.baseline(given=lenet())
+    facts = sep.load(tmp_path / "baseline.pt")[1]
+    assert (facts["seed"], facts["split"]) == (1, 0)
+    assert torch.equal(run.validation.pixels, controller.split(tiny_data()[0], 0)[1].pixels)
+
+
 def test_fresh_removes_what_a_run_left_and_nothing_else(tmp_path):
     work(tmp_path, Spy(), methods=("lstm",))
     (tmp_path / "baseline-pruned.pt").write_text("the user's")

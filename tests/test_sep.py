@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_models import NETS, lively, some
+from test_models import NETS, freeze, lively, some
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -27,7 +27,7 @@ def test_frozen_to_the_criterions_choice_it_equals_the_hard_pruned_net(arch):
         for gate in filter(None, soft.gates):
             torch.nn.init.normal_(gate.excite.weight, 0, 2)
         assert (soft(x) - hard(x)).abs().max() > 1e-3 * hard(x).abs().max()
-        sep.freeze(soft, models.most_important(net, some(net)))
+        freeze(soft, models.most_important(net, some(net)))
         assert (soft(x) - hard(x)).abs().max() < 1e-5 * hard(x).abs().max()
 
 

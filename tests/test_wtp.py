@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import typer
+from PIL import Image
 from test_controller import timeless
 from test_models import broken_files
 
@@ -311,18 +312,22 @@ def picture_folder(folder, classes=3, count=40, size=28):
                 save_image(image, folder / part / f"class{c}" / f"{i}.png")
 
 
-def test_a_users_own_images_are_a_data_set(capsys, tmp_path):
+def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     picture_folder(tmp_path / "pictures")
     places = ["--out", tmp_path / "runs", "--data-dir", tmp_path / "pictures"]
-    for hidden in ("train/.ipynb_checkpoints/a.png", "train/class0/._1.png", "test/class0/.DS_Store"):
+    for hidden in ("train/.ipynb_checkpoints/a.png", "train/class0/._1.png", "test/class0/.DS_Store", "train/class0/.old/a.png"):
         (tmp_path / "pictures" / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / "pictures" / hidden).write_bytes(b"not an image")
+    monkeypatch.chdir(tmp_path)
     status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
     assert status == 0, err
     made = tmp_path / "runs/mnist-on-pictures-smoke-s0/lstm.pt"
     assert f"data images in {tmp_path / 'pictures'} (120 test images)" in out and sep.load(made)[0].classes == 3
-    status, out, err = call(capsys, "evaluate", made, "--data-dir", tmp_path / "pictures")
-    assert status == 0 and "120 test images" in out, err
+    status, out, err = call(capsys, "evaluate", made, "--data-dir", "pictures")  # the same folder
+    assert status == 0 and "120 test images" in out and "trained on" not in err, err
+    next((tmp_path / "pictures/train/class0").glob("*.png")).unlink()
+    status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
+    assert status == 2 and "holds a run with other train_images" in err and err.count("\n") == 1, err
 
 
 def damage(folder, how):
@@ -346,6 +351,8 @@ def damage(folder, how):
     elif how == "empty":
         for f in (folder / "train" / "class1").iterdir():
             f.unlink()
+    elif how == "deep":
+        Image.fromarray(torch.full((28, 28), 3000).numpy().astype("uint16")).save(next((folder / "train" / "class1").iterdir()))
     else:
         next((folder / "train" / "class1").iterdir()).write_bytes(b"no image")
 
@@ -353,12 +360,15 @@ def damage(folder, how):
 @pytest.mark.parametrize("how, words", [
     ("sizes", "has 32 x 32 pixels"), ("oblong", "has 40 x 28 pixels"), ("classes", "different classes (class0)"), ("empty", "class1"),
     ("one", "has one class alone, class0"), ("hidden", "no folder of a class"),
-    ("bytes", "cannot be read as an image"), ("few", "12 training images are too few: 10% of them validate, so at least 100")])
+    ("bytes", "cannot be read as an image"), ("deep", "cannot be read as an image of 8 bits a channel"), ("few", "12 training images are too few: 10% of them validate, so at least 100")])
 def test_own_images_that_do_not_fit_get_one_line(capsys, tmp_path, how, words):
     picture_folder(tmp_path / "p", count=4)
     damage(tmp_path / "p", how) if how != "few" else None
-    status, out, err = call(capsys, "train", "mnist", "--schedule", "smoke", "--out", tmp_path / "runs", "--data-dir", tmp_path / "p")
-    assert status == 1 and (how == "few" or str(tmp_path / "p") in err) and words in err and err.count("\n") == 1 and not out
+    run = tmp_path / "runs/mnist-on-p-smoke-s0"
+    run.mkdir(parents=True)
+    (run / "baseline.pt").write_text("kept")
+    status, out, err = call(capsys, "train", "mnist", "--schedule", "smoke", "--out", tmp_path / "runs", "--data-dir", tmp_path / "p", "--fresh")
+    assert (run / "baseline.pt").read_text() == "kept" and status == 1 and (how == "few" or str(tmp_path / "p") in err) and words in err and err.count("\n") == 1 and not out
 
 
 def test_a_folder_that_was_not_there_is_not_left_behind(capsys, tmp_path, monkeypatch):
@@ -424,6 +434,25 @@ def test_edited_results_are_no_traceback(capsys, smoke, tmp_path, edit):
     for command in (["report", folder], ["reproduce", "digits", "--schedule", "smoke", "--out", tmp_path]):
         status, _, err = call(capsys, *command)
         assert status == 1 and "results.json is damaged" in err and err.count("\n") == 1, err
+
+
+def test_a_damaged_row_is_not_delivered(capsys, smoke, tmp_path):
+    shutil.copyfile(smoke[0] / "lstm.pt", tmp_path / "made.pt")
+    wtp.deliver(tmp_path / "made.pt", tmp_path / "a.pt")
+    content = bytearray((tmp_path / "made.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "made.pt").write_bytes(content)
+    for name in ("made.pt", "gone.pt"):
+        with pytest.raises(models.Failure, match=f"{name} is gone or damaged; --fresh"):
+            wtp.deliver(tmp_path / name, tmp_path / "b.pt")
+    assert (tmp_path / "a.pt").exists() and not (tmp_path / "b.pt").exists()
+
+
+def test_a_terminal_without_utf_8_is_no_traceback(smoke, tmp_path):
+    shutil.copyfile(smoke[0] / "lstm.pt", tmp_path / "網.pt")
+    for coding in ("ascii", "latin-1"):
+        done = shell("export", tmp_path / "網.pt", tmp_path / "網.pt", env=os.environ | {"PYTHONIOENCODING": coding})
+        assert done.returncode == 2 and "?.pt" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_target_out_of_reach_is_refused(capsys, smoke, tmp_path):
@@ -581,7 +610,7 @@ def test_names_in_brackets_are_no_markup(capsys, smoke, tmp_path):
     assert call(capsys, "evaluate", tmp_path / "d[" / "a].pt")[0] == 0
 
 
-@pytest.mark.parametrize("facts", [None, 7, [], {"baseline": 7}, {"baseline": {"test_accuracy": "x"}}, {"mean": "x", "std": [0.0]}, {"data": 3}])
+@pytest.mark.parametrize("facts", [None, 7, [], {"baseline": 7}, {"baseline": {"test_accuracy": "x"}}, {"mean": "x", "std": [0.0]}, {"data": 3}, {"test_images": torch.ones(2)}])
 def test_odd_facts_in_a_checkpoint_cause_no_traceback(capsys, smoke, tmp_path, facts):
     torch.save(torch.load(smoke[0] / "lstm.pt") | {"facts": facts}, tmp_path / "a.pt")
     status, _, err = call(capsys, "evaluate", tmp_path / "a.pt", "--data-dir", tmp_path)

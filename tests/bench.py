@@ -10,6 +10,7 @@ of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minu
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and very different structures, 10 epochs each
     bench.py DATA_DIR recipes BASELINE CUT EPOCHS  final trainings of one structure, by several losses and rates
     bench.py DATA_DIR choices BASELINE CUT STEPS   the same channels for all images, or each image's own: accuracy after so many steps
+    bench.py DATA_DIR signals BASELINE CUT COUNT   whether validation images, seen by a stranger's net, rank structures as unseen ones do
     bench.py DATA_DIR seeds RUN SEED [...]         the final trainings of a run's structures, by other seeds, to test accuracies
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time and bytes
 """
@@ -259,6 +260,25 @@ def choices(folder, checkpoint, cut, steps):
         print(f"{name}: validation accuracy before training, after {steps} steps: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
 
 
+def signals(folder, checkpoint, cut, count):
+    """Do the validation images, which a stranger's baseline has mostly seen, rank structures as images do that no training saw? As many
+    test images, after `fast`'s 50 steps, for `uniform` and walks of dice."""
+    from test_controller import TINY, candidate
+
+    net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
+    test = loaded(folder, *sep.load(checkpoint))[1].part(torch.arange(len(validation)))
+    plan, settings = controller.Plan(1, 0.02, True, 50), controller.Settings(**(vars(TINY) | dict(rate=0.2, target=float(cut), candidates=int(count))))
+    search, found = controller.Guided(net, candidate(net.widths, 1.0, 0.0), settings, settings.target, share, dice=True), []
+    while (step := search.next()) is not None:
+        search.tell(candidate(step[2], 0.0, share(step[2])))
+        small = models.prune(net, step[2]).to(memory_format=torch.channels_last)
+        for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide):
+            found.append([controller.accuracy(small, images) for images in (validation, test)])
+        print(f"{step[2]}: validation {found[-1][0]:.2%}, test {found[-1][1]:.2%}", flush=True)
+    ranks = torch.tensor(found).argsort(0).argsort(0).float()
+    print(f"rank correlation {torch.corrcoef(ranks.T)[0, 1]:.2f}, of the accuracies {torch.corrcoef(torch.tensor(found).T)[0, 1]:.2f}")
+
+
 def seeds(folder, run, *numbers):
     """How much do the rows of a `fast` run owe to luck? Its structures anew from its baseline, recovery and final training by other seeds."""
     results = controller.read_results(Path(run))
@@ -324,7 +344,7 @@ def size(folder):
 
 if __name__ == "__main__":
     where, name, *rest = *sys.argv[1:], *("data", "")[len(sys.argv) - 1 :]
-    usual, others = ({m.__name__: m for m in kind} for kind in ((exactness, speed, size, search), (structures, recipes, choices, seeds, small)))
+    usual, others = ({m.__name__: m for m in kind} for kind in ((exactness, speed, size, search), (structures, recipes, choices, signals, seeds, small)))
     if where.startswith("-") or name not in {"", *usual, *others}:
         sys.exit(__doc__)
     for measure in [(usual | others)[name]] if name else usual.values():

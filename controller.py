@@ -137,7 +137,8 @@ def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> 
     keep = dict(zip(("mean", "std"), STATISTICS[name]))
     if name == "digits":
         if own:
-            raise Failure(f"digits are drawn and read no folder; {folder} serves the other experiments, mnist (gray) and those of CIFAR (RGB); name another --data-dir", 2)
+            raise Failure(f"digits are drawn and read no folder; {folder} serves the other experiments, mnist (gray) and those of CIFAR (RGB); "
+                          "name another --data-dir", 2)
         train, test = (digits(n, stream("digits", n)) for n in (6000, 2000))
         return Images(*train, **keep), Images(*test, **keep), "digits"
     gray = name == "mnist"
@@ -190,11 +191,11 @@ def own_images(folder: Path, gray: bool):
                 raise FileNotFoundError("it has no folder of a class")
             return names, {n: i for i, n in enumerate(names)}
 
+    hidden = lambda f, top: any(name.startswith(".") for name in Path(f).relative_to(top).parts)
     parts, sets = [], []
     for part in ("train", "test"):
         try:
-            hidden = lambda f, top=folder / part: any(name.startswith(".") for name in Path(f).relative_to(top).parts)
-            found = Shown(folder / part, is_valid_file=lambda f: f.lower().endswith(IMG_EXTENSIONS) and not hidden(f))
+            found = Shown(folder / part, is_valid_file=lambda f, top=folder / part: f.lower().endswith(IMG_EXTENSIONS) and not hidden(f, top))
         except OSError as e:
             raise Failure(f"{folder / part}: {str(e)[:200]}") from e
         pixels = []
@@ -892,8 +893,8 @@ class Run:
 
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
         told = {k: self.results[k] for k in ("data", "schedule", "seed", "versions")}
-        facts = told | dict(method=method, mean=list(self.train.mean), std=list(self.train.std), split=self.split_seed, test_images=len(self.test), macs=sep.macs(net),
-                            parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1),
+        facts = told | dict(method=method, mean=list(self.train.mean), std=list(self.train.std), split=self.split_seed, test_images=len(self.test),
+                            macs=sep.macs(net), parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1),
                             curve=curve, baseline=self.row("baseline"))
         models.save(path, net, facts)
 

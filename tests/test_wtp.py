@@ -360,7 +360,8 @@ def damage(folder, how):
 @pytest.mark.parametrize("how, words", [
     ("sizes", "has 32 x 32 pixels"), ("oblong", "has 40 x 28 pixels"), ("classes", "different classes (class0)"), ("empty", "class1"),
     ("one", "has one class alone, class0"), ("hidden", "no folder of a class"),
-    ("bytes", "cannot be read as an image"), ("deep", "cannot be read as an image of 8 bits a channel"), ("few", "12 training images are too few: 10% of them validate, so at least 100")])
+    ("bytes", "cannot be read as an image"), ("deep", "cannot be read as an image of 8 bits a channel"),
+    ("few", "12 training images are too few: 10% of them validate, so at least 100")])
 def test_own_images_that_do_not_fit_get_one_line(capsys, tmp_path, how, words):
     picture_folder(tmp_path / "p", count=4)
     damage(tmp_path / "p", how) if how != "few" else None
@@ -368,7 +369,8 @@ def test_own_images_that_do_not_fit_get_one_line(capsys, tmp_path, how, words):
     run.mkdir(parents=True)
     (run / "baseline.pt").write_text("kept")
     status, out, err = call(capsys, "train", "mnist", "--schedule", "smoke", "--out", tmp_path / "runs", "--data-dir", tmp_path / "p", "--fresh")
-    assert (run / "baseline.pt").read_text() == "kept" and status == 1 and (how == "few" or str(tmp_path / "p") in err) and words in err and err.count("\n") == 1 and not out
+    assert (run / "baseline.pt").read_text() == "kept"
+    assert status == 1 and (how == "few" or str(tmp_path / "p") in err) and words in err and err.count("\n") == 1 and not out
 
 
 def test_a_folder_that_was_not_there_is_not_left_behind(capsys, tmp_path, monkeypatch):
@@ -610,7 +612,8 @@ def test_names_in_brackets_are_no_markup(capsys, smoke, tmp_path):
     assert call(capsys, "evaluate", tmp_path / "d[" / "a].pt")[0] == 0
 
 
-@pytest.mark.parametrize("facts", [None, 7, [], {"baseline": 7}, {"baseline": {"test_accuracy": "x"}}, {"mean": "x", "std": [0.0]}, {"data": 3}, {"test_images": torch.ones(2)}])
+@pytest.mark.parametrize("facts", [None, 7, [], {"baseline": 7}, {"baseline": {"test_accuracy": "x"}}, {"mean": "x", "std": [0.0]}, {"data": 3},
+                                   {"test_images": torch.ones(2)}])
 def test_odd_facts_in_a_checkpoint_cause_no_traceback(capsys, smoke, tmp_path, facts):
     torch.save(torch.load(smoke[0] / "lstm.pt") | {"facts": facts}, tmp_path / "a.pt")
     status, _, err = call(capsys, "evaluate", tmp_path / "a.pt", "--data-dir", tmp_path)

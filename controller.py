@@ -535,7 +535,7 @@ def check_reach(widths, cut, target: float | None, multiple: int = 1) -> None:
         raise Failure(f"no layer of this net is {multiple} wide, {max(widths)} at most; give a smaller --round-to", 2)
     if target is not None and (most := cut([min(w, multiple) for w in widths])) < target:
         raise Failure(f"{f'with widths at multiples of {multiple}' if multiple > 1 else 'with one channel left in every layer'} this net cannot cut "
-                      f"{target:.1%}, {most:.1%} at most; give a smaller {'--round-to' if multiple > 1 else '--target'}", 2)
+                      f"{100 * target:.6g}%, {most:.1%} at most; give a smaller {'--round-to' if multiple > 1 else '--target'}", 2)
 
 
 def rounded(structure, widths, cut, target: float | None, multiple: int) -> tuple[int, ...]:

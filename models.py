@@ -518,7 +518,8 @@ def recognise(found, path) -> dict:
         checkpoint = dict(format=FORMAT, size=32, side=1, gates=None, facts={}) | shape_of(state)
         fold_biases(state, build(**{k: checkpoint[k] for k in ("arch", "widths", "classes", "channels", "size", "side")}))
     except (KeyError, IndexError, StopIteration, ZeroDivisionError, RuntimeError, Failure) as e:
-        raise Failure(f"{path}: its names and shapes are of no net that this tool knows: {KNOWN}") from e
+        lacks = f" (it lacks {e.args[0]})" if isinstance(e, KeyError) and state.keys() & {"conv1.weight", "features.0.weight"} else ""
+        raise Failure(f"{path}: its names and shapes are of no net that this tool knows{lacks}: {KNOWN}") from e
     return checkpoint | dict(state=state)
 
 

@@ -14,6 +14,7 @@ that --help is quick.
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -126,6 +127,9 @@ def console(stderr: bool = False):
     return Console(stderr=stderr, highlight=False, emoji=False, width=None if terminal else 120, soft_wrap=not terminal)
 
 
+PATIENCE = 10  # seconds of an epoch until a run says how long it may take
+
+
 class Screen:
     """Shows a run on standard error: a bar with the time left on a terminal, one plain line per epoch elsewhere."""
 
@@ -164,9 +168,12 @@ class Screen:
     def steps(self, steps):
         self.part = len(steps) / self.full
         self.bars.update(self.task, total=self.epochs * len(steps), completed=self.done * len(steps))
-        for step in steps:
+        began = time.monotonic()
+        for n, step in enumerate(steps, 1):
             yield step
             self.bars.advance(self.task)
+            if (gone := time.monotonic() - began) > PATIENCE:
+                self.estimate(gone / n * len(steps))
         self.done += 1
 
     def epoch(self, title: str, epoch: int, epochs: int, loss: float, accuracy: float | None, seconds: float) -> None:
@@ -174,6 +181,10 @@ class Screen:
         found = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
         if not self.console.is_terminal:
             self.say(f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{found}, {seconds:.1f} s an epoch")
+        self.estimate(seconds)
+
+    def estimate(self, seconds: float) -> None:
+        """Say once how long the run may take, by what an epoch takes."""
         if not self.measured:
             self.measured = True
             took = f"{seconds:.1f} s for this epoch" if self.part > 0.9 else f"{seconds:.1f} s for {self.part:.0%} of an epoch"
@@ -202,14 +213,14 @@ def show_results(results: dict, out) -> None:
     title = f"{{experiment}}, {{schedule}} schedule, data {{data}}{read}, seed {{seed}}, {{device}}".format_map(results)
     table = Table(title=Text(title), title_justify="left")  # a Text, for a user's [name] is no markup
     for name in ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")  # nothing is cut off where the terminal is narrow
     for r in rows:
         table.add_row(r["method"], f"{r['test_accuracy']:.2%}", f"{r['validation_accuracy']:.2%}", f"{r['macs'] / 1e6:.3f} M", f"{r['cut']:.1%}",
                       f"{r['params']:,}", span(r["seconds"]))
     out.print(table)
     say = lambda text: out.print(text, markup=False)
-    if not rows:
-        say("no row is finished yet")
+    if len(rows) != 1:
+        say("validation: of what the search chose, before its final training" if rows else "no row is finished yet")
     for r in rows[1:]:
         say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
     done, tried = {r["method"] for r in rows}, {m: len(log) for m, log in results["search"].items()}
@@ -286,7 +297,7 @@ def show_candidates(results: dict, rows: list, out, width: int = 72, height: int
             column, line = (x - left) / ((right - left) or 1) * (width - 1), min(1, (high - y) / ((high - low) or 1)) * (height - 1)
             grid[round(line)][round(column)] = ("◆", MARK) if is_chosen(c) else ("o", KEPT) if c in pool else ("•", GONE)
         out.print(Text(f"{method}: validation accuracy of each candidate; ◆ chosen, o among the {len(pool)} largest rewards, • the others"
-                       + f"; {sum(p[1] < low for p in points)} are lower" * (lowest < low)))
+                       + f"; {sum(p[1] < low for p in points)} lower ones at the bottom" * (lowest < low)))
         for n, line in enumerate(grid):
             label = f"{high - n / (height - 1) * (high - low):8.2%} " if n % 4 == 0 or n == height - 1 else " " * 9
             out.print(Text(label + "│") + Text.assemble(*line), no_wrap=True)
@@ -417,6 +428,7 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say, seed: 
     fits(net, facts, train, what)
     train, test, (mean, std) = train.to(where), test.to(where), told(net, facts)
     if mean is None:
+        say("how the net's images were normalised is not known: tries the usual ways on the validation images")
         text, mean, std = statistics_of(net.to(where), train, seed)
         say(text)
     return train.normalised(mean, std), test.normalised(mean, std), what
@@ -551,6 +563,7 @@ def show_experiments(device) -> None:
     from controller import VALIDATION, speed
     from models import build
 
+    console(stderr=True).print(f"times a few steps of each net on {device}, about a minute", markup=False)
     table = Table(title=f"time for all rows on {device}, about, by a few steps just timed", title_justify="left")
     for name in ("experiment", "net", "paper's cut", *SCHEDULES):
         table.add_column(name, justify="left" if name in ("experiment", "net") else "right", no_wrap=True)
@@ -622,6 +635,8 @@ def data_of(net, facts: dict, data_dir: Path) -> Experiment:
     from models import Failure
 
     own = is_own(data_dir)
+    if not own and str(facts.get("data")).startswith("images in "):
+        raise Failure(f"the net was trained on {facts['data']}; name that folder, wherever it is now, with --data-dir", 2)
     fitting = [e for e in EXPERIMENTS.values() if e.channels == net.channels and (own or e.classes == net.classes)]
     if not fitting:
         raise Failure(f"no data set here has {net.channels} channels and {net.classes} classes; --data-dir can name a folder with train/CLASS and test/CLASS")
@@ -726,7 +741,7 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
             base[batch] = latency(whole, test, batch)
     table = Table(title=Text(f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images"), title_justify="left")
     for name in ("", "baseline", "this net", "ratio") if base else ("", "this net"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", overflow="fold")
     count = lambda v: f"{v:,}"
     milliseconds = lambda v: f"{v * 1e3:.2f} ms"
     lines = {"test accuracy": ("test_accuracy", lambda v: f"{v:.2%}"), "MACs": ("macs", lambda v: f"{v / 1e6:.3f} M"), "parameters": ("params", count),

@@ -211,7 +211,7 @@ def show_results(results: dict, out) -> None:
     rows = in_order(results)
     read = f" ({results['test_images']:,} test images)" if "test_images" in results else ""
     title = f"{{experiment}}, {{schedule}} schedule, data {{data}}{read}, seed {{seed}}, {{device}}".format_map(results)
-    table = Table(title=Text(title), title_justify="left")  # a Text, for a user's [name] is no markup
+    table = Table(title=Text(title), title_justify="left", padding=(0, int(out.width > 75)))  # a Text, for a user's [name] is no markup
     for name in ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time"):
         table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")  # nothing is cut off where the terminal is narrow
     for r in rows:

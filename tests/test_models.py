@@ -267,6 +267,21 @@ def broken_files(folder):
                                 "complex", "widths", "types", "state")]
 
 
+def test_what_a_state_dict_lacks_is_named(tmp_path):
+    state = build("lenet5", channels=1, size=28).state_dict()
+    del state["fc2.weight"]
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(Failure, match=r"of no net that this tool knows \(it lacks fc2\.weight\)"):
+        models.read(tmp_path / "a.pt")
+
+
+def test_a_gate_of_no_whole_number_is_refused(tmp_path):
+    models.save(tmp_path / "a.pt", sep.soften(build("lenet5", channels=1, size=28), (10, 25, 250)), {})
+    torch.save(torch.load(tmp_path / "a.pt") | {"gates": [10, 25.0, 250]}, tmp_path / "a.pt")
+    with pytest.raises(Failure):
+        sep.load(tmp_path / "a.pt")
+
+
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in broken_files(tmp_path):

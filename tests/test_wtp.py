@@ -291,6 +291,18 @@ def test_train_writes_the_baseline_and_keeps_results_that_cannot_be_read(capsys,
     assert all(torch.equal(v, b[k]) for k, v in a.items()) and a.keys() == b.keys()
 
 
+def test_a_long_epoch_says_before_its_end_how_long_a_run_may_take(capsys, monkeypatch):
+    monkeypatch.setattr(wtp, "PATIENCE", -1)
+    screen = wtp.Screen()
+    screen.plan(10, 4)
+    screen.stage("a", 2, 0)
+    steps = screen.steps(range(4))
+    next(steps), next(steps)
+    assert re.fullmatch(r"0\.0 s for this epoch: 0 s for all, less as the nets get smaller\n", capsys.readouterr().err)
+    list(steps), list(screen.steps(range(4)))
+    assert not capsys.readouterr().err  # once
+
+
 def test_reproduce_alone_lists_the_experiments(capsys, monkeypatch):
     assert controller.speed(models.build("lenet5", channels=1, size=28), torch.device("cpu")) > 100  # images a second
     monkeypatch.setattr(controller, "speed", lambda net, device: 1000.0)
@@ -325,6 +337,8 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     assert f"data images in {tmp_path / 'pictures'} (120 test images)" in out and sep.load(made)[0].classes == 3
     status, out, err = call(capsys, "evaluate", made, "--data-dir", "pictures")  # the same folder
     assert status == 0 and "120 test images" in out and "trained on" not in err, err
+    status, out, err = call(capsys, "evaluate", made)
+    assert status == 2 and f"the net was trained on images in {tmp_path / 'pictures'}; name that folder" in err and err.count("\n") == 1 and not out, err
     next((tmp_path / "pictures/train/class0").glob("*.png")).unlink()
     status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
     assert status == 2 and "holds a run with other train_images" in err and err.count("\n") == 1, err

@@ -89,7 +89,7 @@ SCHEDULES = {
     # end at 89.5 / 89.6 % of the validation images with the papers' MSE up to 0.1 / 0.03, at 89.8 % with temperature 4 up to 0.02 or 0.006
     # (the lower one, for gradients grow with a teacher's logits); LeNet-5, ten epochs: 98.7 % with MSE up to 0.05, 98.8 % with temperature 4 up to 0.02
     "fast": Schedule(lr=0.02, cycle=True, temperature=4.0, parents=3, patience=3, candidates=60, steps=50, final=10, baseline=20),
-    "smoke": Schedule(lr=0.1, cycle=True, temperature=4.0, parents=2, patience=2, candidates=4, recovery=1, final=1, baseline=6, images=2000),
+    "smoke": Schedule(lr=0.1, cycle=True, temperature=4.0, parents=2, patience=2, candidates=4, recovery=1, final=1, baseline=6, images=3000),
 }
 ROWS = ("lstm", "sep", "static", "random", "uniform")  # the order of the work: `static` comes from `sep`, `uniform` lands where `lstm` landed
 

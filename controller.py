@@ -127,6 +127,9 @@ FOREIGN = {  # what other people's nets were trained with, per channel count
 }
 
 
+OWN = "images in "  # begins the name of a data set of the user's own; its folder follows
+
+
 def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> tuple[Images, Images, str]:
     """(training, test, what it is) of a data set; downloads what `folder` lacks. Raises Failure.
 
@@ -143,7 +146,7 @@ def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> 
         return Images(*train, **keep), Images(*test, **keep), "digits"
     gray = name == "mnist"
     if own:
-        train, test, what = *own_images(folder, gray), f"images in {folder.resolve()}"
+        train, test, what = *own_images(folder, gray), f"{OWN}{folder.resolve()}"
     else:
         train, test, what = from_torchvision(name, folder, "train"), from_torchvision(name, folder, "test"), name
     return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), what

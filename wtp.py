@@ -127,7 +127,7 @@ def console(stderr: bool = False):
     return Console(stderr=stderr, highlight=False, emoji=False, width=None if terminal else 120, soft_wrap=not terminal)
 
 
-PATIENCE = 10  # seconds of an epoch until a run says how long it may take
+SILENCE = 10  # seconds of an epoch until a run says how long it may take
 
 
 class Screen:
@@ -172,7 +172,7 @@ class Screen:
         for n, step in enumerate(steps, 1):
             yield step
             self.bars.advance(self.task)
-            if (gone := time.monotonic() - began) > PATIENCE:
+            if (gone := time.monotonic() - began) > SILENCE:
                 self.estimate(gone / n * len(steps))
         self.done += 1
 
@@ -219,8 +219,10 @@ def show_results(results: dict, out) -> None:
                       f"{r['params']:,}", span(r["seconds"]))
     out.print(table)
     say = lambda text: out.print(text, markup=False)
-    if len(rows) != 1:
-        say("validation: of what the search chose, before its final training" if rows else "no row is finished yet")
+    if not rows:
+        say("no row is finished yet")
+    if len(rows) > 1:
+        say("validation: of what the search chose, before its final training")
     for r in rows[1:]:
         say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
     done, tried = {r["method"] for r in rows}, {m: len(log) for m, log in results["search"].items()}
@@ -631,11 +633,11 @@ def deliver(made: Path, output: Path) -> None:
 
 def data_of(net, facts: dict, data_dir: Path) -> Experiment:
     """The experiment whose data a net is for: what its checkpoint says, else the data set with its input and classes."""
-    from controller import is_own
+    from controller import OWN, is_own
     from models import Failure
 
     own = is_own(data_dir)
-    if not own and str(facts.get("data")).startswith("images in "):
+    if not own and str(facts.get("data")).startswith(OWN):
         raise Failure(f"the net was trained on {facts['data']}; name that folder, wherever it is now, with --data-dir", 2)
     fitting = [e for e in EXPERIMENTS.values() if e.channels == net.channels and (own or e.classes == net.classes)]
     if not fitting:

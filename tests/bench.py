@@ -210,9 +210,14 @@ def ready(folder, checkpoint, cut):
 
 def validated(net, plan, train, validation, guide):
     """The accuracy on validation images after each epoch of a training of a copy of `net`."""
+    return [controller.accuracy(small, validation) for small in trained(net, plan, train, guide)]
+
+
+def trained(net, plan, train, guide):
+    """A copy of `net` after each epoch of its training."""
     small = deepcopy(net).to(memory_format=torch.channels_last)
-    steps = controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide)
-    return [controller.accuracy(small, validation) for _ in steps]
+    for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide):
+        yield small
 
 
 def structures(folder, checkpoint, cut):
@@ -271,8 +276,7 @@ def signals(folder, checkpoint, cut, count):
     search, found = controller.Guided(net, candidate(net.widths, 1.0, 0.0), settings, settings.target, share, dice=True), []
     while (step := search.next()) is not None:
         search.tell(candidate(step[2], 0.0, share(step[2])))
-        small = models.prune(net, step[2]).to(memory_format=torch.channels_last)
-        for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide):
+        for small in trained(models.prune(net, step[2]), plan, train, guide):
             found.append([controller.accuracy(small, images) for images in (validation, test)])
         print(f"{step[2]}: validation {found[-1][0]:.2%}, test {found[-1][1]:.2%}", flush=True)
     ranks = torch.tensor(found).argsort(0).argsort(0).float()
@@ -343,9 +347,9 @@ def size(folder):
 
 
 if __name__ == "__main__":
-    where, name, *rest = *sys.argv[1:], *("data", "")[len(sys.argv) - 1 :]
+    where, name = sys.argv[1] if len(sys.argv) > 1 else "data", sys.argv[2] if len(sys.argv) > 2 else ""
     usual, others = ({m.__name__: m for m in kind} for kind in ((exactness, speed, size, search), (structures, recipes, choices, signals, seeds, small)))
     if where.startswith("-") or name not in {"", *usual, *others}:
         sys.exit(__doc__)
     for measure in [(usual | others)[name]] if name else usual.values():
-        measure(Path(where), *rest)
+        measure(Path(where), *sys.argv[3:])

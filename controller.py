@@ -927,6 +927,9 @@ class Run:
                 self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
             return
         if not path.exists():
+            if target and not self.settings.target and (most := self.cut(METHODS[method][1](baseline, [1] * len(baseline.widths)))) < target:
+                self.watch.say(f"{method} cannot cut {target:.2%} as the rows before it do: {most:.2%} with one channel left in every layer, and goes there")
+                target = most  # nobody asked for that cut, so nobody is refused
             shared = method == "sep" and self.settings.guided(target)
             find = self.uniform if method == "uniform" else self.share if shared else partial(self.search, method)
             found, chosen = find(baseline, target)

@@ -555,6 +555,21 @@ def test_a_search_that_learns_from_all_serves_lstm_and_sep(tmp_path):
     assert all(a >= b and (a < w) == (b < w) for a, b, w in zip(hard["widths"], soft["widths"], baseline.widths))
 
 
+@pytest.mark.parametrize("candidates", [None, 3])
+def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_gates_reach(candidates, tmp_path):
+    settings, spy = Settings(**(vars(TINY) | dict(candidates=candidates, recovery=Plan(1, 0.05), final=Plan(1, 0.01), baseline=Plan(1, 0.1, True)))), Spy()
+    run = Run(tmp_path, settings, HEAD, *tiny_data(), spy)
+    baseline = run.baseline(fresh=lenet())
+    deepest = [1] * len(baseline.widths)
+    run.method("sep", baseline, run.cut(models.macs(baseline, deepest)))
+    most = run.cut(sep.macs(baseline, deepest))
+    assert 0 < run.row("sep")["cut"] <= most and (candidates is None or run.row("sep")["cut"] == most)
+    assert any(line.startswith("sep cannot cut") for line in spy.lines)
+    asked = Run(tmp_path / "asked", Settings(**(vars(settings) | dict(target=0.9999))), HEAD, *tiny_data(), spy)
+    with pytest.raises(models.Failure, match="give a smaller --target"):
+        asked.method("sep", asked.baseline(given=baseline), 0.9999)
+
+
 def test_dice_learn_nothing_and_find_something(tmp_path):
     results = work(tmp_path, Spy(), methods=("random",))
     assert results["rows"][1]["method"] == "random" and results["rows"][1]["cut"] > 0

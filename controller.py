@@ -532,11 +532,16 @@ def uniform(widths, cut, target: float) -> tuple[int, ...]:
     return best
 
 
+def reach(widths, cut, multiple: int = 1) -> float:
+    """What the smallest structure at multiples of `multiple` (or whole `widths`) cuts: no other one cuts more."""
+    return cut([min(w, multiple) for w in widths])
+
+
 def check_reach(widths, cut, target: float | None, multiple: int = 1) -> None:
     """Raise Failure where no structure at multiples of `multiple` (or whole `widths`) cuts `target`, or none but the whole net is one."""
     if multiple > max(widths):
         raise Failure(f"no layer of this net is {multiple} wide, {max(widths)} at most; give a smaller --round-to", 2)
-    if target is not None and (most := cut([min(w, multiple) for w in widths])) < target:
+    if target is not None and (most := reach(widths, cut, multiple)) < target:
         raise Failure(f"{f'with widths at multiples of {multiple}' if multiple > 1 else 'with one channel left in every layer'} this net cannot cut "
                       f"{100 * target:.6g}%, {most:.1%} at most; give a smaller {'--round-to' if multiple > 1 else '--target'}", 2)
 
@@ -916,6 +921,10 @@ class Run:
     def cut(self, macs: int) -> float:
         return 1 - macs / self.row("baseline")["macs"]
 
+    def cuts(self, method: str, baseline: Net):
+        """What a structure of `baseline` cuts as a net of that method: a function of the structure."""
+        return lambda structure: self.cut(METHODS[method][1](baseline, structure))
+
     def method(self, method: str, baseline: Net, target: float | None) -> None:
         """The whole of a row: search (or the uniform steps), final training, test; nothing where the row is there."""
         if method == "static":
@@ -927,7 +936,7 @@ class Run:
                 self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
             return
         if not path.exists():
-            if target and not self.settings.target and (most := self.cut(METHODS[method][1](baseline, [1] * len(baseline.widths)))) < target:
+            if target and not self.settings.target and (most := reach(baseline.widths, self.cuts(method, baseline))) < target:
                 self.watch.say(f"{method} cannot cut {target:.2%} as the rows before it do: {most:.2%} with one channel left in every layer, and goes there")
                 target = most  # nobody asked for that cut, so nobody is refused
             shared = method == "sep" and self.settings.guided(target)
@@ -968,9 +977,8 @@ class Run:
     def round(self, method: str, baseline: Net, found: Net, chosen: Candidate, target: float | None) -> tuple[Net, Candidate]:
         """The chosen net with its widths at multiples (ours: as machines like them), made from the baseline with a recovery of its
         own; tells cost and gain. The settings' target is kept; a cut to compare with another row only where that can be."""
-        cut = lambda w: self.cut(METHODS[method][1](baseline, w))
-        least = cut([min(w, self.round_to) for w in baseline.widths])
-        goal = target if self.settings.target or (target and target <= least) else None
+        cut = self.cuts(method, baseline)
+        goal = target if self.settings.target or (target and target <= reach(baseline.widths, cut, self.round_to)) else None
         structure, candidate, net = rounded(chosen.structure, baseline.widths, cut, goal, self.round_to), chosen, found
         if structure != chosen.structure:
             path, log = self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", self.results["search"][method]
@@ -998,7 +1006,7 @@ class Run:
         """The same share of every layer, in steps of the pruning rate with a recovery each, as the search goes."""
         if target is None:
             raise Failure("uniform needs a cut to land on: run it with, or after, another method", 2)
-        end = uniform(baseline.widths, lambda w: self.cut(models.macs(baseline, w)), target)
+        end = uniform(baseline.widths, self.cuts("uniform", baseline), target)
         folder, net, log = self.folder / "uniform-pool", self.load(self.folder / "baseline.pt")[0], [self.start(baseline, target)]
         while net.structure != end:
             structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
@@ -1014,7 +1022,7 @@ class Run:
         """ours, for `fast`: `sep` gates the scheme of `lstm`'s search, for a fresh gate is what hard pruning is, and costs more to train."""
         log = [Candidate(**c) for c in self.results["search"].get("lstm", ())] if self.row("lstm") else []
         scheme = (choose(log, self.settings.target) if log else self.search("lstm", baseline, target)[1]).structure
-        structure = landed(tuple(scheme), baseline.widths, lambda w: self.cut(sep.macs(baseline, w)), target, self.settings.rate)
+        structure = landed(tuple(scheme), baseline.widths, self.cuts("sep", baseline), target, self.settings.rate)
         path, whole = self.folder / "sep-pool" / f"shared-{name_of(structure)}.pt", self.load(self.folder / "baseline.pt")[0]
         net, candidate = self.step(path, "sep", baseline, whole, structure, 1, 1, target)
         self.results["search"]["sep"] = [asdict(c) for c in (self.start(baseline, target), candidate)]
@@ -1026,10 +1034,10 @@ class Run:
 
         A structure is trained once: who meets it again takes its reward from memory.
         """
-        folder, cost = self.folder / f"{method}-pool", METHODS[method][1]
-        check_reach(baseline.widths, lambda w: self.cut(cost(baseline, w)), target)
+        folder, cut = self.folder / f"{method}-pool", self.cuts(method, baseline)
+        check_reach(baseline.widths, cut, target)
         kind = Guided if self.settings.guided(target) else Search
-        search = kind(baseline, self.start(baseline, target), self.settings, target, lambda w: self.cut(cost(baseline, w)), method, dice=method == "random")
+        search = kind(baseline, self.start(baseline, target), self.settings, target, cut, method, dice=method == "random")
         title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew
         if state := models.read_progress(folder / "search.pt", title):
             search.load(state)

@@ -916,6 +916,7 @@ class Run:
             method=method, test_accuracy=accuracy(net, self.test, exact=True), validation_accuracy=facts["validation_accuracy"],
             macs=facts["macs"], params=facts["parameters"], cut=cut, widths=list(net.structure), seconds=facts["seconds"]))
         self.results.setdefault("curves", {})[method] = facts.get("curve", [])
+        self.results["layers"] = [p.layer for p in net.prunable]
         self.keep_results()
 
     def cut(self, macs: int) -> float:

@@ -203,6 +203,11 @@ def in_order(results: dict) -> list[dict]:
     return sorted(results["rows"], key=lambda row: order.index(row["method"]))
 
 
+def layers_of(results: dict) -> list:
+    """The names of the prunable layers; their numbers in a run begun before names were kept."""
+    return [str(name) for name in results.get("layers") or range(1, len(results["rows"][0]["widths"]) + 1)]
+
+
 def show_results(results: dict, out) -> None:
     """The table of a run, a row per method; below, what is left of each layer and how often each search pruned it."""
     from rich.table import Table
@@ -224,7 +229,9 @@ def show_results(results: dict, out) -> None:
     if len(rows) > 1:
         say("validation: of what the search chose, before its final training")
     for r in rows[1:]:
-        say(f"{r['method']} keeps " + " ".join(f"{k}/{w}" for k, w in zip(r["widths"], rows[0]["widths"])))
+        few = len(r["widths"]) <= 8
+        kept = [f"{name} " * few + f"{k}/{w}" for name, k, w in zip(layers_of(results), r["widths"], rows[0]["widths"], strict=True)]
+        say(f"{r['method']} keeps " + (", " if few else " ").join(kept))
     done, tried = {r["method"] for r in rows}, {m: len(log) for m, log in results["search"].items()}
     if "sep" in done and tried.get("sep") == 2 and tried.get("lstm", 0) > 2:
         say("sep has the scheme of lstm's search; its time includes that search")
@@ -273,10 +280,10 @@ def show_layers(results: dict, rows: list, out) -> None:
     what, early, late = habits(results["search"][method]) if method else ("", (), ())
     table = Table(title="channels kept in each layer" + (f"; right: {what} it, {method}'s search, early and late" if method else ""), title_justify="left")
     for name in ("layer", "width", *(r["method"] for r in rows[1:]), *(("early", "late") if method else ())):
-        table.add_column(name, justify="right" if name in ("layer", "width", "early", "late") else "left")
-    for i, width in enumerate(rows[0]["widths"]):
+        table.add_column(name, justify="right" if name in ("width", "early", "late") else "left")
+    for i, (name, width) in enumerate(zip(layers_of(results), rows[0]["widths"], strict=True)):
         kept = [bar(r["widths"][i] / width, max(8, 48 // len(rows))) + f" {r['widths'][i]}" for r in rows[1:]]
-        table.add_row(str(i + 1), str(width), *kept, *(f"{half[i]:.0%}" for half in (early, late) if method))
+        table.add_row(name, str(width), *kept, *(f"{half[i]:.0%}" for half in (early, late) if method))
     out.print(table)
 
 

@@ -150,7 +150,7 @@ def test_reproduce_makes_every_row(smoke):
     rows = {r["method"]: r for r in results["rows"]}
     assert min(r["test_accuracy"] for r in rows.values()) > 0.6 and rows["lstm"]["cut"] > 0.2
     assert abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.005 and abs(rows["sep"]["cut"] - rows["lstm"]["cut"]) < 0.05
-    for word in ("digits, smoke schedule, data digits (2,000 test images), seed 0", "uniform keeps", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
+    for word in ("digits, smoke schedule, data digits (2,000 test images), seed 0", "uniform keeps conv1 ", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
         assert word in out
     assert "up to about 44 epochs" in err and "for this epoch" in err and "baseline: epoch 1/6" in err and "\x1b" not in err
 
@@ -241,11 +241,13 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
     assert status == 0 and (folder / "report.svg").read_bytes() == made, err
     assert out.splitlines()[:-1] == smoke[1].splitlines()[:-1]
     picture = "".join(ElementTree.fromstring(made).itertext()).replace("\xa0", " ")
-    for words in ("channels kept in each layer", "lstm: validation accuracy of each candidate", "◆", "baseline, loss", "digits, smoke"):
+    for words in ("channels kept in each layer", "conv2 ", "lstm: validation accuracy of each candidate", "◆", "baseline, loss", "digits, smoke"):
         assert words in picture, words
     results = json.loads((folder / "results.json").read_text())
     results["curves"]["lstm"] = [[0.1, 0.9], [float("nan"), 0.1], [float("inf"), None]]
+    del results["layers"]  # as a run of an earlier version has none
     wtp.draw(results, folder / "report.svg")
+    assert "conv2" not in (folder / "report.svg").read_text()
     assert b"http" not in made.replace(b"http://www.w3.org/2000/svg", b"").replace(b"https://www.textualize.io", b"")
     results = json.loads((smoke[0] / "results.json").read_text())
     lacking = results | {"rows": [{k: v for k, v in r.items() if k != "widths"} for r in results["rows"]]}
@@ -437,7 +439,7 @@ def test_a_damaged_run_says_what_to_do(capsys, smoke, tmp_path):
 
 EDITS = [lambda r: r.pop("settings"), lambda r: r.pop("device"), lambda r: r["settings"].pop("target"), lambda r: r["rows"][0].update(method="mine"),
          lambda r: r["search"]["lstm"][0].update(cuts=1), lambda r: r["search"]["lstm"][0].pop("epoch"), lambda r: r.update(curves={"lstm": [1]}),
-         lambda r: r.update(rows="")]
+         lambda r: r.update(rows=""), lambda r: r.update(layers=7), lambda r: r.update(layers=["conv1", "conv2"])]
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -17,13 +17,9 @@ controller.digits = lru_cache(controller.digits)  # drawn once for all tests of 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: shows what only a GPU can show")
-    config.addinivalue_line("markers", "xdist_group: tests for one of the test runner's workers")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the test runner reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
-        for made in {"smoke", "undisturbed"} & set(item.fixturenames):  # runs that many tests look at: made in one worker alone
-            item.add_marker(pytest.mark.xdist_group(made))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no GPU here"))

@@ -11,6 +11,7 @@ of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minu
     bench.py DATA_DIR recipes BASELINE CUT EPOCHS  final trainings of one structure, by several losses and rates
     bench.py DATA_DIR choices BASELINE CUT STEPS   the same channels for all images, or each image's own: accuracy after so many steps
     bench.py DATA_DIR signals BASELINE CUT COUNT   whether validation images, seen by a stranger's net, rank structures as unseen ones do
+    bench.py DATA_DIR budgets BASELINE CUT COUNT   which recovery ranks structures as their final training will
     bench.py DATA_DIR seeds RUN SEED [...]         the final trainings of a run's structures, by other seeds, to test accuracies
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time and bytes
 """
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -213,10 +215,10 @@ def validated(net, plan, train, validation, guide):
     return [controller.accuracy(small, validation) for small in trained(net, plan, train, guide)]
 
 
-def trained(net, plan, train, guide):
+def trained(net, plan, train, guide, seed=0):
     """A copy of `net` after each epoch of its training."""
     small = deepcopy(net).to(memory_format=torch.channels_last)
-    for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=0, teacher=guide):
+    for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=seed, teacher=guide):
         yield small
 
 
@@ -265,22 +267,61 @@ def choices(folder, checkpoint, cut, steps):
         print(f"{name}: validation accuracy before training, after {steps} steps: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
 
 
+def walks(net, share, cut, count):
+    """`uniform` and walks of dice to a cut, `count` structures or a few less."""
+    from test_controller import TINY, candidate
+
+    settings = controller.Settings(**(vars(TINY) | dict(rate=0.2, target=float(cut), candidates=int(count))))
+    search = controller.Guided(net, candidate(net.widths, 1.0, 0.0), settings, settings.target, share, dice=True)
+    while (step := search.next()) is not None:
+        if step[2] not in search.tried:
+            yield step[2]
+        search.tell(candidate(step[2], 0.0, share(step[2])))
+
+
+def ranks(found):
+    """The rank correlations (M, M) of M measures, found (N, M)."""
+    return torch.corrcoef(torch.tensor(found).argsort(0).argsort(0).float().T)
+
+
 def signals(folder, checkpoint, cut, count):
     """Do the validation images, which a stranger's baseline has mostly seen, rank structures as images do that no training saw? As many
     test images, after `fast`'s 50 steps, for `uniform` and walks of dice."""
-    from test_controller import TINY, candidate
-
     net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
-    test = loaded(folder, *sep.load(checkpoint))[1].part(torch.arange(len(validation)))
-    plan, settings = controller.Plan(1, 0.02, True, 50), controller.Settings(**(vars(TINY) | dict(rate=0.2, target=float(cut), candidates=int(count))))
-    search, found = controller.Guided(net, candidate(net.widths, 1.0, 0.0), settings, settings.target, share, dice=True), []
-    while (step := search.next()) is not None:
-        search.tell(candidate(step[2], 0.0, share(step[2])))
-        for small in trained(models.prune(net, step[2]), plan, train, guide):
+    test, found = loaded(folder, *sep.load(checkpoint))[1].part(torch.arange(len(validation))), []
+    for w in walks(net, share, cut, count):
+        for small in trained(models.prune(net, w), controller.Plan(1, 0.02, True, 50), train, guide):
             found.append([controller.accuracy(small, images) for images in (validation, test)])
-        print(f"{step[2]}: validation {found[-1][0]:.2%}, test {found[-1][1]:.2%}", flush=True)
-    ranks = torch.tensor(found).argsort(0).argsort(0).float()
-    print(f"rank correlation {torch.corrcoef(ranks.T)[0, 1]:.2f}, of the accuracies {torch.corrcoef(torch.tensor(found).T)[0, 1]:.2f}")
+        print(f"{w}: validation {found[-1][0]:.2%}, test {found[-1][1]:.2%}", flush=True)
+    print(f"rank correlation {ranks(found)[0, 1]:.2f}, of the accuracies {torch.corrcoef(torch.tensor(found).T)[0, 1]:.2f}")
+
+
+def budgets(folder, checkpoint, cut, count):
+    """Which recovery ranks structures as the final training will? `uniform` and walks of dice, each by several recoveries and by two final
+    trainings of ten epochs; on validation images, the accuracy and the final training's loss (16 KL to the baseline's outputs + 0.1 CE)."""
+    net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
+    plan = partial(controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.005, cycle=True, temperature=4.0)
+    plans = {"50 steps, MSE": controller.Plan(1, 0.02, True, 50), "200 steps, MSE": controller.Plan(1, 0.02, True, 200), "200 steps": plan(1, steps=200),
+             "1 epoch": plan(1), "2 epochs": plan(2), "10 epochs": plan(10), "again": plan(10)}
+
+    @torch.no_grad()
+    def outputs(n):
+        return torch.cat([n.eval()(validation.batch(i)) for i in controller.chunks(validation)])
+
+    whole, guides, found = outputs(net).softmax(1), (guide, controller.Teacher(net, train, 1)), []
+    for w in walks(net, share, cut, count):
+        found.append([])
+        for name, p in plans.items():
+            seed = int(name == "again")
+            *_, small = trained(models.prune(net, w), p, train, guides[seed], seed)
+            z = outputs(small)
+            found[-1] += [(z.argmax(1) == validation.labels).float().mean().item(), -controller.loss_of(z, validation.labels, whole, 4.0).item()]
+        print(f"{w}: " + ", ".join(f"{name} {a:.2%} {-b:.3f}" for name, a, b in zip(plans, found[-1][::2], found[-1][1::2])), flush=True)
+    table, accuracies = ranks(found), torch.tensor(found)[:, ::2].mean(0)
+    print("mean accuracy; rank correlation with the last one's accuracy, loss: of each one's accuracy; of its loss")
+    for n, name in enumerate(plans):
+        right, loss = (", ".join(f"{v:.2f}" for v in row[-2:]) for row in table[2 * n : 2 * n + 2])
+        print(f"{name}: {accuracies[n]:.2%}; {right}; {loss}")
 
 
 def seeds(folder, run, *numbers):
@@ -348,7 +389,8 @@ def size(folder):
 
 if __name__ == "__main__":
     where, name = sys.argv[1] if len(sys.argv) > 1 else "data", sys.argv[2] if len(sys.argv) > 2 else ""
-    usual, others = ({m.__name__: m for m in kind} for kind in ((exactness, speed, size, search), (structures, recipes, choices, signals, seeds, small)))
+    kinds = (exactness, speed, size, search), (structures, recipes, choices, signals, budgets, seeds, small)
+    usual, others = ({m.__name__: m for m in kind} for kind in kinds)
     if where.startswith("-") or name not in {"", *usual, *others}:
         sys.exit(__doc__)
     for measure in [(usual | others)[name]] if name else usual.values():

@@ -201,10 +201,15 @@ def loaded(folder, net, facts):
     return [images.normalised(tuple(facts["mean"]), tuple(facts["std"])) for images in controller.load_data(facts["data"], folder, **crop)[:2]]
 
 
+def parts(images, facts):
+    """(training, validation) as a baseline saw them; before its checkpoint said `split`, its seed was it."""
+    return controller.split(images, facts.get("split", facts["seed"]))
+
+
 def ready(folder, checkpoint, cut):
     """(net, training and validation images, teacher, what a structure cuts, the `uniform` one at `cut`) for a baseline of `train` or `reproduce`."""
     net, facts = sep.load(checkpoint)
-    train, validation = controller.split(loaded(folder, net, facts)[0], facts.get("split", facts["seed"]))
+    train, validation = parts(loaded(folder, net, facts)[0], facts)
     whole = models.macs(net)
     share = lambda w: 1 - models.macs(net, w) / whole
     return net, train, validation, controller.Teacher(net, train, 0), share, controller.uniform(net.widths, share, float(cut))
@@ -330,7 +335,7 @@ def seeds(folder, run, *numbers):
     recovery, final = (controller.Plan(**results["settings"][k]) for k in ("recovery", "final"))
     net, facts = sep.load(Path(run) / "baseline.pt")
     every, test = loaded(folder, net, facts)
-    train = controller.split(every, facts.get("split", facts["seed"]))[0]
+    train = parts(every, facts)[0]
     for seed in map(int, numbers):
         guides = {images: controller.Teacher(net, images, seed) for images in (train, every)}
         for row in results["rows"]:

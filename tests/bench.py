@@ -8,7 +8,7 @@ frozen SEP net against the hard-pruned one, per net. Size: the time of --help, t
 of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minutes). And alone:
 
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and very different structures, 10 epochs each
-    bench.py DATA_DIR recipes BASELINE CUT EPOCHS  final trainings of one structure, by several losses and rates
+    bench.py DATA_DIR recipes BASELINE CUT EPOCHS [TEMPERATURE:PEAK ...]   final trainings of one structure, by several losses and rates
     bench.py DATA_DIR choices BASELINE CUT STEPS   the same channels for all images, or each image's own: accuracy after so many steps
     bench.py DATA_DIR signals BASELINE CUT COUNT   whether validation images, seen by a stranger's net, rank structures as unseen ones do
     bench.py DATA_DIR budgets BASELINE CUT COUNT   which recovery ranks structures as their final training will
@@ -37,6 +37,7 @@ import controller
 import models
 import sep
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NETS = [("lenet5", "mnist", 20, 300, 5), ("resnet56", "cifar10", 3, 15, 3), ("vgg19", "cifar10", 3, 15, 3)]  # steps to warm up, timed; rounds
 
 
@@ -127,7 +128,7 @@ def chip(net, images_per_second, device):
 
 
 def speed(folder):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = DEVICE
     for arch, name, warm, steps, rounds in NETS:
         mean, std = controller.STATISTICS[name]
         crop = dict(crop=4, flip=True) if name == "cifar10" else {}
@@ -141,7 +142,7 @@ def speed(folder):
             images = controller.Images(torch.randint(0, 256, shape, dtype=torch.uint8), torch.randint(0, 10, shape[:1]), mean=mean, std=std, **crop)
             data = Pictures(images, normalise)
         if device.type == "cuda":
-            warm, steps, images = 20, 300, images.to(device)
+            warm, steps, rounds, images = 20, 100, 3, images.to(device)
         print(f"{arch} recovery on {type(data).__name__}, batch 128, {steps} steps, {controller.describe(device)}, median of {rounds} rounds in turns")
         kind = dict(channels=1, size=28) if name == "mnist" else {}
         nets = [models.build(arch, **kind).to(device) for _ in range(3)]
@@ -198,7 +199,7 @@ def search(_):
 def loaded(folder, net, facts):
     """The training and the test images of a baseline of `train` or `reproduce`, normalised as it reads them."""
     crop = dict(crop=4, flip=True) if net.channels == 3 else {}
-    return [images.normalised(tuple(facts["mean"]), tuple(facts["std"])) for images in controller.load_data(facts["data"], folder, **crop)[:2]]
+    return [images.to(DEVICE).normalised(tuple(facts["mean"]), tuple(facts["std"])) for images in controller.load_data(facts["data"], folder, **crop)[:2]]
 
 
 def parts(images, facts):
@@ -210,7 +211,7 @@ def ready(folder, checkpoint, cut):
     """(net, training and validation images, teacher, what a structure cuts, the `uniform` one at `cut`) for a baseline of `train` or `reproduce`."""
     net, facts = sep.load(checkpoint)
     train, validation = parts(loaded(folder, net, facts)[0], facts)
-    whole = models.macs(net)
+    net, whole = net.to(DEVICE), models.macs(net)
     share = lambda w: 1 - models.macs(net, w) / whole
     return net, train, validation, controller.Teacher(net, train, 0), share, controller.uniform(net.widths, share, float(cut))
 
@@ -240,13 +241,41 @@ def structures(folder, checkpoint, cut):
         print(f"{w} {name}: cut {share(w):.1%}, validation accuracy {found[-1]:.2%}", flush=True)
 
 
-def recipes(folder, checkpoint, cut, epochs):
-    """Which final training? The `uniform` structure at a cut, by several, on validation images that the baseline has not seen."""
+@torch.no_grad()
+def outputs(net, images):
+    """The logits (N, classes)."""
+    return torch.cat([net.eval()(images.batch(i)) for i in controller.chunks(images)])
+
+
+def recipes(folder, checkpoint, cut, epochs, *kinds):
+    """Which final training? The `uniform` structure at a cut, by several (TEMPERATURE:PEAK; temperature 0: the papers' MSE): accuracy on
+    validation images that the baseline has not seen, and the loss to its outputs there (16 KL + 0.1 CE), which owes less to luck. All
+    trainings go side by side, on the same batches (on a GPU each in a stream of its own)."""
     net, train, validation, guide, _, even = ready(folder, checkpoint, cut)
-    start = models.prune(net, even)
-    for temperature, peak in ((None, 0.1), (None, 0.03), (4.0, 0.06), (4.0, 0.02), (4.0, 0.006)):
-        found = validated(start, controller.Plan(int(epochs), peak, True, temperature=temperature), train, validation, guide)
-        print(f"{f'temperature {temperature:g}' if temperature else 'MSE'}, up to {peak:g}: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
+    kinds = [tuple(map(float, k.split(":"))) for k in kinds or ("0:0.1", "0:0.03", "4:0.06", "4:0.02", "4:0.006")]
+    plans = [controller.Plan(int(epochs), peak, True, temperature=t or None) for t, peak in kinds]
+    nets = [models.prune(net, even).to(memory_format=torch.channels_last) for _ in kinds]
+    takes = [controller.Step(n, controller.sgd(n, p.lr), p.temperature) for n, p in zip(nets, plans)]
+    cuda, steps, whole = train.labels.is_cuda, len(train) // controller.BATCH, outputs(net, validation).softmax(1)
+    streams = [torch.cuda.Stream() if cuda else None for _ in takes]
+    for epoch in range(int(epochs)):
+        order, place = train.view(0, epoch)
+        soft = guide.probabilities(epoch, len(train))
+        for n in nets:
+            n.train()
+        for step in range(steps):
+            index = order[step * controller.BATCH : (step + 1) * controller.BATCH]
+            x, now = train.batch(index, place), torch.cuda.current_stream() if cuda else None
+            for take, plan, stream in zip(takes, plans, streams):
+                with torch.cuda.stream(stream):
+                    stream.wait_stream(now) if cuda else None
+                    take(x, train.labels[index], soft[index], plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps)))
+            for stream in streams if cuda else ():
+                now.wait_stream(stream)
+        for (t, peak), n in zip(kinds, nets):
+            z = outputs(n, validation)
+            right, loss = (z.argmax(1) == validation.labels).float().mean().item(), controller.loss_of(z, validation.labels, whole, 4.0).item()
+            print(f"epoch {epoch + 1}, {f'temperature {t:g}' if t else 'MSE'}, up to {peak:g}: {right:.2%}, {loss:.4f}", flush=True)
 
 
 class Strongest(sep.Gate):
@@ -309,17 +338,13 @@ def budgets(folder, checkpoint, cut, count):
     plans = {"50 steps, MSE": controller.Plan(1, 0.02, True, 50), "200 steps, MSE": controller.Plan(1, 0.02, True, 200), "200 steps": plan(1, steps=200),
              "1 epoch": plan(1), "2 epochs": plan(2), "10 epochs": plan(10), "again": plan(10)}
 
-    @torch.no_grad()
-    def outputs(n):
-        return torch.cat([n.eval()(validation.batch(i)) for i in controller.chunks(validation)])
-
-    whole, guides, found = outputs(net).softmax(1), (guide, controller.Teacher(net, train, 1)), []
+    whole, guides, found = outputs(net, validation).softmax(1), (guide, controller.Teacher(net, train, 1)), []
     for w in walks(net, share, cut, count):
         found.append([])
         for name, p in plans.items():
             seed = int(name == "again")
             *_, small = trained(models.prune(net, w), p, train, guides[seed], seed)
-            z = outputs(small)
+            z = outputs(small, validation)
             found[-1] += [(z.argmax(1) == validation.labels).float().mean().item(), -controller.loss_of(z, validation.labels, whole, 4.0).item()]
         print(f"{w}: " + ", ".join(f"{name} {a:.2%} {-b:.3f}" for name, a, b in zip(plans, found[-1][::2], found[-1][1::2])), flush=True)
     table, accuracies = ranks(found), torch.tensor(found)[:, ::2].mean(0)
@@ -334,7 +359,7 @@ def seeds(folder, run, *numbers):
     results = controller.read_results(Path(run))
     recovery, final = (controller.Plan(**results["settings"][k]) for k in ("recovery", "final"))
     net, facts = sep.load(Path(run) / "baseline.pt")
-    every, test = loaded(folder, net, facts)
+    net, (every, test) = net.to(DEVICE), loaded(folder, net, facts)
     train = parts(every, facts)[0]
     for seed in map(int, numbers):
         guides = {images: controller.Teacher(net, images, seed) for images in (train, every)}

@@ -65,6 +65,17 @@ def test_every_experiment_binds(name):
         assert settings.recovery.epochs >= 1 and settings.final.epochs >= 1 and settings.rate == 0.2
 
 
+@pytest.mark.parametrize("name", wtp.EXPERIMENTS)
+def test_a_checkpoint_is_pruned_as_the_experiment_of_its_kind_and_data(name, tmp_path):
+    e = wtp.EXPERIMENTS[name]
+    net = models.build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
+    found = [wtp.data_of(net, facts, tmp_path) for facts in ({"data": e.data}, {})]
+    assert found[0].data == e.data
+    assert all((f.classes, f.channels, f.cycle_final, f.cycle_lr) == (e.classes, e.channels, e.cycle_final, e.cycle_lr) for f in found)
+    fast = wtp.settings_of(e, wtp.SCHEDULES["fast"], 0).final
+    assert (fast.epochs, fast.lr) == {"lenet5": (10, 0.02), "resnet56": (20, 0.005)}.get(e.arch, (20, 0.01))
+
+
 def test_the_published_schedule_is_the_papers():
     cifar, mnist = (wtp.settings_of(wtp.EXPERIMENTS[n], wtp.SCHEDULES["published"], 0) for n in ("vgg-cifar10", "mnist"))
     assert (cifar.rate, cifar.parents, cifar.patience, cifar.candidates, cifar.target) == (0.2, 5, 10, None, 0.701)

@@ -247,35 +247,23 @@ def outputs(net, images):
     return torch.cat([net.eval()(images.batch(i)) for i in controller.chunks(images)])
 
 
+def judged(net, images, whole):
+    """The accuracy on images, and the loss to the baseline's softmax `whole` (N, classes) there, as the final training has it."""
+    z = outputs(net, images)
+    return (z.argmax(1) == images.labels).float().mean().item(), controller.loss_of(z, images.labels, whole, 4.0).item()
+
+
 def recipes(folder, checkpoint, cut, epochs, *kinds):
     """Which final training? The `uniform` structure at a cut, by several (TEMPERATURE:PEAK; temperature 0: the papers' MSE): accuracy on
-    validation images that the baseline has not seen, and the loss to its outputs there (16 KL + 0.1 CE), which owes less to luck. All
-    trainings go side by side, on the same batches (on a GPU each in a stream of its own)."""
+    validation images that the baseline has not seen, and the loss to its outputs there (16 KL + 0.1 CE), which owes less to luck."""
     net, train, validation, guide, _, even = ready(folder, checkpoint, cut)
-    kinds = [tuple(map(float, k.split(":"))) for k in kinds or ("0:0.1", "0:0.03", "4:0.06", "4:0.02", "4:0.006")]
-    plans = [controller.Plan(int(epochs), peak, True, temperature=t or None) for t, peak in kinds]
-    nets = [models.prune(net, even).to(memory_format=torch.channels_last) for _ in kinds]
-    takes = [controller.Step(n, controller.sgd(n, p.lr), p.temperature) for n, p in zip(nets, plans)]
-    cuda, steps, whole = train.labels.is_cuda, len(train) // controller.BATCH, outputs(net, validation).softmax(1)
-    streams = [torch.cuda.Stream() if cuda else None for _ in takes]
-    for epoch in range(int(epochs)):
-        order, place = train.view(0, epoch)
-        soft = guide.probabilities(epoch, len(train))
-        for n in nets:
-            n.train()
-        for step in range(steps):
-            index = order[step * controller.BATCH : (step + 1) * controller.BATCH]
-            x, now = train.batch(index, place), torch.cuda.current_stream() if cuda else None
-            for take, plan, stream in zip(takes, plans, streams):
-                with torch.cuda.stream(stream):
-                    stream.wait_stream(now) if cuda else None
-                    take(x, train.labels[index], soft[index], plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps)))
-            for stream in streams if cuda else ():
-                now.wait_stream(stream)
-        for (t, peak), n in zip(kinds, nets):
-            z = outputs(n, validation)
-            right, loss = (z.argmax(1) == validation.labels).float().mean().item(), controller.loss_of(z, validation.labels, whole, 4.0).item()
-            print(f"epoch {epoch + 1}, {f'temperature {t:g}' if t else 'MSE'}, up to {peak:g}: {right:.2%}, {loss:.4f}", flush=True)
+    whole = outputs(net, validation).softmax(1)
+    for kind in kinds or ("0:0.1", "0:0.03", "4:0.06", "4:0.02", "4:0.006"):
+        temperature, peak = map(float, kind.split(":"))
+        plan = controller.Plan(int(epochs), peak, True, temperature=temperature or None)
+        for epoch, small in enumerate(trained(models.prune(net, even), plan, train, guide), 1):
+            right, loss = judged(small, validation, whole)
+            print(f"{kind}, epoch {epoch}: {right:.2%}, {loss:.4f}", flush=True)
 
 
 class Strongest(sep.Gate):
@@ -344,8 +332,8 @@ def budgets(folder, checkpoint, cut, count):
         for name, p in plans.items():
             seed = int(name == "again")
             *_, small = trained(models.prune(net, w), p, train, guides[seed], seed)
-            z = outputs(small, validation)
-            found[-1] += [(z.argmax(1) == validation.labels).float().mean().item(), -controller.loss_of(z, validation.labels, whole, 4.0).item()]
+            right, loss = judged(small, validation, whole)
+            found[-1] += [right, -loss]
         print(f"{w}: " + ", ".join(f"{name} {a:.2%} {-b:.3f}" for name, a, b in zip(plans, found[-1][::2], found[-1][1::2])), flush=True)
     table, accuracies = ranks(found), torch.tensor(found)[:, ::2].mean(0)
     print("mean accuracy; rank correlation with the last one's accuracy, loss: of each one's accuracy; of its loss")

@@ -985,7 +985,9 @@ class Run:
         if structure != chosen.structure:
             path, log = self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", self.results["search"][method]
             net, candidate = self.step(path, method, baseline, self.load(self.folder / "baseline.pt")[0], structure, log[-1]["epoch"], len(log), target)
-        told = [f"cut {c.cut:.1%}, {latency(n, self.validation, 1) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
+        few = len(structure) <= 8  # else the widths would fill lines
+        told = [f"{name_of(c.structure) + ', ' if few else ''}validation accuracy {c.validation_accuracy:.2%}, cut {c.cut:.1%}, "
+                f"{latency(n, self.validation, 1) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
                 for n, c in ((found, chosen), (net, candidate))]
         self.results.setdefault("rounded", {})[method] = dict(before=told[0], after=told[1], seconds=0.0 if candidate is chosen else candidate.seconds)
         self.keep_results()
@@ -1043,6 +1045,8 @@ class Run:
         title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew
         if state := models.read_progress(folder / "search.pt", title):
             search.load(state)
+        elif (folder / "search.pt").exists():
+            self.watch.say(f"{folder / 'search.pt'} is damaged, or was for another target: that search begins anew")
         path_of = lambda w: self.folder / "baseline.pt" if w == baseline.structure else folder / f"{name_of(w)}.pt"
         log = lambda: [asdict(c) for c in search.tried.values()]
         self.results["search"][method] = log()

@@ -431,7 +431,7 @@ def read(path: Path) -> dict:
     """
     if not Path(path).is_file():
         raise Failure(f"{path} is a folder, not a checkpoint" if Path(path).is_dir() else f"there is no checkpoint {path}", 2)
-    if Path(path).suffix in (".pt2", ".onnx"):
+    if Path(path).suffix.lower() in (".pt2", ".onnx"):
         raise Failure(f"{path} is an export, not a checkpoint; give the file that it was made from", 2)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -593,7 +593,7 @@ def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> fl
     difference of its logits from the net's on random `size` x `size` images, as a share of the largest logit. Raises Failure.
     """
     path = Path(path)
-    part, onnx = part_of(path), path.suffix == ".onnx"
+    part, onnx = part_of(path), path.suffix.lower() == ".onnx"
     whole = Whole(deepcopy(net).cpu().to(memory_format=torch.contiguous_format), mean, std).eval()
     images = torch.rand(5, net.channels, size, size, generator=torch.Generator().manual_seed(0))
     try:

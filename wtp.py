@@ -137,7 +137,7 @@ class Screen:
     def __init__(self):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.console, self.planned, self.full, self.part, self.measured = console(stderr=True), 0.0, 1, 1.0, False
+        self.console, self.planned, self.full, self.part, self.warm, self.measured = console(stderr=True), 0.0, 1, 1.0, False, False
         self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]},"),
                              TimeElapsedColumn(), TextColumn("gone, left"), TimeRemainingColumn(), console=self.console, transient=True,
                              disable=not self.console.is_terminal)
@@ -182,7 +182,9 @@ class Screen:
         found = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
         if not self.console.is_terminal:
             self.say(f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{found}, {seconds:.1f} s an epoch")
-        self.estimate(seconds)
+        if self.warm or self.part > 0.9:  # the first of several short trainings has more to do than the others
+            self.estimate(seconds)
+        self.warm = True
 
     def estimate(self, seconds: float) -> None:
         """Say once how long the run may take, by what an epoch takes."""
@@ -242,7 +244,8 @@ def show_results(results: dict, out) -> None:
         if method != "uniform" and len(log) > 2:
             what, *halves = habits(log)
             few = f"; {what} each layer: {{}} (first half), {{}} (second half)".format(*(" ".join(f"{v:.0%}" for v in half) for half in halves))
-            say(f"{method} tried {len(log) - 1} candidates{few if len(rows[0]['widths']) <= 8 else ''}")
+            ended = method in done or (method == "lstm" and "sep" in done)
+            say(f"{method} tried {len(log) - 1} candidates{'' if ended else ' so far'}{few if len(rows[0]['widths']) <= 8 else ''}")
     for method, told in results.get("rounded", {}).items():
         say(f"{method}, widths at multiples of {results['round_to']}: {told['before']} -> {told['after']}")
     target = results["settings"]["target"]
@@ -306,7 +309,8 @@ def show_candidates(results: dict, rows: list, out, width: int = 72, height: int
         for x, y, c in sorted(points, key=lambda p: (is_chosen(p[2]), p[2] in pool)):  # the marked ones last, on top
             column, line = (x - left) / ((right - left) or 1) * (width - 1), min(1, (high - y) / ((high - low) or 1)) * (height - 1)
             grid[round(line)][round(column)] = ("◆", MARK) if is_chosen(c) else ("o", KEPT) if c in pool else ("•", GONE)
-        out.print(Text(f"{method}: validation accuracy of each candidate; ◆ chosen, o among the {len(pool)} largest rewards, • the others"
+        known = "◆ chosen, " * any(map(is_chosen, tried))
+        out.print(Text(f"{method}: validation accuracy of each candidate; {known}o among the {len(pool)} largest rewards, • the others"
                        + f"; {sum(p[1] < low for p in points)} lower ones at the bottom" * (lowest < low)))
         for n, line in enumerate(grid):
             label = f"{high - n / (height - 1) * (high - low):8.2%} " if n % 4 == 0 or n == height - 1 else " " * 9
@@ -351,6 +355,7 @@ def draw(results: dict, path: Path) -> None:
         show(results, rows, out)
     out.print()
     show_curves(results, out)
+    out.print()  # the picture's edge would cut into the last line
     svg = out.export_svg(title="{experiment}, {schedule}".format_map(results), theme=DEFAULT_TERMINAL_THEME, unique_id="report")
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     write_text(path, svg.replace("Fira Code, monospace", "Menlo, DejaVu Sans Mono, Consolas, monospace"))
@@ -476,8 +481,9 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
     methods = [m for m in methods if not run.row(m)]
     count = len(run.train)
     screen.plan(epochs_of(settings, methods, count, not (run.row("baseline") or given), len(run.results["rows"]) > 1), count // BATCH)
-    final = f", {len(methods)} x {settings.final.epochs} of them final training" if methods else ""
-    if screen.planned:
+    count = len([m for m in methods if m != "static"])
+    final = f", {count} x {settings.final.epochs} of them final training" if count else ""
+    if screen.planned >= 0.5:
         screen.say(f"{folder}: up to about {screen.planned:,.0f} epochs{final}; stop it when you like, the same command goes on")
     return run, screen
 
@@ -649,7 +655,8 @@ def data_of(net, facts: dict, data_dir: Path) -> Experiment:
         raise Failure(f"the net was trained on {facts['data']}; name that folder, wherever it is now, with --data-dir", 2)
     fitting = [e for e in EXPERIMENTS.values() if e.channels == net.channels and (own or e.classes == net.classes)]
     if not fitting:
-        raise Failure(f"no data set here has {net.channels} channels and {net.classes} classes; --data-dir can name a folder with train/CLASS and test/CLASS")
+        raise Failure(f"no data set here has {net.channels} channel{'s' * (net.channels > 1)} and {net.classes} classes; "
+                      "--data-dir can name a folder with train/CLASS and test/CLASS")
     family = lambda arch: arch.rstrip("0123456789")
     return max(fitting, key=lambda e: (e.data == facts.get("data"), family(e.arch) == family(net.arch)))
 
@@ -766,7 +773,8 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     if chosen:
         counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
         if where.type == "cpu":
-            console().print(f"one image at a time, {skips} of {len(chosen)} gates skip the kernels they exclude, the others mask them: what was faster here; "
+            others = ", the others mask them" * (skips < len(chosen))
+            console().print(f"one image at a time, {skips} of {len(chosen)} gates skip the kernels they exclude{others}: what was faster here; "
                             "prune --static and export --static make a plain small net of it", markup=False)
         console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
@@ -800,7 +808,7 @@ def export(
     import sep
 
     net, facts = sep.load(ckpt)
-    if file.suffix not in (".pt2", ".onnx"):
+    if file.suffix.lower() not in (".pt2", ".onnx"):
         raise models.Failure(f"{file}: the ending says the format, .pt2 (torch.export) or .onnx", 2)
     if file.is_dir():
         raise models.Failure(f"{file} is a folder", 2)
@@ -880,7 +888,7 @@ def main(arguments: list[str] | None = None) -> int:
 def explain(e: Exception) -> tuple[str, int]:
     """(one line, exit status) for whatever went wrong."""
     if hasattr(e, "format_message"):  # Typer's own: a wrong call
-        return " ".join(e.format_message().split()).rstrip(".") + "; see --help", 2
+        return " ".join(e.format_message().replace("Value error, ", "").split()).rstrip(".") + "; see --help", 2
     if hasattr(e, "status"):  # models.Failure
         return str(e), e.status
     if isinstance(e, ModuleNotFoundError) and e.name in ("torch", "torchvision", "rich"):

@@ -570,6 +570,20 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
         asked.method("sep", asked.baseline(given=baseline), 0.9999)
 
 
+def test_a_search_whose_state_is_damaged_says_that_it_begins_anew(tmp_path):
+    with pytest.raises(Interrupted):
+        work(tmp_path, Spy(12), methods=("lstm",))
+    state = tmp_path / "lstm-pool" / "search.pt"
+    tried = len(torch.load(state, weights_only=True)["tried"])
+    state.write_bytes(state.read_bytes()[:300])
+    again, whole = Spy(4), Spy(4)
+    for spy in (again, whole):
+        with pytest.raises(Interrupted):
+            work(tmp_path, spy, methods=("lstm",))
+    assert tried > 1 and [line for line in again.lines if "begins anew" in line] == [f"{state} is damaged, or was for another target: that search begins anew"]
+    assert not any("begins anew" in line for line in whole.lines)  # the new state is a sound one
+
+
 def test_dice_learn_nothing_and_find_something(tmp_path):
     results = work(tmp_path, Spy(), methods=("random",))
     assert results["rows"][1]["method"] == "random" and results["rows"][1]["cut"] > 0

@@ -241,7 +241,9 @@ def test_widths_that_machines_like(capsys, smoke, tmp_path):
     status, out, err = call(capsys, *command, "4")
     small = sep.load(tmp_path / "my-pruned.pt")[0]
     assert status == 0 and all(k % 4 == 0 for k in small.widths) and 1 - sep.macs(small) / 2293000 >= 0.6, err
-    assert "widths at multiples of 4: cut " in out and "ms for 128 -> cut" in out
+    side = r"(\d+-\d+-\d+), validation accuracy [\d.]+%, cut [\d.]+%, [\d.]+ ms an image, [\d.]+ ms for 128"
+    found = re.search(f"uniform, widths at multiples of 4: {side} -> {side}\n", out)
+    assert found and found[2] == "-".join(map(str, small.widths)) != found[1]
     for multiple, words in (("20", "cannot cut 60%"), ("1000", "no layer of this net is 1000 wide")):
         status, out, err = call(capsys, *command, multiple, "--output", tmp_path / "b.pt")
         assert status == 2 and words in err and "smaller --round-to" in err and err.count("\n") == 1 and not out
@@ -318,6 +320,27 @@ def test_a_long_epoch_says_before_its_end_how_long_a_run_may_take(capsys, monkey
     assert re.fullmatch(r"0\.0 s for this epoch: 0 s for all, less as the nets get smaller\n", capsys.readouterr().err)
     list(steps), list(screen.steps(range(4)))
     assert not capsys.readouterr().err  # once
+
+
+def test_the_first_of_many_short_trainings_is_no_measure(capsys):
+    screen = wtp.Screen()
+    screen.plan(10, 8)
+    for seconds, told in ((9.0, ""), (1.0, "1.0 s for 50% of an epoch: 20 s for all, less as the nets get smaller"), (1.0, "")):
+        screen.stage("a", 1, 0)
+        list(screen.steps(range(4)))
+        screen.epoch("a", 0, 1, 0.1, 0.9, seconds)
+        assert capsys.readouterr().err.splitlines()[1:] == [told] * bool(told)
+
+
+def test_a_search_that_goes_on_is_reported_as_such(capsys, smoke, tmp_path):
+    results = json.loads((smoke[0] / "results.json").read_text())
+    results["rows"] = [r for r in results["rows"] if r["method"] != "lstm"]
+    results["search"]["random"] = results["search"]["lstm"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    status, out, err = call(capsys, "report", tmp_path)
+    assert status == 0 and re.search(r"random tried \d+ candidates so far", out) and not re.search(r"(lstm|sep) tried \d+ candidates so far", out), err
+    picture = "".join(ElementTree.fromstring((tmp_path / "report.svg").read_text()).itertext()).replace("\xa0", " ")
+    assert "random: validation accuracy of each candidate; o among" in picture and "◆" not in picture  # nothing is chosen yet
 
 
 def test_reproduce_alone_lists_the_experiments(capsys, monkeypatch):

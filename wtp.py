@@ -227,6 +227,8 @@ def show_results(results: dict, out) -> None:
                       f"{r['params']:,}", span(r["seconds"]))
     out.print(table)
     say = lambda text: out.print(text, markup=False)
+    if results["schedule"] == "smoke":
+        say("smoke: a test of the machinery; these accuracies are no result")
     if not rows:
         say("no row is finished yet")
     if len(rows) > 1:
@@ -467,6 +469,8 @@ def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device,
     where, screen = device_of(device), Screen()
     if given:
         train, test, what = data_for(*given, e, data_dir, where, screen.say, settings.seed)
+        if (before := given[1].get("data")) not in (None, what):
+            screen.say(f"the net was trained on {before}, and is pruned on {what}")
     else:
         train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
     if limit := SCHEDULES[schedule].images:

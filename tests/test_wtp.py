@@ -162,6 +162,7 @@ def test_reproduce_makes_every_row(smoke):
     assert min(r["test_accuracy"] for r in rows.values()) > 0.6 and rows["lstm"]["cut"] > 0.2
     assert abs(rows["uniform"]["cut"] - rows["lstm"]["cut"]) < 0.005 and abs(rows["sep"]["cut"] - rows["lstm"]["cut"]) < 0.05
     title = "digits, smoke schedule, data digits (2,000 test images), seed 0"
+    assert out.count("smoke: a test of the machinery; these accuracies are no result\n") == 1
     for words in (title, "uniform keeps conv1 ", "lstm tried", f"{rows['lstm']['test_accuracy']:.2%}"):
         assert words in out
     assert "up to about 44 epochs" in err and "for this epoch" in err and "baseline: epoch 1/6" in err and "\x1b" not in err
@@ -433,7 +434,7 @@ def test_a_folder_that_was_not_there_is_not_left_behind(capsys, tmp_path, monkey
     assert status == 1 and "no complete mnist data" in err and not (tmp_path / "typo" / "er").exists()
 
 
-def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(capsys, smoke, tmp_path):
+def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(capsys, smoke, tmp_path, monkeypatch):
     net = sep.load(smoke[0] / "baseline.pt")[0]
     mean, std = controller.STATISTICS["digits"]
     with torch.no_grad():  # the same net for pixels that are normalised with mean and std 0.5
@@ -446,10 +447,17 @@ def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(capsys, 
     shutil.copyfile(smoke[0] / "baseline.pt", tmp_path / "given.pt")  # to `digits`: a state dict alone would be taken for MNIST's
     command = ["reproduce", "digits", "--schedule", "smoke", "--method", "uniform", "--method", "lstm", "--out", tmp_path, "--baseline", tmp_path / "given.pt"]
     status, _, err = call(capsys, *command)
-    assert status == 0 and "baseline: epoch" not in err, err
+    assert status == 0 and "baseline: epoch" not in err and "was trained on" not in err, err
     rows = [json.loads((f / "results.json").read_text())["rows"] for f in (smoke[0], tmp_path / "digits-smoke-s0-from-given")]
     for key in ("test_accuracy", "validation_accuracy", "widths"):
         assert [r[key] for r in rows[0] if r["method"] != "sep"] == [r[key] for r in rows[1]], key
+    found = models.read(tmp_path / "given.pt")
+    models.write(tmp_path / "mnists.pt", found | dict(facts=found["facts"] | dict(data="mnist")))
+    command[-3], command[-1] = tmp_path / "other", tmp_path / "mnists.pt"
+    monkeypatch.setattr(controller.Run, "baseline", lambda *_, **__: sys.exit(3))
+    with pytest.raises(SystemExit):
+        call(capsys, *command)
+    assert "the net was trained on mnist, and is pruned on digits\n" in capsys.readouterr().err
 
 
 def test_weights_for_other_classes_are_refused(capsys, tmp_path, monkeypatch):

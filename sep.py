@@ -86,23 +86,27 @@ class Gate(nn.Module):
         return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
 
     def alone(self, x, at, layer, norm, pool: bool):
-        """forward for a single image on a CPU, to the same result in a third of the operators: they take longer than many a layer."""
-        z, true = x.mean((2, 3)) if x.dim() == 4 else x, models.stamp(layer)
-        logits = self.excite(torch.relu(models.apply(self.squeeze, z, at)))[0]
-        outputs = logits.topk(self.keep, sorted=False).indices.sort().values
-        last = None if torch.is_grad_enabled() else self.last
-        if not last or last[0] != true or not torch.equal(outputs, last[1]):
-            vectors = self.unit, *((norm.running_mean, norm.running_var, norm.weight, norm.bias) if norm is not None else ())
-            last = true, outputs, [v.index_select(0, outputs) for v in vectors]
-            self.last = None if torch.is_grad_enabled() else last
-        _, outputs, (unit, *normal) = last  # the same tensor for the same choice: by it layers know the kernels gathered before
-        s = torch.sigmoid(logits.index_select(0, outputs)) / unit
-        s = s / s.mean()
+        """forward for a single image on a CPU, to the same result by few and cheap operators: they take longer than many a layer."""
+        places, true, free = x.reshape(x.shape[1], -1), models.stamp(layer), not torch.is_grad_enabled()  # (C_in', H W)
+        last = self.last if free else None
+        share = last[0] if last and len(last[0]) == places.shape[1] else torch.full((places.shape[1],), 1 / places.shape[1])
+        weight, bias = (self.squeeze.weight, self.squeeze.bias) if at is None else (models.kept if free else models.parts)(self.squeeze, len(at), at, None)
+        hidden = torch.relu(torch.addmv(bias, weight, torch.mv(places, share)))
+        logits = torch.addmv(self.excite.bias, self.excite.weight, hidden)
+        chosen = sorted(logits.topk(self.keep, sorted=False).indices.tolist())  # sooner than a tensor of them is sorted
+        if not last or last[1] != true or last[2] != chosen:
+            outputs = torch.tensor(chosen)
+            vectors = 1 / self.unit, *((norm.running_mean, norm.running_var, norm.weight * self.keep, norm.bias * self.keep) if norm is not None else ())
+            last = share, true, chosen, outputs, [v.index_select(0, outputs) for v in vectors]
+            self.last = last if free else None
+        outputs, (factor, *normal) = last[3:]  # the same tensor for the same choice: by it layers know the kernels gathered before
+        s = torch.sigmoid(logits.index_select(0, outputs)) * factor
+        s = s / s.sum()
         y = models.apply(layer, x, at, outputs)
         if normal:  # s is positive: it commutes with pooling and relu
             mean, var, weight, bias = normal
             return models.activate(F.batch_norm(y, mean, var, weight * s, bias * s, eps=norm.eps), pool), outputs
-        return models.activate(y, pool) * s.reshape(-1, *[1] * (y.dim() - 2)), outputs
+        return models.activate(y, pool) * (s * self.keep).reshape(-1, *[1] * (y.dim() - 2)), outputs
 
     def train(self, mode: bool = True):
         self.last = None  # weights may change now

@@ -52,23 +52,23 @@ class Pictures(TensorDataset):
         return self.transform(transforms.functional.to_pil_image(self.tensors[0][i].permute(2, 0, 1))), int(self.tensors[1][i])
 
 
-def clock(device):
+def clock():
     """The time when the work given so far is done."""
-    torch.cuda.synchronize() if device.type == "cuda" else None
+    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     return time.perf_counter()
 
 
-def plain(data, teacher, student, warm, steps, device):
+def plain(data, teacher, student, warm, steps):
     """Images per second of the plain loop."""
     optimizer = torch.optim.SGD(student.parameters(), 0.001, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(data, batch_size=128, shuffle=True, num_workers=2)
     student.train(), teacher.eval()
     for step, (x, y) in enumerate(loader):
         if step == warm:  # the workers are up
-            began = clock(device)
+            began = clock()
         if step == warm + steps:
-            return steps * 128 / (clock(device) - began)
-        x, y = x.to(device), y.to(device)
+            return steps * 128 / (clock() - began)
+        x, y = x.to(DEVICE), y.to(DEVICE)
         with torch.no_grad():
             soft = teacher(x).softmax(1)
         logits = student(x)
@@ -78,7 +78,7 @@ def plain(data, teacher, student, warm, steps, device):
         optimizer.step()
 
 
-def ours(images, guide, student, warm, steps, device):
+def ours(images, guide, student, warm, steps):
     """Images per second of `fit`, as a recovery calls it, the teacher's outputs at hand."""
     student = student.to(memory_format=torch.channels_last)
     plan = controller.Plan(1, 0.001, steps=warm + steps + 1)
@@ -87,7 +87,7 @@ def ours(images, guide, student, warm, steps, device):
     def track(numbers):
         for step in numbers:
             if step in (warm, warm + steps):
-                marks.append(clock(device))
+                marks.append(clock())
             if step == warm + steps:
                 return
             yield step
@@ -97,38 +97,37 @@ def ours(images, guide, student, warm, steps, device):
     return steps * 128 / (marks[1] - marks[0])
 
 
-def chip(net, images_per_second, device):
+def chip(net, images_per_second):
     """How near a GPU is to its limits: the step's share of the bfloat16 matrix products' peak measured here (3 passes of the student's MACs;
     what a cached teacher saves is no work done), and its kernels, each taking at least what an empty one takes in a graph."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     times = []
     for _ in range(8):
-        began = clock(device)
+        began = clock()
         a @ a
-        times.append(clock(device) - began)
+        times.append(clock() - began)
     peak = 8192**3 / min(times)
-    x, labels = torch.randn(128, net.channels, net.size, net.size, device=device), torch.zeros(128, device=device).long()
-    soft = torch.full((128, 10), 0.1, device=device)
+    x, labels = torch.randn(128, net.channels, net.size, net.size, device=DEVICE), torch.zeros(128, device=DEVICE).long()
+    soft = torch.full((128, 10), 0.1, device=DEVICE)
     step = controller.Step(net, controller.sgd(net, 0.0))
     step.run(x, labels, soft)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step.run(x, labels, soft)
         torch.cuda.synchronize()
     kernels = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in found.events())  # and not the calls that start them
-    one, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    one, graph = torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(1000):
             one.add_(1)
     graph.replay()
-    began = clock(device)
+    began = clock()
     graph.replay()
-    floor, took = (clock(device) - began) / 1000 * kernels, 128 / images_per_second
+    floor, took = (clock() - began) / 1000 * kernels, 128 / images_per_second
     print(f"{3 * models.macs(net) * images_per_second / peak:.1%} of the {2 * peak / 1e12:.0f} TFLOP/s measured here; {kernels} kernels a step, "
           f"as many empty ones take {floor * 1e3:.2f} ms of the step's {took * 1e3:.2f} ms ({floor / took:.0%})", flush=True)
 
 
 def speed(folder):
-    device = DEVICE
     for arch, name, warm, steps, rounds in NETS:
         mean, std = controller.STATISTICS[name]
         crop = dict(crop=4, flip=True) if name == "cifar10" else {}
@@ -141,18 +140,18 @@ def speed(folder):
             shape = (48000, 28, 28, 1) if name == "mnist" else (48000, 32, 32, 3)
             images = controller.Images(torch.randint(0, 256, shape, dtype=torch.uint8), torch.randint(0, 10, shape[:1]), mean=mean, std=std, **crop)
             data = Pictures(images, normalise)
-        if device.type == "cuda":
-            warm, steps, rounds, images = 20, 100, 3, images.to(device)
-        print(f"{arch} recovery on {type(data).__name__}, batch 128, {steps} steps, {controller.describe(device)}, median of {rounds} rounds in turns")
+        if DEVICE.type == "cuda":
+            warm, steps, rounds, images = 20, 100, 3, images.to(DEVICE)
+        print(f"{arch} recovery on {type(data).__name__}, batch 128, {steps} steps, {controller.describe(DEVICE)}, median of {rounds} rounds in turns")
         kind = dict(channels=1, size=28) if name == "mnist" else {}
-        nets = [models.build(arch, **kind).to(device) for _ in range(3)]
+        nets = [models.build(arch, **kind).to(DEVICE) for _ in range(3)]
         guide = controller.Teacher(nets[0], images, 0)
-        rows = [(plain(data, nets[0], nets[1], warm, steps, device), ours(images, guide, nets[2], warm, steps, device)) for _ in range(rounds)]
+        rows = [(plain(data, nets[0], nets[1], warm, steps), ours(images, guide, nets[2], warm, steps)) for _ in range(rounds)]
         a, b = (median(r) for r in zip(*rows))
         print(f"plain loop {a:,.0f} images/s -> fit {b:,.0f} images/s ({b / a:.2f}x); each round {', '.join(f'{y / x:.2f}x' for x, y in rows)}", flush=True)
-        if device.type == "cuda":
-            chip(nets[2], b, device)
-    native = controller.half(device)._enabled
+        if DEVICE.type == "cuda":
+            chip(nets[2], b)
+    native = controller.half(DEVICE)._enabled
     print(f"bfloat16 {'is' if native else 'is not'} native here")
 
 

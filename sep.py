@@ -7,6 +7,7 @@ starts) is marked `ours`.
 import time
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import pairwise, product
 from statistics import median
 
 import torch
@@ -33,7 +34,7 @@ class Gate(nn.Module):
         nn.init.zeros_(self.excite.bias)
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
         self.skip = True  # in evaluation: compute only the kernels that some image of the batch uses; else all of them, masked
-        self.last = None  # what the last single image chose: the next one often chooses the same
+        self.fixed = self.last = None  # for single images: what does not change, and what the last one chose, as the next one often does
         self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
 
     @torch.no_grad()
@@ -72,7 +73,7 @@ class Gate(nn.Module):
         x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
         """
         plain = self.training or x.is_cuda or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
-        if not plain and self.skip and x.shape[0] == 1 and self.used is None:
+        if not plain and x.shape[0] == 1 and self.used is None and not torch.is_grad_enabled():
             return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
@@ -87,29 +88,36 @@ class Gate(nn.Module):
 
     def alone(self, x, at, layer, norm, pool: bool):
         """forward for a single image on a CPU, to the same result by few and cheap operators: they take longer than many a layer."""
-        places, true, free = x.reshape(x.shape[1], -1), models.stamp(layer), not torch.is_grad_enabled()  # (C_in', H W)
-        last = self.last if free else None
-        share = last[0] if last and len(last[0]) == places.shape[1] else torch.full((places.shape[1],), 1 / places.shape[1])
-        weight, bias = (self.squeeze.weight, self.squeeze.bias) if at is None else (models.kept if free else models.parts)(self.squeeze, len(at), at, None)
-        hidden = torch.relu(torch.addmv(bias, weight, torch.mv(places, share)))
+        if at is not None and not self.skip:  # gathering inputs alone takes longer than computing them all
+            x, at = x.new_zeros(1, self.squeeze.in_features, *x.shape[2:]).index_copy_(1, at, x), None
+        places = x.reshape(x.shape[1], -1)  # (C_in', H W)
+        true, fixed, last = (models.stamp(layer), places.shape[1], self.skip), self.fixed, self.last
+        if fixed is None or fixed[0] != true:
+            factor = torch.ones_like(self.unit) if norm is None else norm.weight * (norm.running_var + norm.eps).rsqrt()
+            shift = torch.zeros_like(self.unit) if norm is None else norm.bias - norm.running_mean * factor
+            shape = -1, *[1] * (layer.weight.dim() - 2)
+            share = torch.full((places.shape[1],), 1 / places.shape[1])
+            fixed = self.fixed = true, share, 1 / self.unit, (self.keep * factor).reshape(shape), (self.keep * shift).reshape(shape)
+            last = None
+        share, *vectors = fixed[1:]
+        weight = self.squeeze.weight if at is None else models.kept(self.squeeze, len(at), at, None)[0]
+        hidden = torch.relu(torch.addmv(self.squeeze.bias, weight, torch.mv(places, share)))
         logits = torch.addmv(self.excite.bias, self.excite.weight, hidden)
         chosen = sorted(logits.topk(self.keep, sorted=False).indices.tolist())  # sooner than a tensor of them is sorted
-        if not last or last[1] != true or last[2] != chosen:
-            outputs = torch.tensor(chosen)
-            vectors = 1 / self.unit, *((norm.running_mean, norm.running_var, norm.weight * self.keep, norm.bias * self.keep) if norm is not None else ())
-            last = share, true, chosen, outputs, [v.index_select(0, outputs) for v in vectors]
-            self.last = last if free else None
-        outputs, (factor, *normal) = last[3:]  # the same tensor for the same choice: by it layers know the kernels gathered before
-        s = torch.sigmoid(logits.index_select(0, outputs)) * factor
-        s = s / s.sum()
+        if last is None or last[0] != chosen:
+            picked, (unit, factor, shift) = torch.tensor(chosen), vectors
+            if self.skip:
+                last = self.last = chosen, picked, *(v.index_select(0, picked) for v in vectors)
+            else:
+                last = self.last = chosen, None, unit * torch.zeros_like(unit).index_fill_(0, picked, 1), factor, shift
+        outputs, unit, factor, shift = last[1:]  # the same tensor for the same choice: by it layers know the kernels gathered before
+        s = torch.sigmoid(logits if outputs is None else logits.index_select(0, outputs)) * unit
+        s = (s / s.sum()).reshape(factor.shape)
         y = models.apply(layer, x, at, outputs)
-        if normal:  # s is positive: it commutes with pooling and relu
-            mean, var, weight, bias = normal
-            return models.activate(F.batch_norm(y, mean, var, weight * s, bias * s, eps=norm.eps), pool), outputs
-        return models.activate(y, pool) * (s * self.keep).reshape(-1, *[1] * (y.dim() - 2)), outputs
+        return models.activate(torch.addcmul(shift * s, y, factor * s), pool), outputs  # s is not negative: it commutes with pooling and relu
 
     def train(self, mode: bool = True):
-        self.last = None  # weights may change now
+        self.fixed = self.last = None  # weights may change now
         return super().train(mode)
 
 
@@ -152,30 +160,39 @@ def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
 @torch.no_grad()
 def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> int:
     """Ready `net`, in place, to run one image at a time on this CPU: a gate skips the kernels that it excludes where that is
-    measured to be faster than masking them, gate by gate. x (N, C, H, W) are such images. Returns how many gates skip."""
+    measured to be faster than masking them. x (N, C, H, W) are such images. Returns how many gates skip.
+
+    What a layer takes hangs on its own gate and the one before (are its inputs gathered, too?): all four are measured, and the
+    quickest of all combinations is found along the chain.
+    """
     net.eval()
     gates, begins = [(p, g) for p, g in zip(net.prunable, net.gates or ()) if g is not None], []
-    hooks = [g.register_forward_pre_hook(lambda *_: begins.append(time.perf_counter())) for _, g in gates]
     own = {p.layer for p, _ in gates}
-    for i, (p, gate) in enumerate(gates):
-        times, layers = {True: [], False: []}, [net.get_submodule(k) for k in {p.layer, *({p.next} - own)}]
+    layers = [[net.get_submodule(k) for k in {p.layer, *({p.next} - own)}] for p, _ in gates]
+    times = [{} for _ in gates]  # (does the gate before skip, does this one): seconds until the next one begins
 
-        def ready(skip, gate=gate, layers=layers):
+    def ready(skips):
+        for (_, gate), several, skip in zip(gates, layers, skips):
             gate.skip = skip
-            for layer in layers:  # kernels lie together for gathering, else as they compute the fastest
+            for layer in several:  # kernels lie together for gathering, else as they compute the fastest
                 layer.to(memory_format=torch.contiguous_format if skip else torch.channels_last)
 
-        for skip in (True, False) * 3:
-            ready(skip)
-            for n in range(rounds + 2):
-                begins.clear()
-                net(x[n % len(x)][None])
-                begins.append(time.perf_counter())
+    hooks = [g.register_forward_pre_hook(lambda *_: begins.append(time.perf_counter())) for _, g in gates]
+    for pair in list(product((True, False), repeat=2)) * 3:
+        ready([pair[i % 2] for i in range(len(gates))])
+        for n in range(rounds + 2):
+            begins.clear()
+            net(x[n % len(x)][None])
+            begins.append(time.perf_counter())
+            for i, took in enumerate(b - a for a, b in pairwise(begins)):
                 if n > 1:
-                    times[skip].append(begins[min(i + 2, len(gates))] - begins[i])  # until what it leaves out is read
-        ready(median(times[True]) <= median(times[False]))
+                    times[i].setdefault((pair[(i - 1) % 2], pair[i % 2]), []).append(took)
     for hook in hooks:
         hook.remove()
+    best = {True: (0.0, []), False: (0.0, [])}  # by what the last gate does: seconds so far, what each gate does
+    for took in times:
+        best = {skip: min((sum_ + median(took[before, skip]), [*skips, skip]) for before, (sum_, skips) in best.items()) for skip in best}
+    ready(min(best.values())[1])
     return sum(g.skip for _, g in gates)
 
 

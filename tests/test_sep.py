@@ -1,4 +1,6 @@
+import random
 from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
@@ -202,14 +204,35 @@ def test_one_image_at_a_time_skips_kernels_and_says_the_same(arch):
         masked = net(x)  # four images: most kernels are used by one of them
         assert 0 <= sep.tune(net, x[:1], rounds=1) <= len(net.gates)
         counts = []
-        for skip in (True, False):
-            for gate in filter(None, net.gates):
-                gate.skip = skip
+        for skips in ((True,), (False,), (True, False), (False, True)):
+            for i, gate in enumerate(filter(None, net.gates)):
+                gate.skip = skips[i % len(skips)]
             with FlopCounterMode(display=False) as counter:
                 found = torch.cat([net(image) for image in x.split(1)])
             counts.append(counter.get_total_flops())
             assert (found - masked).abs().max() < 1e-4 * masked.abs().max()
     assert counts[0] < (0.95 if arch == "lenet5" else 0.8) * counts[1]  # conv1 + fc1 of LeNet-5 are gated, conv2 keeps all outputs
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_quickest_combination_of_gates_that_skip_and_gates_that_mask_is_found(seed, monkeypatch):
+    net, x = lively("lenet5")
+    net, rng = sep.soften(net, (10, 25, 250)), random.Random(seed)
+    times = [{(before, own): rng.randint(1, 9) for before in (True, False) for own in (True, False)} for _ in net.gates]
+    times[0] |= {(False, own): times[0][True, own] for own in (True, False)}  # nothing is before the first one
+    clock, forward = [0.0], sep.Gate.forward
+
+    def slow(self, *a):
+        i = list(net.gates).index(self)
+        clock[0] += times[i][net.gates[max(0, i - 1)].skip, self.skip]
+        return forward(self, *a)
+
+    monkeypatch.setattr(sep.Gate, "forward", slow)
+    monkeypatch.setattr(sep.time, "perf_counter", lambda: clock[0])
+    cost = lambda skips: sum(t[before, own] for t, before, own in zip(times, (True, *skips), skips))
+    best = min(product((True, False), repeat=3), key=cost)
+    assert sep.tune(net, x, rounds=1) == sum(g.skip for g in net.gates)
+    assert cost(tuple(g.skip for g in net.gates)) == cost(best)
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "resnet20"])

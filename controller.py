@@ -256,6 +256,15 @@ def digits(count: int, seed: int):
     return (ink.clamp(0, 1) * 255).to(torch.uint8).reshape(-1, 28, 28, 1), labels
 
 
+def fingerprint(*sets: Images) -> str:
+    """A name for their pixels and labels: others have another."""
+    found = hashlib.sha256()
+    for images in sets:
+        for v in (images.pixels, images.labels):
+            found.update(v.cpu().numpy())
+    return found.hexdigest()[:16]
+
+
 def order_of(images: Images, seed: int) -> torch.Tensor:
     return torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, "split")))
 
@@ -796,11 +805,11 @@ class Run:
         self.all, (self.train, self.validation) = train, split(train, self.split_seed)
         self.claim(fresh)
         self.device, self.teachers, self.began = train.labels.device, {}, time.time()
-        head = head | dict(train_images=len(train), test_images=len(test), statistics=[train.mean, train.std], seed=settings.seed, round_to=round_to,
-                           device=describe(self.device), versions=versions(), seconds=0.0)
+        head = head | dict(train_images=len(train), test_images=len(test), images=fingerprint(train, test), statistics=[train.mean, train.std],
+                           seed=settings.seed, round_to=round_to, device=describe(self.device), versions=versions(), seconds=0.0)
         self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
         if (found := read_results(self.folder, missing_ok=True)) is not None:
-            known = ("experiment", "schedule", "seed", "data", "train_images", "test_images", "settings", "source", "statistics", "round_to")
+            known = ("experiment", "schedule", "seed", "data", "train_images", "test_images", "images", "settings", "source", "statistics", "round_to")
             ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
             if differing := [k for k, v in ours.items() if said(found[k]) != said(v)]:
                 what = " and ".join("checkpoint (source)" if k == "source" else k for k in differing)

@@ -101,16 +101,31 @@ def parts(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: to
     return part(layer.weight, reads, inputs, outputs), bias
 
 
-def stamp(layer: nn.Module) -> tuple[int, int]:
-    """Another one when the layer's weights have changed, or lie elsewhere."""
-    weight = layer.weight  # looked up once: a module's attributes take as long as a small operator
-    return weight.data_ptr(), weight._version
+class Fleeting:
+    """A value that no copy of its owner takes along."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def __reduce__(self):
+        return Fleeting, ()
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Another one when it was changed in place; tensors made in inference mode do not count that."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def stamp(layer: nn.Module) -> tuple:
+    """Another one when the layer's weights have changed, or lie elsewhere; for who holds them, so that nothing else comes to lie there."""
+    weight, bias = layer.weight, layer.bias  # looked up once: a module's attributes take as long as a small operator
+    return weight.data_ptr(), version(weight), bias is None or (bias.data_ptr(), version(bias))
 
 
 def kept(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`parts`, kept at the layer for who comes with the very same tensors of indices, as long as its weights are the same;
     from then on channels-last, which computes faster but takes as long to make as to gather."""
-    true, last = stamp(layer), layer.__dict__.get("last")
+    true, last = stamp(layer), getattr(layer.__dict__.get("last"), "value", None)
     if not last or last[0] is not inputs or last[1] is not outputs or last[2] != true:
         weight, bias = parts(layer, reads, inputs, outputs)
     else:
@@ -118,7 +133,7 @@ def kept(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: tor
         if weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last):
             return weight, bias
         weight = weight.contiguous(memory_format=torch.channels_last)
-    layer.last = inputs, outputs, true, (weight, bias)
+    layer.last = Fleeting((inputs, outputs, true, (weight, bias), layer.weight.detach()))
     return weight, bias
 
 
@@ -402,9 +417,10 @@ def replaced(path: Path, make, part: Path | None = None, hint: str = "") -> None
         make(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True) if path.parent.is_dir() else None
         why = "the disk may be full" if "inline_container" in str(e) or "unexpected pos" in str(e) else getattr(e, "strerror", None) or e
         raise Failure(f"cannot write {path}: {why}{hint}") from e
+    finally:
+        part.unlink(missing_ok=True) if path.parent.is_dir() else None
 
 
 def write(path: Path, content: dict) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import Net
+from models import Fleeting, Net
 
 REDUCTION, LEAST = 16, 4  # ours: the bottleneck of a gate is C_in / 16 as in SENet, at least 4
 SPREAD = 1.0  # ours: a fresh gate's logits lie in [-SPREAD, SPREAD], in the order of importance
@@ -33,8 +33,8 @@ class Gate(nn.Module):
         nn.init.zeros_(self.excite.weight)
         nn.init.zeros_(self.excite.bias)
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
-        self.skip = True  # in evaluation: compute only the kernels that some image of the batch uses; else all of them, masked
-        self.fixed = self.last = None  # for single images: what does not change, and what the last one chose, as the next one often does
+        self.skip = True  # of a single image's kernels, compute only the chosen ones; else all of them, masked
+        self.fixed, self.last = Fleeting(), Fleeting()  # for single images: what does not change; what the last one chose, as the next one often does
         self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
 
     @torch.no_grad()
@@ -72,13 +72,13 @@ class Gate(nn.Module):
 
         x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
         """
-        plain = self.training or x.is_cuda or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
+        plain = self.training or x.device.type != "cpu" or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
         if not plain and x.shape[0] == 1 and self.used is None and not torch.is_grad_enabled():
             return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
             scale = self.scale(x.permute(0, 2, 3, 1).mean((1, 2), dtype=torch.float) if x.dim() == 4 else x.float(), at)
-        outputs = None if x.is_cuda or torch.compiler.is_exporting() or not (self.skip or self.training) else gather(scale != 0)
+        outputs = None if x.is_cuda or torch.compiler.is_exporting() else gather(scale != 0)
         scale = scale if outputs is None else scale.index_select(1, outputs)
         y = models.apply(layer, x, at, outputs)
         if norm is not None:
@@ -91,15 +91,16 @@ class Gate(nn.Module):
         if at is not None and not self.skip:  # gathering inputs alone takes longer than computing them all
             x, at = x.new_zeros(1, self.squeeze.in_features, *x.shape[2:]).index_copy_(1, at, x), None
         places = x.reshape(x.shape[1], -1)  # (C_in', H W)
-        true, fixed, last = (models.stamp(layer), places.shape[1], self.skip), self.fixed, self.last
-        if fixed is None or fixed[0] != true:
+        true, fixed, last = (models.stamp(layer), places.shape[1], self.skip, self.keep), self.fixed.value, self.last.value
+        if fixed is None or fixed[0] != true or fixed[1] != [models.version(v) for v in fixed[2]]:
+            watched = [self.unit, layer.weight.detach(), *(norm.state_dict(keep_vars=True).values() if norm is not None else ())]
             factor = torch.ones_like(self.unit) if norm is None else norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = torch.zeros_like(self.unit) if norm is None else norm.bias - norm.running_mean * factor
             shape = -1, *[1] * (layer.weight.dim() - 2)
             share = torch.full((places.shape[1],), 1 / places.shape[1])
-            fixed = self.fixed = true, share, 1 / self.unit, (self.keep * factor).reshape(shape), (self.keep * shift).reshape(shape)
-            last = None
-        share, *vectors = fixed[1:]
+            fixed = true, [models.version(v) for v in watched], watched, share, 1 / self.unit, *((self.keep * v).reshape(shape) for v in (factor, shift))
+            self.fixed, last = Fleeting(fixed), None
+        share, *vectors = fixed[3:]
         weight = self.squeeze.weight if at is None else models.kept(self.squeeze, len(at), at, None)[0]
         hidden = torch.relu(torch.addmv(self.squeeze.bias, weight, torch.mv(places, share)))
         logits = torch.addmv(self.excite.bias, self.excite.weight, hidden)
@@ -107,9 +108,10 @@ class Gate(nn.Module):
         if last is None or last[0] != chosen:
             picked, (unit, factor, shift) = torch.tensor(chosen), vectors
             if self.skip:
-                last = self.last = chosen, picked, *(v.index_select(0, picked) for v in vectors)
+                last = chosen, picked, *(v.index_select(0, picked) for v in vectors)
             else:
-                last = self.last = chosen, None, unit * torch.zeros_like(unit).index_fill_(0, picked, 1), factor, shift
+                last = chosen, None, unit * torch.zeros_like(unit).index_fill_(0, picked, 1), factor, shift
+            self.last = Fleeting(last)
         outputs, unit, factor, shift = last[1:]  # the same tensor for the same choice: by it layers know the kernels gathered before
         s = torch.sigmoid(logits if outputs is None else logits.index_select(0, outputs)) * unit
         s = (s / s.sum()).reshape(factor.shape)
@@ -117,7 +119,7 @@ class Gate(nn.Module):
         return models.activate(torch.addcmul(shift * s, y, factor * s), pool), outputs  # s is not negative: it commutes with pooling and relu
 
     def train(self, mode: bool = True):
-        self.fixed = self.last = None  # weights may change now
+        self.fixed, self.last = Fleeting(), Fleeting()  # weights may change now
         return super().train(mode)
 
 
@@ -178,17 +180,19 @@ def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> int:
                 layer.to(memory_format=torch.contiguous_format if skip else torch.channels_last)
 
     hooks = [g.register_forward_pre_hook(lambda *_: begins.append(time.perf_counter())) for _, g in gates]
-    for pair in list(product((True, False), repeat=2)) * 3:
-        ready([pair[i % 2] for i in range(len(gates))])
-        for n in range(rounds + 2):
-            begins.clear()
-            net(x[n % len(x)][None])
-            begins.append(time.perf_counter())
-            for i, took in enumerate(b - a for a, b in pairwise(begins)):
-                if n > 1:
-                    times[i].setdefault((pair[(i - 1) % 2], pair[i % 2]), []).append(took)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for pair in list(product((True, False), repeat=2)) * 3:
+            ready([pair[i % 2] for i in range(len(gates))])
+            for n in range(rounds + 2):
+                begins.clear()
+                net(x[n % len(x)][None])
+                begins.append(time.perf_counter())
+                for i, took in enumerate(b - a for a, b in pairwise(begins)):
+                    if n > 1:
+                        times[i].setdefault((pair[(i - 1) % 2], pair[i % 2]), []).append(took)
+    finally:
+        for hook in hooks:
+            hook.remove()
     best = {True: (0.0, []), False: (0.0, [])}  # by what the last gate does: seconds so far, what each gate does
     for took in times:
         best = {skip: min((sum_ + median(took[before, skip]), [*skips, skip]) for before, (sum_, skips) in best.items()) for skip in best}

@@ -247,7 +247,7 @@ def show_results(results: dict, out) -> None:
         if method != "uniform" and len(log) > 2:
             what, *halves = habits(log)
             few = f"; {what} each layer: {{}} (first half), {{}} (second half)".format(*(" ".join(f"{v:.0%}" for v in half) for half in halves))
-            ended = method in done or (method == "lstm" and "sep" in done)
+            ended = method in done or (method == "lstm" and "sep" in done and tried.get("sep") == 2)
             say(f"{method} tried {len(log) - 1} candidates{'' if ended else ' so far'}{few if len(rows[0]['widths']) <= 8 else ''}")
     for method, told in results.get("rounded", {}).items():
         say(f"{method}, widths at multiples of {results['round_to']}: {told['before']} -> {told['after']}")
@@ -646,6 +646,8 @@ def deliver(made: Path, output: Path) -> None:
 
     if not sound(made):
         raise Failure(f"{made} is gone or damaged; --fresh makes it anew")
+    if output.resolve() == made.resolve():
+        return
     free(output)
     replaced(output, lambda part: shutil.copyfile(made, part), part_of(output), f"; the net is in {made}")
 

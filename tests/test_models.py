@@ -306,6 +306,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 # ---- export
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_file_whose_writing_is_cut_short_leaves_the_old_one_alone(tmp_path, error):
+    def make(part):
+        part.write_text("half")
+        raise error
+
+    (tmp_path / "net.pt").write_text("whole")
+    with pytest.raises(Failure if error is OSError else error):
+        models.replaced(tmp_path / "net.pt", make)
+    assert [f.name for f in tmp_path.iterdir()] == ["net.pt"] and (tmp_path / "net.pt").read_text() == "whole"
+
+
 @pytest.mark.parametrize(("arch", "gated"), [("lenet5", True), ("resnet8", False), ("vgg11", True)])
 def test_an_exported_net_runs_without_this_project(tmp_path, arch, gated):
     net, _ = lively(arch, [16] * 8 if arch == "vgg11" else None)

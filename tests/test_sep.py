@@ -1,4 +1,5 @@
 import random
+import re
 from copy import deepcopy
 from itertools import product
 
@@ -242,15 +243,84 @@ def test_a_choice_met_again_takes_the_kernels_gathered_before_while_they_are_tru
         for n in (0, 1, 1, 0, 2, 2):
             assert torch.allclose(net(x[n : n + 1]), net(x)[n : n + 1], atol=1e-4)
         readers = [net.get_submodule(name) for p, g in zip(net.prunable, net.gates) if g for name in (p.layer, p.next)] + [g.squeeze for g in net.gates if g]
-        kept = [m.last[3][0] for m in readers if hasattr(m, "last")]
+        kept = [m.last.value[3][0] for m in readers if hasattr(m, "last")]
         net(x[2:3])
-        assert kept and all(m.last[3][0] is k for m, k in zip([m for m in readers if hasattr(m, "last")], kept))
+        assert kept and all(m.last.value[3][0] is k for m, k in zip([m for m in readers if hasattr(m, "last")], kept))
         for p in net.prunable:
             net.get_submodule(p.layer).weight.mul_(1.5)
         assert torch.allclose(net(x[2:3]), net(x)[2:3], atol=1e-3)
     for _ in range(2):  # and a gradient is none of an image before
         deepcopy(net)(x[2:3]).sum().backward()
         net(x[2:3]).sum().backward()
+
+
+def norms(net):
+    return {k: v for k, v in net.state_dict().items() if re.search(r"bn\d\.", k)}
+
+
+CHANGES = {
+    "gate.start": lambda net, x: net.gates[0].start(torch.rand(len(net.gates[0].unit))),
+    "gate.keep": lambda net, x: setattr(net.gates[0], "keep", net.gates[0].keep // 2),
+    "mean": lambda net, x: net.layer1[0].bn1.running_mean.add_(0.5),
+    "norm": lambda net, x: net.layer1[0].bn1.weight.mul_(2),
+    "norms loaded": lambda net, x: net.load_state_dict({k: v + 0.3 for k, v in norms(net).items()}, strict=False),
+    "norms trained": lambda net, x: [net.layer1[0].bn1.train()(torch.rand(8, len(net.layer1[0].bn1.weight), 4, 4)), net.layer1[0].bn1.eval()],
+    "copied, changed": lambda net, x: deepcopy(net),
+    "weights": lambda net, x: net.layer1[0].conv1.weight.mul_(2),
+    "new weights": lambda net, x: [setattr(net.layer1[0].conv1, "weight", torch.nn.Parameter(torch.rand_like(net.layer1[0].conv1.weight))) for _ in range(2)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_single_image_left_behind_is_forgotten_where_it_is_true_no_more(change):
+    net, x = gated("resnet20")
+    with torch.no_grad():
+        net(x[:1]), net(x[:1])
+        before = net(x)[:1]
+        found = CHANGES[change](net, x)
+        if isinstance(found, models.Net):
+            net = found
+            net.layer1[0].conv1.weight.mul_(2)
+        after = net(x)[:1]
+        assert (after - before).abs().max() > 1e-3 * before.abs().max()
+        assert (net(x[:1]) - after).abs().max() < 1e-4 * after.abs().max()
+
+
+def test_a_net_softened_again_and_again_keeps_nothing_of_the_nets_before():
+    for seed in range(4):
+        net, x = gated("resnet20")
+        with torch.no_grad():
+            for share in (0.4, 0.3):
+                net(x[:1])
+                net = sep.soften(net, tuple(min(k, max(1, int(share * w))) for k, w in zip(net.structure, net.widths)))
+                assert all(g.fixed.value is g.last.value is None for g in net.gates if g)
+                net = net.to(memory_format=torch.channels_last if seed % 2 else torch.contiguous_format)
+            assert (net(x[:1]) - net(x)[:1]).abs().max() < 1e-4 * net(x).abs().max()
+
+
+def test_biases_count_as_weights_do():
+    net, x = gated("lenet5")
+    with torch.no_grad():
+        net(x[:1]), net(x[:1])
+        for m in (net.conv1, net.conv2, net.fc1):
+            m.bias.add_(1)
+        assert (net(x[:1]) - net(x)[:1]).abs().max() < 1e-4 * net(x).abs().max()
+
+
+def test_a_net_loaded_in_inference_mode_reads_a_single_image(tmp_path):
+    net, x = gated("resnet20")
+    models.save(tmp_path / "net.pt", net, {})
+    with torch.inference_mode():
+        again = sep.load(tmp_path / "net.pt")[0].eval()
+        for _ in range(2):
+            assert (again(x[:1]) - again(x)[:1]).abs().max() < 1e-4 * again(x).abs().max()
+
+
+def test_tune_leaves_no_hooks_where_it_fails():
+    net, x = gated("resnet20")
+    with pytest.raises(RuntimeError):
+        sep.tune(net, x[:, :2])
+    assert not any(g._forward_pre_hooks for g in net.gates if g)
 
 
 @pytest.mark.gpu

@@ -382,7 +382,11 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     assert status == 0 and "120 test images" in out and "trained on" not in err, err
     status, out, err = call(capsys, "evaluate", made)
     assert status == 2 and f"the net was trained on images in {tmp_path / 'pictures'}; name that folder" in err and err.count("\n") == 1 and not out, err
-    next((tmp_path / "pictures/train/class0").glob("*.png")).unlink()
+    a, b = (next((tmp_path / f"pictures/train/class{c}").glob("*.png")) for c in (0, 1))
+    a.rename(tmp_path / "a.png"), b.rename(a), (tmp_path / "a.png").rename(b)  # as many as before
+    status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
+    assert status == 2 and "holds a run with other images;" in err and err.count("\n") == 1, err
+    a.unlink()
     status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
     assert status == 2 and "holds a run with other train_images" in err and err.count("\n") == 1, err
 
@@ -505,6 +509,7 @@ def test_edited_results_are_no_traceback(capsys, smoke, tmp_path, edit):
 def test_a_damaged_row_is_not_delivered(capsys, smoke, tmp_path):
     shutil.copyfile(smoke[0] / "lstm.pt", tmp_path / "made.pt")
     wtp.deliver(tmp_path / "made.pt", tmp_path / "a.pt")
+    wtp.deliver(tmp_path / "made.pt", tmp_path / "." / "made.pt")  # it is there already
     content = bytearray((tmp_path / "made.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "made.pt").write_bytes(content)

@@ -77,7 +77,8 @@ class Gate(nn.Module):
             return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
-            scale = self.scale(x.permute(0, 2, 3, 1).mean((1, 2), dtype=torch.float) if x.dim() == 4 else x.float(), at)
+            kind = self.squeeze.weight.dtype
+            scale = self.scale(x.permute(0, 2, 3, 1).mean((1, 2), dtype=kind) if x.dim() == 4 else x.to(kind), at)
         outputs = None if x.is_cuda or torch.compiler.is_exporting() else gather(scale != 0)
         scale = scale if outputs is None else scale.index_select(1, outputs)
         y = models.apply(layer, x, at, outputs)
@@ -97,7 +98,7 @@ class Gate(nn.Module):
             factor = torch.ones_like(self.unit) if norm is None else norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = torch.zeros_like(self.unit) if norm is None else norm.bias - norm.running_mean * factor
             shape = -1, *[1] * (layer.weight.dim() - 2)
-            share = torch.full((places.shape[1],), 1 / places.shape[1])
+            share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=x.dtype)
             fixed = true, [models.version(v) for v in watched], watched, share, 1 / self.unit, *((self.keep * v).reshape(shape) for v in (factor, shift))
             self.fixed, last = Fleeting(fixed), None
         share, *vectors = fixed[3:]

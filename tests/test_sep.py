@@ -316,6 +316,17 @@ def test_a_net_loaded_in_inference_mode_reads_a_single_image(tmp_path):
             assert (again(x[:1]) - again(x)[:1]).abs().max() < 1e-4 * again(x).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["lenet5", "resnet20"])
+def test_a_gated_net_computes_in_other_precisions(arch, dtype):
+    net, x = lively(arch)
+    net = sep.soften(net, some(net)).eval()
+    with torch.no_grad():
+        right, net, x = net(x), net.to(dtype), x.to(dtype)
+        for found in (net(x), torch.cat([net(image) for image in x.split(1)])):
+            assert found.dtype == dtype and (found - right).abs().max() < (1e-5 if dtype == torch.float64 else 0.1) * right.abs().max()
+
+
 def test_tune_leaves_no_hooks_where_it_fails():
     net, x = gated("resnet20")
     with pytest.raises(RuntimeError):

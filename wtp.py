@@ -841,17 +841,23 @@ def export(
 
 
 def made_static(gated, train, say):
-    """A plain small net of a gated one, with the recovery of `fast`; ours: the gated net is the teacher, for the baseline is not at hand."""
+    """A plain small net of a gated one, with the recovery of `fast` where that helps; ours: the gated net is the teacher, for the baseline is
+    not at hand."""
+    from copy import deepcopy
+
     from controller import BATCH, Plan, Teacher, accuracy, chunks, fit, sgd
     from sep import harden
 
-    net, s = harden(gated, (train.batch(i) for i in chunks(train))), SCHEDULES["fast"]
+    plain, s = harden(gated, (train.batch(i) for i in chunks(train))), SCHEDULES["fast"]
+    net = deepcopy(plain)
     plan = Plan(1, s.lr, True, max(1, min(s.steps, len(train) // BATCH)))
-    before = accuracy(gated, train), accuracy(net, train)
+    before = accuracy(gated, train), accuracy(plain, train)
     for _ in fit(net, train, plan, optimizer=sgd(net, plan.lr), seed=0, teacher=Teacher(gated, train, 0)):
         pass
-    say(f"of the training images right: {before[0]:.2%} with gates, {before[1]:.2%} without, {accuracy(net, train):.2%} after {plan.steps} steps of recovery")
-    return net
+    after = accuracy(net, train)
+    left = ", which are left out" if after <= before[1] else ""
+    say(f"of the training images right: {before[0]:.2%} with gates, {before[1]:.2%} without, {after:.2%} after {plan.steps} steps of recovery{left}")
+    return plain if left else net
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------

@@ -449,6 +449,34 @@ def test_a_run_killed_between_any_two_files_ends_like_an_undisturbed_one(tmp_pat
     assert timeless(results) == timeless(undisturbed[0]) == timeless(json.loads((tmp_path / "results.json").read_text()))
 
 
+@pytest.mark.parametrize("helps", [True, False])
+def test_the_recovery_of_a_plain_net_stays_only_where_it_helps(tmp_path, monkeypatch, helps):
+    complete, harden, nets = Run.complete, sep.harden, []
+
+    def completed(self, title, net, *a, **kind):
+        if not title.startswith("static"):
+            return complete(self, title, net, *a, **kind)
+        nets.append(deepcopy(net))
+        net, *others = complete(self, title, net, *a, **kind)
+        if not helps:
+            net.fc2.weight.data.zero_()
+        nets.append(net)
+        return net, *others
+
+    def hardened(*a):
+        net = harden(*a)
+        if helps:
+            net.fc2.weight.data.neg_()
+        return net
+
+    monkeypatch.setattr(Run, "complete", completed)
+    monkeypatch.setattr(sep, "harden", hardened)
+    results = work(tmp_path, Spy(), methods=("static",))
+    made, (before, after) = sep.load(tmp_path / "static.pt")[0], nets
+    assert torch.equal(made.fc2.weight, (after if helps else before).fc2.weight) and not torch.equal(before.fc2.weight, after.fc2.weight)
+    assert bool(results["curves"]["static"]) == helps
+
+
 def test_a_killed_run_with_rounded_widths_and_a_plain_net_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
     kind = dict(methods=("random", "static", "uniform"), round_to=2)
     expected = work(tmp_path / "a", Spy(), **kind)

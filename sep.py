@@ -164,11 +164,13 @@ def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
 @torch.no_grad()
 def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> int:
     """Ready `net`, in place, to run one image at a time on this CPU: a gate skips the kernels that it excludes where that is
-    measured to be faster than masking them. x (N, C, H, W) are such images. Returns how many gates skip.
+    measured to be faster than masking them. x (N, C, H, W) are such images. Returns how many gates skip. Raises Failure.
 
     What a layer takes hangs on its own gate and the one before (are its inputs gathered, too?): all four are measured, and the
     quickest of all combinations is found along the chain.
     """
+    if x.dim() != 4 or not len(x):
+        raise models.Failure(f"tune needs images (N, C, H, W), at least one, not {tuple(x.shape)}")
     net.eval()
     gates, begins = [(p, g) for p, g in zip(net.prunable, net.gates or ()) if g is not None], []
     own = {p.layer for p, _ in gates}

@@ -612,9 +612,9 @@ def train(
 ):
     """The baseline of an experiment alone, to a checkpoint."""
     e = experiment_of(experiment)
-    free(output)
     settings = settings_of(e, SCHEDULES[schedule], seed)
     folder = out / f"{experiment}{on(data_dir)}-{schedule}-s{seed}"
+    free(output, folder=folder)
     run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e)
     with screen:
         run.baseline(fresh=fresh_net(e, run))
@@ -624,10 +624,14 @@ def train(
     console().print(f"wrote {output or run.folder / 'baseline.pt'}", markup=False)
 
 
-def free(output: Path | None, hint: str = "give another --output", checkpoint: bool = True) -> None:
-    """Refuse an output that would overwrite a file."""
+def free(output: Path | None, hint: str = "give another --output", checkpoint: bool = True, folder: Path | None = None) -> None:
+    """Refuse an output that would overwrite a file, or be taken for a run's own: in `folder`, where a run will work, or in another's."""
+    from controller import NETS
     from models import Failure
 
+    own = *(f"{m}.pt" for m in NETS), "progress.pt", "results.json", "report.svg", "lock"
+    if output and output.name in own and (output.absolute().parent == (folder and folder.absolute()) or (output.parent / "results.json").exists()):
+        raise Failure(f"{output} is a run's own file; {hint}", 2)
     if output and output.exists():
         raise Failure(f"{output} exists already and is kept; {hint}", 2)
     if output and checkpoint and output.suffix in (".pt2", ".onnx"):
@@ -646,8 +650,6 @@ def deliver(made: Path, output: Path) -> None:
 
     if not sound(made):
         raise Failure(f"{made} is gone or damaged; --fresh makes it anew")
-    if output.resolve() == made.resolve():
-        return
     free(output)
     replaced(output, lambda part: shutil.copyfile(made, part), part_of(output), f"; the net is in {made}")
 
@@ -709,7 +711,6 @@ def prune(
         raise Failure("uniform needs a cut to land on; give --target", 2)
     net, facts = sep.load(ckpt)
     output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
-    free(output)
     if net.gates is not None:
         raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
     e = replace(data_of(net, facts, data_dir), target=target)
@@ -718,6 +719,7 @@ def prune(
     asked = dict(target=target, rate=rate if rate != SCHEDULES[schedule].rate else None, round=round_to)
     asked = "".join(f"-{name}{value:g}" for name, value in asked.items() if value)
     folder = out / f"prune-{ckpt.stem}-{method}{asked}{on(data_dir)}-{schedule}-s{seed}"
+    free(output, folder=folder)
     run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e,
                         given=(net, facts), source=digest(ckpt), methods=dict.fromkeys([method, row]), round_to=round_to)
     with screen:

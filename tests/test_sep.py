@@ -331,6 +331,9 @@ def test_tune_leaves_no_hooks_where_it_fails():
     net, x = gated("resnet20")
     with pytest.raises(RuntimeError):
         sep.tune(net, x[:, :2])
+    for wrong in (x[:0], x[0]):
+        with pytest.raises(models.Failure, match="at least one"):
+            sep.tune(net, wrong)
     assert not any(g._forward_pre_hooks for g in net.gates if g)
 
 

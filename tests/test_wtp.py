@@ -509,7 +509,6 @@ def test_edited_results_are_no_traceback(capsys, smoke, tmp_path, edit):
 def test_a_damaged_row_is_not_delivered(capsys, smoke, tmp_path):
     shutil.copyfile(smoke[0] / "lstm.pt", tmp_path / "made.pt")
     wtp.deliver(tmp_path / "made.pt", tmp_path / "a.pt")
-    wtp.deliver(tmp_path / "made.pt", tmp_path / "." / "made.pt")  # it is there already
     content = bytearray((tmp_path / "made.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "made.pt").write_bytes(content)
@@ -517,6 +516,18 @@ def test_a_damaged_row_is_not_delivered(capsys, smoke, tmp_path):
         with pytest.raises(models.Failure, match=f"{name} is gone or damaged; --fresh"):
             wtp.deliver(tmp_path / name, tmp_path / "b.pt")
     assert (tmp_path / "a.pt").exists() and not (tmp_path / "b.pt").exists()
+
+
+def test_a_runs_own_files_are_no_output(capsys, smoke, tmp_path):
+    before = sorted(smoke[0].iterdir())
+    shutil.copyfile(smoke[0] / "baseline.pt", tmp_path / "net.pt")
+    own = tmp_path / "runs/prune-net-lstm-target0.5-smoke-s0"
+    for command in (["train", "digits", "--output", smoke[0] / "static.pt"],
+                    ["train", "digits", "--schedule", "smoke", "--out", tmp_path / "runs", "--output", tmp_path / "runs/digits-smoke-s0/baseline.pt"],
+                    ["prune", tmp_path / "net.pt", "--target", "0.5", "--schedule", "smoke", "--out", tmp_path / "runs", "--output", own / "lstm.pt"]):
+        status, out, err = call(capsys, *command)
+        assert status == 2 and "is a run's own file; give another --output" in err and err.count("\n") == 1 and not out, err
+    assert sorted(smoke[0].iterdir()) == before and not (tmp_path / "runs").exists()
 
 
 def test_a_terminal_without_utf_8_is_no_traceback(smoke, tmp_path):

@@ -111,15 +111,13 @@ class Fleeting:
         return Fleeting, ()
 
 
-def version(tensor: torch.Tensor) -> int:
-    """Another one when it was changed in place; tensors made in inference mode do not count that."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def stamp(layer: nn.Module) -> tuple:
     """Another one when the layer's weights have changed, or lie elsewhere; for who holds them, so that nothing else comes to lie there."""
     weight, bias = layer.weight, layer.bias  # looked up once: a module's attributes take as long as a small operator
-    return weight.data_ptr(), version(weight), bias is None or (bias.data_ptr(), version(bias))
+    try:
+        return (weight.data_ptr(), weight._version) if bias is None else (weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
+    except RuntimeError:  # tensors made in inference mode do not count their changes
+        return (weight.data_ptr(),)
 
 
 def kept(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -92,15 +92,14 @@ class Gate(nn.Module):
         if at is not None and not self.skip:  # gathering inputs alone takes longer than computing them all
             x, at = x.new_zeros(1, self.squeeze.in_features, *x.shape[2:]).index_copy_(1, at, x), None
         places = x.reshape(x.shape[1], -1)  # (C_in', H W)
-        true, fixed, last = (models.stamp(layer), places.shape[1], self.skip, self.keep), self.fixed.value, self.last.value
+        true, fixed, last = (layer.weight.data_ptr(), places.shape[1], self.skip, self.keep), self.fixed.value, self.last.value
         if fixed is None or fixed[0] != true or fixed[1] != [v._version for v in fixed[2]]:
             watched = self.unit, layer.weight.detach(), *(norm.state_dict(keep_vars=True).values() if norm is not None else ())
             watched = [v for v in watched if not v.is_inference()]
-            factor = torch.ones_like(self.unit) if norm is None else norm.weight * (norm.running_var + norm.eps).rsqrt()
-            shift = torch.zeros_like(self.unit) if norm is None else norm.bias - norm.running_mean * factor
-            shape = -1, *[1] * (layer.weight.dim() - 2)
+            zero, one = torch.zeros_like(self.unit), torch.ones_like(self.unit)
+            normal = (zero, one, one, zero) if norm is None else (norm.running_mean, norm.running_var + norm.eps, norm.weight, norm.bias)
             share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=x.dtype)
-            fixed = true, [v._version for v in watched], watched, share, 1 / self.unit, *((self.keep * v).reshape(shape) for v in (factor, shift))
+            fixed = true, [v._version for v in watched], watched, share, 1 / self.unit, *normal[:2], *(self.keep * v for v in normal[2:])
             self.fixed = Fleeting(fixed)
         share, *vectors = fixed[3:]
         weight = self.squeeze.weight if at is None else models.kept(self.squeeze, len(at), at, None)[0]
@@ -108,17 +107,17 @@ class Gate(nn.Module):
         logits = torch.addmv(self.excite.bias, self.excite.weight, hidden)
         chosen = sorted(logits.topk(self.keep, sorted=False).indices.tolist())  # sooner than a tensor of them is sorted
         if last is None or last[0] is not fixed or last[1] != chosen:
-            picked, (unit, factor, shift) = torch.tensor(chosen), vectors
+            picked, (unit, *normal) = torch.tensor(chosen), vectors
             if self.skip:
                 last = fixed, chosen, picked, *(v.index_select(0, picked) for v in vectors)
             else:
-                last = fixed, chosen, None, unit * torch.zeros_like(unit).index_fill_(0, picked, 1), factor, shift
+                last = fixed, chosen, None, unit * torch.zeros_like(unit).index_fill_(0, picked, 1), *normal
             self.last = Fleeting(last)
-        outputs, unit, factor, shift = last[2:]  # the same tensor for the same choice: by it layers know the kernels gathered before
+        outputs, unit, mean, var, weight, bias = last[2:]  # the same tensor for the same choice: by it layers know the kernels gathered before
         s = torch.sigmoid(logits if outputs is None else logits.index_select(0, outputs)) * unit
-        s = (s / s.sum()).reshape(factor.shape)
-        y = models.apply(layer, x, at, outputs)
-        return models.activate(torch.addcmul(shift * s, y, factor * s), pool), outputs  # s is not negative: it commutes with pooling and relu
+        s = s / s.sum()
+        y = F.batch_norm(models.apply(layer, x, at, outputs), mean, var, weight * s, bias * s, eps=0.0)
+        return models.activate(y, pool), outputs  # s is not negative: it commutes with pooling and relu
 
     def train(self, mode: bool = True):
         self.fixed, self.last = Fleeting(), Fleeting()  # weights may change now

@@ -45,6 +45,7 @@ TEACHER_BYTES = 1 << 30  # ours: outputs of the teacher kept at most; beyond, th
 # How a method brings a net to a structure, and what that will cost.
 METHODS = dict.fromkeys(("lstm", "random", "uniform"), (models.prune, models.macs)) | {"sep": (sep.soften, sep.macs)}
 NETS = ("baseline", "static", *METHODS)  # of a run folder: each has a checkpoint and a row
+FILES = ("progress.pt", "report.svg", "results.json")  # beside them; results last: they tell whose all is
 
 
 def stream(*where) -> int:
@@ -832,7 +833,7 @@ class Run:
             for method in NETS if fresh else ():
                 self.drop_pool(method)
                 (self.folder / f"{method}.pt").unlink(missing_ok=True)
-            for name in ("progress.pt", "report.svg", "results.json") if fresh else ():  # results last: they tell whose all is
+            for name in FILES if fresh else ():
                 for path in (self.folder / f"{name}.part", self.folder / name):
                     path.unlink(missing_ok=True)
         except BlockingIOError as e:

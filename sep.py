@@ -102,8 +102,8 @@ class Gate(nn.Module):
             fixed = true, [v._version for v in watched], watched, share, 1 / self.unit, *normal[:2], *(self.keep * v for v in normal[2:])
             self.fixed = Fleeting(fixed)
         share, *vectors = fixed[3:]
-        weight = self.squeeze.weight if at is None else models.kept(self.squeeze, len(at), at, None)[0]
-        hidden = torch.relu(torch.addmv(self.squeeze.bias, weight, torch.mv(places, share)))
+        squeeze = self.squeeze.weight if at is None else models.kept(self.squeeze, len(at), at, None)[0]
+        hidden = torch.relu(torch.addmv(self.squeeze.bias, squeeze, torch.mv(places, share)))
         logits = torch.addmv(self.excite.bias, self.excite.weight, hidden)
         chosen = sorted(logits.topk(self.keep, sorted=False).indices.tolist())  # sooner than a tensor of them is sorted
         if last is None or last[0] is not fixed or last[1] != chosen:

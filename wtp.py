@@ -626,10 +626,10 @@ def train(
 
 def free(output: Path | None, hint: str = "give another --output", checkpoint: bool = True, folder: Path | None = None) -> None:
     """Refuse an output that would overwrite a file, or be taken for a run's own: in `folder`, where a run will work, or in another's."""
-    from controller import NETS
+    from controller import FILES, NETS
     from models import Failure
 
-    own = *(f"{m}.pt" for m in NETS), "progress.pt", "results.json", "report.svg", "lock"
+    own = *(f"{m}.pt" for m in NETS), *FILES, "lock"
     if output and output.name in own and (output.absolute().parent == (folder and folder.absolute()) or (output.parent / "results.json").exists()):
         raise Failure(f"{output} is a run's own file; {hint}", 2)
     if output and output.exists():

@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 try:
     import fcntl
@@ -379,7 +380,8 @@ class Step:
     """
 
     def __init__(self, net: Net, optimizer, temperature: float | None = None):
-        self.net, self.optimizer, self.temperature, self.graph, self.held, self.loss = net, optimizer, temperature, None, (), None
+        self.net, self.optimizer, self.temperature = net, optimizer, temperature
+        self.graph, self.apart, self.held, self.loss = None, None, (), None
 
     def __call__(self, x, labels, soft, lr: float) -> torch.Tensor:
         if not x.is_cuda:
@@ -396,47 +398,137 @@ class Step:
         self.graph.replay()
         return self.loss
 
-    def run(self, x, labels, soft) -> torch.Tensor:
-        with half(x.device):
+    def run(self, x, labels, soft, apart: "Apart | None" = None) -> torch.Tensor:
+        with half(x.device), apart or nullcontext():
             logits = self.net(x)
         loss = loss_of(logits.float(), labels, soft, self.temperature)
         self.optimizer.zero_grad()
         loss.backward()
+        if apart:
+            apart.hand_over()
         self.optimizer.step()
         return loss.detach()
 
     def capture(self) -> None:
         """Three steps aside, as a graph's libraries want to be warm, then the one that is kept; nothing of them stays in the net."""
-        before = deepcopy(self.net.state_dict())
+        before, self.apart = deepcopy(self.net.state_dict()), Apart(self.net)  # kept: the graph writes into its tensors
         moved = {p: s["momentum_buffer"].clone() for p, s in self.optimizer.state.items()}
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
-                self.run(*self.held[:3])
+                self.run(*self.held[:3], self.apart)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = self.run(*self.held[:3])
+            self.loss = self.run(*self.held[:3], self.apart)
         self.net.load_state_dict(before)  # in place
         for p, s in self.optimizer.state.items():
             s["momentum_buffer"].copy_(moved[p]) if p in moved else s["momentum_buffer"].zero_()
+
+
+class Convolution(torch.autograd.Function):
+    """conv2d without a bias; the gradient of its weights is computed in the stream of an `Apart`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding, apart):
+        ctx.save_for_backward(x, weight)
+        ctx.how, ctx.apart = (None, stride, padding, [1, 1], False, [0, 0], 1), apart
+        return torch.ops.aten.convolution(x, weight, *ctx.how)
+
+    @staticmethod
+    def backward(ctx, grad):
+        def gradient(which):
+            return torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, *ctx.how, [which == 0, which == 1, False])[which]
+
+        if ctx.apart.stream:
+            ctx.apart.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(ctx.apart.stream):
+            of_weight = gradient(1)
+        ctx.apart.busy.append((grad, ctx.saved_tensors))  # their memory must not be given away before that stream is done
+        return gradient(0) if ctx.needs_input_grad[0] else None, of_weight, None, None, None
+
+
+class Apart(TorchFunctionMode):
+    """A context for a forward pass whose convolutions a GPU computes faster, to the same numbers: all weights are cast to bfloat16
+    by one kernel, their gradients back by another, and those gradients are computed beside the rest of the backward pass, for
+    the kernels of a narrow net leave most of a GPU idle. After the backward pass, `hand_over` gives them to the net."""
+
+    def __init__(self, net: Net):
+        super().__init__()
+        device = next(net.parameters()).device
+        self.stream, self.busy = torch.cuda.Stream() if device.type == "cuda" else None, []
+        kind = torch.bfloat16 if half(device)._enabled else torch.float32
+        self.cast = {m.weight: m.weight.detach().to(kind, copy=True).requires_grad_() for m in net.modules() if isinstance(m, nn.Conv2d)}
+
+    def __enter__(self):
+        for weight in self.cast.values():
+            weight.grad = None
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.cast.values()), list(self.cast))
+        return super().__enter__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.conv2d or args[1] not in self.cast:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, stride, padding = args[:5]
+        weight = self.cast[weight]
+        y = Convolution.apply(x.to(weight.dtype), weight, stride, padding, self)
+        return y if bias is None else y + bias.to(y.dtype).reshape(-1, 1, 1)
+
+    def hand_over(self) -> None:
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self.busy.clear()
+        for weight in self.cast:
+            weight.grad = torch.empty_like(weight)
+        torch._foreach_copy_([w.grad for w in self.cast], [w.grad for w in self.cast.values()])
+
+
+def filled(net: Net) -> Net:
+    """`net` with channels of zeros up to multiples of 8, which a GPU trains faster than any other number; zeros they stay, for
+    nothing comes from them, gradients neither. `net` itself where it has such widths, or gates (and so all of its channels)."""
+    widths = tuple(-(-w // 8) * 8 for w in net.widths)
+    if net.gates is not None or widths == net.widths:
+        return net
+    return models.like(net, widths).to(next(net.parameters()).device).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def carry(net: Net, optimizer, other: Net, others) -> None:
+    """Give the net `other` and its optimizer the state of `net` and of its: what both have room for, zeros elsewhere."""
+    def state(net, optimizer):
+        return [*net.state_dict().values(), *(optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in net.parameters())]
+
+    for a, b in zip(state(net, optimizer), state(other, others)):
+        room = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape))
+        b.zero_()[room] = a[room]
 
 
 def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: Teacher | None = None, start: int = 0, track=lambda steps: steps):
     """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
     device, batch = images.labels.device, min(BATCH, len(images))
     steps = min(plan.steps or len(images), len(images) // batch)  # ours: the last, smaller batch is left out; another one each epoch
-    take = Step(net, optimizer, plan.temperature)
+    wide, own = filled(net) if device.type == "cuda" else net, optimizer
+    if wide is not net:
+        carry(net, optimizer, wide, own := sgd(wide, plan.lr))
+    take, ahead = Step(wide, own, plan.temperature), batch
+    if device.type == "cuda":  # batches are drawn by several: a dozen small kernels less a step
+        ahead = batch * max(1, 16 * 32 * 32 // images.pixels.shape[1] ** 2)
     for epoch in range(start, plan.epochs):
-        net.train()
+        wide.train()
         order, place = images.view(seed, epoch)
         soft = teacher.probabilities(epoch, steps * batch if plan.steps else len(images)) if teacher else None
         total = torch.zeros((), device=device)
         for step in track(range(steps)):
-            index = order[step * batch : (step + 1) * batch]
+            if not step * batch % ahead:
+                index = order[step * batch : min(step * batch + ahead, steps * batch)]
+                drawn = zip(*(v.split(batch) for v in (images.batch(index, place), images.labels[index], soft[index] if teacher else index)))
             lr = plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps))
-            total += take(images.batch(index, place), images.labels[index], soft[index] if teacher else None, lr)
+            x, labels, outputs = next(drawn)
+            total += take(x, labels, outputs if teacher else None, lr)
+        if wide is not net:
+            carry(wide, own, net, optimizer)
         yield epoch, total.item() / steps
 
 

@@ -987,7 +987,7 @@ class Run:
                 net, _, seconds, curve = self.complete("baseline", fresh, self.train, self.settings.baseline)
             net = net.to(self.device)
             self.save(path, net, "baseline", accuracy(net, self.validation), seconds, curve)
-        net, facts = self.load(path)
+        net, facts = self.made("baseline", given or fresh)
         if not self.row("baseline"):
             self.report("baseline", net, facts)
         return net
@@ -1001,6 +1001,17 @@ class Run:
             pool = path.parent != self.folder
             raise Failure(f"{e}; {f'remove {path.parent} and that search begins anew' if pool else '--fresh starts the run over'}") from e
         return net.to(self.device).to(memory_format=torch.channels_last), facts
+
+    def made(self, method: str, baseline: Net) -> tuple[Net, dict]:
+        """`load` of a row's checkpoint, which must be one that this run made: another net that came to lie there would make a false row."""
+        path = self.folder / f"{method}.pt"
+        net, facts = self.load(path)
+        lasting = lambda row: {k: v for k, v in (row or {}).items() if k != "test_accuracy"}  # what every machine says of one file
+        told = {k: self.results[k] for k in ("data", "schedule", "seed")} | dict(method=method)
+        ours = told.items() <= facts.items() and {"macs", "parameters", "validation_accuracy", "seconds"} <= facts.keys() and net.arch == baseline.arch
+        if not ours or (method != "baseline" and lasting(facts.get("baseline")) != lasting(self.row("baseline"))):
+            raise Failure(f"{path} is no {method} that this run made; move it away to go on, or --fresh starts the run over")
+        return net, facts
 
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
         told = {k: self.results[k] for k in ("data", "schedule", "seed", "versions")}
@@ -1052,7 +1063,7 @@ class Run:
                 spent += self.results["rounded"][method]["seconds"]
             net, _, seconds, curve = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
             self.save(path, net, method, chosen.validation_accuracy, seconds + spent, curve)
-        self.report(method, *self.load(path))
+        self.report(method, *self.made(method, baseline))
         self.drop_pool(method)
 
     def start(self, baseline: Net, target: float | None) -> Candidate:
@@ -1102,13 +1113,13 @@ class Run:
         if self.row("static"):
             return
         if not path.exists():
-            gated, facts = self.load(self.folder / "sep.pt")
+            gated, facts = self.made("sep", baseline)
             small = sep.harden(gated, (self.all.batch(i) for i in chunks(self.all))) if gated.gates else gated
             net, _, seconds, curve = self.complete("static: recovery", deepcopy(small), self.all, self.settings.recovery, teacher=baseline)
             if accuracy(net, self.all) <= accuracy(small, self.all):  # where choices hang on no image, nothing was lost that could be recovered
                 net, curve = small, []
             self.save(path, net, "static", facts["validation_accuracy"], seconds + facts["seconds"], curve)
-        self.report("static", *self.load(path))
+        self.report("static", *self.made("static", baseline))
 
     def uniform(self, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
         """The same share of every layer, in steps of the pruning rate with a recovery each, as the search goes."""

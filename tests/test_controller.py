@@ -546,6 +546,34 @@ def test_a_folder_of_another_run_is_left_alone(undisturbed):
     assert e.value.status == 2 and (undisturbed[2] / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("what", ["another row's", "another seed's", "another baseline's", "another net", "a stranger's", "baseline"])
+def test_a_net_that_the_run_did_not_make_gets_no_row(undisturbed, tmp_path, what):
+    results, _, folder = undisturbed
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    name = "baseline" if what == "baseline" else "uniform"
+    path, older = tmp_path / f"{name}.pt", json.loads((folder / "results.json").read_text())
+    older["rows"] = [r for r in older["rows"] if r["method"] != name]
+    (tmp_path / "results.json").write_text(json.dumps(older))
+    net, facts = sep.load(path)
+    if what == "another row's":
+        shutil.copy(tmp_path / "lstm.pt", path)
+    elif what == "a stranger's":
+        torch.save(net.state_dict(), path)
+    elif what == "another net":
+        models.save(path, models.build("resnet20", channels=1, size=28), facts)
+    elif what == "another baseline's":
+        models.save(path, net, facts | dict(baseline=facts["baseline"] | dict(validation_accuracy=0.5)))
+    else:
+        models.save(path, net, facts | dict(seed=9))
+    spy, before = Spy(), path.read_bytes()
+    with pytest.raises(models.Failure, match=f"no {name} that this run made"):
+        work(tmp_path, spy)
+    assert spy.epochs == 0 and path.read_bytes() == before
+    shutil.copy(folder / f"{name}.pt", path)
+    rows = lambda found: sorted(timeless(found)["rows"], key=lambda r: r["method"])
+    assert rows(work(tmp_path, spy)) == rows(results) and spy.epochs == 0
+
+
 def test_a_run_begun_before_a_setting_came_to_be_goes_on(undisturbed, tmp_path):
     results, _, folder = undisturbed
     shutil.copytree(folder, tmp_path / "run")

@@ -403,7 +403,11 @@ class Step:
             logits = self.net(x)
         loss = loss_of(logits.float(), labels, soft, self.temperature)
         self.optimizer.zero_grad()
-        loss.backward()
+        try:
+            loss.backward()
+        finally:
+            if apart:
+                apart.join()  # also where Ctrl-C comes: a graph cannot be left with a stream apart
         if apart:
             apart.hand_over()
         self.optimizer.step()
@@ -428,7 +432,7 @@ class Step:
 
 
 class Convolution(torch.autograd.Function):
-    """conv2d without a bias; the gradient of its weights is computed in the stream of an `Apart`."""
+    """conv2d without a bias; the gradient of its weights is computed in the stream of an `Apart`, and left there."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding, apart):
@@ -445,14 +449,15 @@ class Convolution(torch.autograd.Function):
             ctx.apart.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(ctx.apart.stream):
             of_weight = gradient(1)
-        ctx.apart.busy.append((grad, ctx.saved_tensors))  # their memory must not be given away before that stream is done
-        return gradient(0) if ctx.needs_input_grad[0] else None, of_weight, None, None, None
+        # none of these may be used for something else before that stream is done; autograd, which waits for none, gets no gradient
+        ctx.apart.busy.append((grad, *ctx.saved_tensors, of_weight))
+        return gradient(0) if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 class Apart(TorchFunctionMode):
-    """A context for a forward pass whose convolutions a GPU computes faster, to the same numbers: all weights are cast to bfloat16
-    by one kernel, their gradients back by another, and those gradients are computed beside the rest of the backward pass, for
-    the kernels of a narrow net leave most of a GPU idle. After the backward pass, `hand_over` gives them to the net."""
+    """A context for a forward pass whose convolutions a GPU computes faster, to the same numbers: all their weights are cast to
+    bfloat16 by one kernel, the gradients back by another, and these gradients are computed beside the rest of the backward pass,
+    for the kernels of a narrow net leave most of a GPU idle. `join` waits for them, `hand_over` gives them to the net."""
 
     def __init__(self, net: Net):
         super().__init__()
@@ -462,8 +467,6 @@ class Apart(TorchFunctionMode):
         self.cast = {m.weight: m.weight.detach().to(kind, copy=True).requires_grad_() for m in net.modules() if isinstance(m, nn.Conv2d)}
 
     def __enter__(self):
-        for weight in self.cast.values():
-            weight.grad = None
         with torch.no_grad():
             torch._foreach_copy_(list(self.cast.values()), list(self.cast))
         return super().__enter__()
@@ -476,29 +479,38 @@ class Apart(TorchFunctionMode):
         y = Convolution.apply(x.to(weight.dtype), weight, stride, padding, self)
         return y if bias is None else y + bias.to(y.dtype).reshape(-1, 1, 1)
 
-    def hand_over(self) -> None:
+    def join(self) -> None:
         if self.stream:
             torch.cuda.current_stream().wait_stream(self.stream)
-        self.busy.clear()
+
+    def hand_over(self) -> None:
+        found = {weight: gradient for *_, weight, gradient in self.busy}
         for weight in self.cast:
             weight.grad = torch.empty_like(weight)
-        torch._foreach_copy_([w.grad for w in self.cast], [w.grad for w in self.cast.values()])
+        torch._foreach_copy_([w.grad for w in self.cast], [found[w] for w in self.cast.values()])
+        self.busy.clear()
 
 
-def filled(net: Net) -> Net:
-    """`net` with channels of zeros up to multiples of 8, which a GPU trains faster than any other number; zeros they stay, for
-    nothing comes from them, gradients neither. `net` itself where it has such widths, or gates (and so all of its channels)."""
+def filled(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
+    """The two with channels of zeros up to multiples of 8, which a GPU trains faster than any other number; zeros they stay, for
+    nothing comes from them, gradients neither. The very same two where the net has such widths, or gates (which choose among all)."""
     widths = tuple(-(-w // 8) * 8 for w in net.widths)
     if net.gates is not None or widths == net.widths:
-        return net
-    return models.like(net, widths).to(next(net.parameters()).device).to(memory_format=torch.channels_last)
+        return net, optimizer
+    with next(net.parameters()).device:
+        wide = models.like(net, widths).to(memory_format=torch.channels_last)
+    carry(net, optimizer, wide, own := sgd(wide, optimizer.defaults["lr"]))
+    return wide, own
 
 
 @torch.no_grad()
 def carry(net: Net, optimizer, other: Net, others) -> None:
     """Give the net `other` and its optimizer the state of `net` and of its: what both have room for, zeros elsewhere."""
     def state(net, optimizer):
-        return [*net.state_dict().values(), *(optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in net.parameters())]
+        for p in net.parameters():
+            if not optimizer.state[p]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [*net.state_dict().values(), *(optimizer.state[p]["momentum_buffer"] for p in net.parameters())]
 
     for a, b in zip(state(net, optimizer), state(other, others)):
         room = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape))
@@ -509,12 +521,10 @@ def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: 
     """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
     device, batch = images.labels.device, min(BATCH, len(images))
     steps = min(plan.steps or len(images), len(images) // batch)  # ours: the last, smaller batch is left out; another one each epoch
-    wide, own = filled(net) if device.type == "cuda" else net, optimizer
-    if wide is not net:
-        carry(net, optimizer, wide, own := sgd(wide, plan.lr))
-    take, ahead = Step(wide, own, plan.temperature), batch
-    if device.type == "cuda":  # batches are drawn by several: a dozen small kernels less a step
-        ahead = batch * max(1, 16 * 32 * 32 // images.pixels.shape[1] ** 2)
+    cuda = device.type == "cuda"
+    wide, own = filled(net, optimizer) if cuda else (net, optimizer)
+    take = Step(wide, own, plan.temperature)
+    ahead = batch * (max(1, 16 * 32 * 32 // images.pixels.shape[1] ** 2) if cuda else 1)  # drawn at once: a dozen small kernels less a step
     for epoch in range(start, plan.epochs):
         wide.train()
         order, place = images.view(seed, epoch)
@@ -547,8 +557,9 @@ def latency(net: Net, images: Images, batch: int) -> float:
     return sorted(times[10:])[10]
 
 
-def speed(net: Net, device: torch.device, steps: int = 3) -> float:
+def speed(net: Net, device: torch.device) -> float:
     """Images per second that `fit` trains `net` at, with a teacher's outputs at hand, measured on random images."""
+    steps = 64 if device.type == "cuda" else 3
     pixels = torch.randint(0, 256, (BATCH * steps, net.size, net.size, net.channels), dtype=torch.uint8)
     images = Images(pixels, torch.zeros(len(pixels)), mean=(0.5,) * net.channels, std=(0.25,) * net.channels).to(device)
     net, marks = net.to(device).to(memory_format=torch.channels_last), []
@@ -1006,18 +1017,24 @@ class Run:
         """`load` of a row's checkpoint, which must be one that this run made: another net that came to lie there would make a false row."""
         path = self.folder / f"{method}.pt"
         net, facts = self.load(path)
-        lasting = lambda row: {k: v for k, v in (row or {}).items() if k != "test_accuracy"}  # what every machine says of one file
-        told = {k: self.results[k] for k in ("data", "schedule", "seed")} | dict(method=method)
-        ours = told.items() <= facts.items() and {"macs", "parameters", "validation_accuracy", "seconds"} <= facts.keys() and net.arch == baseline.arch
-        if not ours or (method != "baseline" and lasting(facts.get("baseline")) != lasting(self.row("baseline"))):
-            raise Failure(f"{path} is no {method} that this run made; move it away to go on, or --fresh starts the run over")
+        silent = [k for k in ("settings", "round_to") if method == "baseline" or k not in facts]  # it hangs on neither; older files do not say
+        same = net.arch == baseline.arch and all(said(facts.get(k)) == said(v) for k, v in self.told(method, net).items() if k not in silent)
+        for other, found in ((method, facts), ("baseline", facts if method == "baseline" else facts.get("baseline") or {})):
+            same &= all(found.get(k) == v for k, v in (self.row(other) or {}).items() if k in ("validation_accuracy", "macs"))
+        same &= {"validation_accuracy", "seconds"} <= facts.keys()
+        if not same:
+            raise Failure(f"{path} is no {method} that this run made; move it away to go on, or --fresh starts the run over without it")
         return net, facts
 
+    def told(self, method: str, net: Net) -> dict:
+        """What the checkpoints of a run say of it and of their net."""
+        run = {k: self.results[k] for k in ("data", "schedule", "seed", "settings")}
+        return run | dict(method=method, round_to=self.round_to or 1, macs=sep.macs(net), parameters=models.parameters(net))
+
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
-        told = {k: self.results[k] for k in ("data", "schedule", "seed", "versions")}
-        facts = told | dict(method=method, mean=list(self.train.mean), std=list(self.train.std), split=self.split_seed, test_images=len(self.test),
-                            macs=sep.macs(net), parameters=models.parameters(net), validation_accuracy=validation_accuracy, seconds=round(seconds, 1),
-                            curve=curve, baseline=self.row("baseline"))
+        facts = self.told(method, net) | dict(
+            versions=self.results["versions"], mean=list(self.train.mean), std=list(self.train.std), split=self.split_seed, test_images=len(self.test),
+            validation_accuracy=validation_accuracy, seconds=round(seconds, 1), curve=curve, baseline=self.row("baseline"))
         models.save(path, net, facts)
 
     def row(self, method: str) -> dict | None:
@@ -1047,7 +1064,9 @@ class Run:
             return self.static(baseline)
         path = self.folder / f"{method}.pt"
         if self.row(method):
-            if not models.sound(path):
+            if models.sound(path):
+                self.made(method, baseline)
+            else:
                 self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
             return
         if not path.exists():

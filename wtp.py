@@ -409,6 +409,8 @@ def device_of(name: str):
         if device.type not in ("cpu", "cuda"):
             raise ValueError
         torch.zeros(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are the current device's
     except Exception as e:
         raise Failure(f"device '{name}' cannot be used here; try cpu or auto", 2) from e
     return device
@@ -847,11 +849,13 @@ def made_static(gated, train, say):
     not at hand."""
     from copy import deepcopy
 
+    import torch
+
     from controller import BATCH, Plan, Teacher, accuracy, chunks, fit, sgd
     from sep import harden
 
     plain, s = harden(gated, (train.batch(i) for i in chunks(train))), SCHEDULES["fast"]
-    net = deepcopy(plain)
+    net = deepcopy(plain).to(memory_format=torch.channels_last)
     plan = Plan(1, s.lr, True, max(1, min(s.steps, len(train) // BATCH)))
     before = accuracy(gated, train), accuracy(plain, train)
     for _ in fit(net, train, plan, optimizer=sgd(net, plan.lr), seed=0, teacher=Teacher(gated, train, 0)):

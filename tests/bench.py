@@ -109,7 +109,7 @@ def chip(net, images_per_second):
     peak = 8192**3 / min(times)
     x, labels = torch.randn(128, net.channels, net.size, net.size, device=DEVICE), torch.zeros(128, device=DEVICE).long()
     soft = torch.full((128, 10), 0.1, device=DEVICE)
-    step = controller.Step(net, controller.sgd(net, 0.0))
+    step = controller.Step(*controller.filled(net, controller.sgd(net, 0.0)))
     step(x, labels, soft, 0.0)  # what it captures is run once more, to be seen
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step.run(x, labels, soft, step.apart)

@@ -546,7 +546,8 @@ def test_a_folder_of_another_run_is_left_alone(undisturbed):
     assert e.value.status == 2 and (undisturbed[2] / "results.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["another row's", "another seed's", "another baseline's", "another net", "a stranger's", "baseline"])
+@pytest.mark.parametrize("what", ["another row's", "another seed's", "another baseline's", "another net", "a stranger's", "less", "another target's",
+                                  "another rounding's", "baseline"])
 def test_a_net_that_the_run_did_not_make_gets_no_row(undisturbed, tmp_path, what):
     results, _, folder = undisturbed
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -563,6 +564,12 @@ def test_a_net_that_the_run_did_not_make_gets_no_row(undisturbed, tmp_path, what
         models.save(path, models.build("resnet20", channels=1, size=28), facts)
     elif what == "another baseline's":
         models.save(path, net, facts | dict(baseline=facts["baseline"] | dict(validation_accuracy=0.5)))
+    elif what == "less":
+        models.save(path, net, {k: v for k, v in facts.items() if k != "seconds"})
+    elif what == "another target's":
+        models.save(path, net, facts | dict(settings=facts["settings"] | dict(target=0.123)))
+    elif what == "another rounding's":
+        models.save(path, net, facts | dict(round_to=4))
     else:
         models.save(path, net, facts | dict(seed=9))
     spy, before = Spy(), path.read_bytes()
@@ -572,6 +579,27 @@ def test_a_net_that_the_run_did_not_make_gets_no_row(undisturbed, tmp_path, what
     shutil.copy(folder / f"{name}.pt", path)
     rows = lambda found: sorted(timeless(found)["rows"], key=lambda r: r["method"])
     assert rows(work(tmp_path, spy)) == rows(results) and spy.epochs == 0
+
+
+@pytest.mark.parametrize("name", ["uniform", "baseline"])
+def test_a_net_that_came_to_lie_where_a_rows_net_was_is_not_delivered(undisturbed, tmp_path, name):
+    shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    net, facts = sep.load(tmp_path / f"{name}.pt")
+    models.save(tmp_path / f"{name}.pt", net, facts | dict(validation_accuracy=0.5))
+    with pytest.raises(models.Failure, match=f"no {name} that this run made"):
+        work(tmp_path, Spy())
+
+
+def test_rows_stay_where_the_baseline_is_made_anew_on_another_day(undisturbed, tmp_path):
+    results, _, folder = undisturbed
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("results.json", "baseline.pt"):
+        (tmp_path / name).unlink()
+    net, facts = sep.load(tmp_path / "uniform.pt")
+    older = {k: v for k, v in facts.items() if k not in ("settings", "round_to")} | dict(baseline=facts["baseline"] | dict(seconds=9.9))
+    models.save(tmp_path / "uniform.pt", net, older)
+    rows = lambda found: sorted(timeless(found)["rows"], key=lambda r: r["method"])
+    assert rows(work(tmp_path, spy := Spy())) == rows(results) and spy.epochs == TINY.baseline.epochs
 
 
 def test_a_run_begun_before_a_setting_came_to_be_goes_on(undisturbed, tmp_path):
@@ -686,9 +714,8 @@ def test_a_net_filled_with_zeros_learns_the_same(arch, widths, monkeypatch):
     optimizer, others = sgd(net, 0.01), sgd(other, 0.01)
     losses = [[train(net, optimizer, x[i % 2], labels[i % 2]) for i in range(4)]]
     losses.append([train(other, others, x[0], labels[0])])
-    wide = controller.filled(other)
+    wide, own = controller.filled(other, others)  # with what the optimizer knows by then
     assert wide.widths == tuple(-(-w // 8) * 8 for w in widths)
-    controller.carry(other, others, wide, own := sgd(wide, 0.01))  # with what the optimizer knows by then
     losses[1] += [train(wide, own, x[i % 2], labels[i % 2]) for i in range(1, 4)]
     controller.carry(wide, own, other, others)
     assert torch.allclose(*map(torch.tensor, losses), rtol=1e-4)
@@ -698,7 +725,8 @@ def test_a_net_filled_with_zeros_learns_the_same(arch, widths, monkeypatch):
         assert torch.allclose(optimizer.state[a]["momentum_buffer"], others.state[b]["momentum_buffer"], rtol=1e-2, atol=1e-4)
     for big, small in zip(wide.parameters(), other.parameters()):
         assert big.count_nonzero() <= small.numel()  # zeros are zeros still
-    assert controller.filled(wide) is wide and controller.filled(gated := sep.soften(net, net.widths)) is gated
+    gated = sep.soften(net, net.widths)
+    assert controller.filled(wide, own) == (wide, own) and controller.filled(gated, own) == (gated, own)
 
 
 @pytest.mark.gpu
@@ -733,10 +761,10 @@ def test_a_gpu_run_ends_with_a_net_like_the_cpus():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_replayed_step_trains_as_plain_ones_do(gated):
+@pytest.mark.parametrize("gated,layout", [(False, torch.channels_last), (True, torch.channels_last), (False, torch.contiguous_format)])
+def test_a_replayed_step_trains_as_plain_ones_do(gated, layout):
     torch.manual_seed(0)
-    net = models.build("resnet20").to("cuda", memory_format=torch.channels_last)
+    net = models.build("resnet20").to("cuda", memory_format=layout)
     net = sep.soften(net, [w // 2 for w in net.widths]) if gated else net
     x, labels, soft = torch.randn(128, 3, 32, 32, device="cuda"), torch.randint(0, 10, (128,), device="cuda"), torch.full((128, 10), 0.1, device="cuda")
     rates, losses = [0.0] * 3 + [0.01] * 6, []

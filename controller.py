@@ -9,12 +9,11 @@ import json
 import math
 import platform
 import re
-import shutil
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -58,10 +57,11 @@ def stream(*where) -> int:
 
 
 class Images:
-    """A labelled set of images in memory: pixels (N, H, W, C) uint8, labels (N,) int64; crop in pixels, flip or not."""
+    """A labelled set of images in memory: pixels (N, H, W, C) uint8, labels (N,) int64; crop in pixels, flip or not; the classes'
+    `names` where a user gave them."""
 
-    def __init__(self, pixels, labels, *, mean, std, crop: int = 0, flip: bool = False):
-        self.pixels, self.labels, self.crop, self.flip = pixels.contiguous(), labels.long(), crop, flip
+    def __init__(self, pixels, labels, *, mean, std, crop: int = 0, flip: bool = False, names=()):
+        self.pixels, self.labels, self.crop, self.flip, self.names = pixels.contiguous(), labels.long(), crop, flip, list(names)
         self.mean, self.std = mean, std
         self.shift = torch.tensor(mean, device=pixels.device).reshape(-1, 1, 1) / torch.tensor(std, device=pixels.device).reshape(-1, 1, 1)
         self.factor = 1 / (255 * torch.tensor(std, device=pixels.device).reshape(-1, 1, 1))
@@ -76,7 +76,7 @@ class Images:
 
     def new(self, pixels, labels, mean=None, std=None) -> "Images":
         """Other images, or other statistics, treated as these are."""
-        return Images(pixels, labels, mean=mean or self.mean, std=std or self.std, crop=self.crop, flip=self.flip)
+        return Images(pixels, labels, mean=mean or self.mean, std=std or self.std, crop=self.crop, flip=self.flip, names=self.names)
 
     def part(self, index) -> "Images":
         return self.new(self.pixels[index], self.labels[index])
@@ -148,7 +148,8 @@ def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> 
         return Images(*train, **keep), Images(*test, **keep), "digits"
     gray = name == "mnist"
     if own:
-        train, test, what = *own_images(folder, gray), f"{OWN}{folder.resolve()}"
+        train, test, keep["names"] = own_images(folder, gray)
+        what = f"{OWN}{folder.resolve()}"
     else:
         train, test, what = from_torchvision(name, folder, "train"), from_torchvision(name, folder, "test"), name
     return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), what
@@ -166,7 +167,8 @@ def from_torchvision(name: str, folder: Path, part: str):
     """(pixels, labels) of MNIST, CIFAR-10 or CIFAR-100."""
     from torchvision import datasets
 
-    kind, new = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name], not folder.exists()
+    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    new = [d for d in (folder / "MNIST" / "raw", folder / "MNIST", folder, *folder.parents) if not d.exists()]
     try:
         try:
             found = kind(folder, train=part == "train")
@@ -175,15 +177,18 @@ def from_torchvision(name: str, folder: Path, part: str):
                 found = kind(folder, train=part == "train", download=True)
         pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
     except Exception as e:
-        if new and folder.is_dir() and not any(p.is_file() for p in folder.rglob("*")):
-            shutil.rmtree(folder)
+        for empty in new:
+            with suppress(OSError):
+                empty.rmdir()
         reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise Failure(f"{folder} has no complete {name} data and it could not be downloaded; name its folder with --data-dir ({reason[:200]})") from e
+        inside = " (the folder above that one)" * (folder.name in ("MNIST", "raw", "cifar-10-batches-py", "cifar-100-python"))
+        raise Failure(f"{folder} has no complete {name} data, or damaged files of it, and it could not be downloaded; name its folder{inside} with "
+                      f"--data-dir ({reason[:200]})") from e
     return pixels.reshape(*pixels.shape[:3], -1), labels
 
 
 def own_images(folder: Path, gray: bool):
-    """(pixels, labels) of the image files in folder/train/CLASS, and of those in folder/test/CLASS; classes by name."""
+    """(pixels, labels) of the image files in folder/train/CLASS, and of those in folder/test/CLASS; the classes' names, sorted."""
     from PIL import Image
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -223,7 +228,7 @@ def own_images(folder: Path, gray: bool):
         raise Failure(f"{folder / 'train'} has one class alone, {sets[0][0]}; there is nothing to tell apart")
     if sets[0] != sets[1]:
         raise Failure(f"{folder}: train and test have different classes ({', '.join(sorted(set(sets[0]) ^ set(sets[1])))})")
-    return parts
+    return *parts, sets[0]
 
 
 # Ten classes of strokes, as corner points (x, y) in [-1, 1], y downwards.
@@ -1023,7 +1028,7 @@ class Run:
             same &= all(found.get(k) == v for k, v in (self.row(other) or {}).items() if k in ("validation_accuracy", "macs"))
         same &= {"validation_accuracy", "seconds"} <= facts.keys()
         if not same:
-            raise Failure(f"{path} is no {method} that this run made; move it away to go on, or --fresh starts the run over without it")
+            raise Failure(f"{path} is no net that this run made as its {method}; move it away to go on, or --fresh starts the run over without it")
         return net, facts
 
     def told(self, method: str, net: Net) -> dict:
@@ -1033,8 +1038,8 @@ class Run:
 
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
         facts = self.told(method, net) | dict(
-            versions=self.results["versions"], mean=list(self.train.mean), std=list(self.train.std), split=self.split_seed, test_images=len(self.test),
-            validation_accuracy=validation_accuracy, seconds=round(seconds, 1), curve=curve, baseline=self.row("baseline"))
+            versions=self.results["versions"], mean=list(self.train.mean), std=list(self.train.std), names=self.train.names, split=self.split_seed,
+            test_images=len(self.test), validation_accuracy=validation_accuracy, seconds=round(seconds, 1), curve=curve, baseline=self.row("baseline"))
         models.save(path, net, facts)
 
     def row(self, method: str) -> dict | None:
@@ -1067,7 +1072,7 @@ class Run:
             if models.sound(path):
                 self.made(method, baseline)
             else:
-                self.watch.say(f"{path} is gone or damaged; its row stays, --fresh makes both anew")
+                self.watch.say(f"{path} is gone or damaged; its row stays; only --fresh makes it anew, and all rows with it")
             return
         if not path.exists():
             if target and not self.settings.target and (most := reach(baseline.widths, self.cuts(method, baseline))) < target:

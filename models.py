@@ -450,6 +450,8 @@ def read(path: Path) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             found = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as e:
+        raise Failure(f"cannot read {path}: {e.strerror}") from e
     except Exception as e:
         if "Weights only load failed" in str(e) or "weights_only" in str(e):
             raise Failure(f"{path} is not a file of weights alone (reading it could run code); save the state dict and try again") from e

@@ -443,8 +443,13 @@ def epochs_of(settings, methods, images: int, baseline: bool = True, landed: boo
 def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say, seed: int = 0):
     """(training, test, what it is) for the user's net: checked against it, normalised as it is used to, on the device. Raises Failure."""
     from controller import load_data, statistics_of
+    from models import Failure
 
-    train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
+    try:
+        train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
+    except Failure as failure:
+        why = f"a net of {net.channels} x {net.size} x {net.size} images of {net.classes} classes" * (facts.get("data") is None)
+        raise Failure(f"{failure}{why and f'; {e.data} is what {why} is taken to be for'}", failure.status) from failure
     fits(net, facts, train, what)
     train, test, (mean, std) = train.to(where), test.to(where), told(net, facts)
     if mean is None:
@@ -505,6 +510,10 @@ def fits(net, facts: dict, images, what: str) -> None:
     if (size, channels) != (net.size, net.channels) or images.classes != net.classes:
         raise Failure(f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} classes; "
                       f"{what} has {channels} x {size} x {size} images of {images.classes} classes")
+    known = facts.get("names") or images.names
+    if images.names and known != images.names:
+        others = [f"{n}" for n in (*images.names, *known) if n not in images.names or n not in known]
+        raise Failure(f"{what}: not the classes that the net was trained on ({', '.join(others[:10])} in one of the two alone)")
 
 
 def fresh_net(e: Experiment, run):
@@ -623,7 +632,7 @@ def train(
     if output:
         deliver(run.folder / "baseline.pt", output)
     finish(run)
-    console().print(f"wrote {output or run.folder / 'baseline.pt'}", markup=False)
+    console().print(f"wrote {output}" if output else f"the baseline is {run.folder / 'baseline.pt'}", markup=False)
 
 
 def free(output: Path | None, hint: str = "give another --output", checkpoint: bool = True, folder: Path | None = None) -> None:
@@ -651,7 +660,7 @@ def deliver(made: Path, output: Path) -> None:
     from models import Failure, part_of, replaced, sound
 
     if not sound(made):
-        raise Failure(f"{made} is gone or damaged; --fresh makes it anew")
+        raise Failure(f"{made} is gone or damaged; --fresh makes it anew, and all rows beside it")
     free(output)
     replaced(output, lambda part: shutil.copyfile(made, part), part_of(output), f"; the net is in {made}")
 
@@ -690,7 +699,7 @@ def digest(path: Path) -> str:
 def prune(
     ckpt: Path,
     rate: Rate = 0.2,
-    method: Annotated[Method, typer.Option(help="lstm removes channels, sep switches them off per image; uniform, random: to compare with")] = Method.lstm,
+    methods: Annotated[list[Method], typer.Option("--method", help="lstm removes channels, sep switches them off per image; uniform, random: to compare with")] = [Method.lstm],
     static: Annotated[bool, typer.Option("--static", help="with sep: a plain small net of the kernels that the gates choose most often")] = False,
     target: Target = None,
     round_to: RoundTo = None,
@@ -706,6 +715,9 @@ def prune(
     import sep
     from models import Failure
 
+    if len(methods) > 1:
+        raise Failure("prune makes one net; give one --method", 2)
+    method = methods[0]
     if static and method not in (Method.sep, Method.static):
         raise Failure(f"--static makes a plain net of a gated one; {method} has no gates, add --method sep", 2)
     row, method = (Method.static, Method.sep) if static or method == Method.static else (method, method)

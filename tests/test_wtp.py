@@ -389,6 +389,10 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     a.unlink()
     status, out, err = call(capsys, "reproduce", "mnist", "--method", "lstm", "--schedule", "smoke", *places)
     assert status == 2 and "holds a run with other train_images" in err and err.count("\n") == 1, err
+    for part in ("train", "test"):
+        (tmp_path / "pictures" / part / "class1").rename(tmp_path / "pictures" / part / "other")
+    status, out, err = call(capsys, "evaluate", made, "--data-dir", "pictures")
+    assert status == 1 and "not the classes that the net was trained on (other, class1 in one of the two alone)" in err and err.count("\n") == 1, err
 
 
 def damage(folder, how):
@@ -437,7 +441,10 @@ def test_own_images_that_do_not_fit_get_one_line(capsys, tmp_path, how, words):
 def test_a_folder_that_was_not_there_is_not_left_behind(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
     status, _, err = call(capsys, "train", "mnist", "--out", tmp_path / "runs", "--data-dir", tmp_path / "typo" / "er")
-    assert status == 1 and "no complete mnist data" in err and not (tmp_path / "typo" / "er").exists()
+    assert status == 1 and "no complete mnist data" in err and not (tmp_path / "typo").exists()
+    (tmp_path / "MNIST").mkdir()
+    status, _, err = call(capsys, "train", "mnist", "--out", tmp_path / "runs", "--data-dir", tmp_path / "MNIST")
+    assert status == 1 and "the folder above that one" in err and not any((tmp_path / "MNIST").iterdir())
 
 
 def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(capsys, smoke, tmp_path, monkeypatch):

@@ -1062,17 +1062,22 @@ class Run:
         """What a structure of `baseline` cuts as a net of that method: a function of the structure."""
         return lambda structure: self.cut(METHODS[method][1](baseline, structure))
 
+    def there(self, method: str, baseline: Net) -> bool:
+        """Whether a row is there; then no other net may lie where its own was."""
+        path = self.folder / f"{method}.pt"
+        if self.row(method) and models.sound(path):
+            self.made(method, baseline)
+        elif self.row(method):
+            self.watch.say(f"{path} is gone or damaged; its row stays; only --fresh makes it anew, and all rows with it")
+        return bool(self.row(method))
+
     def method(self, method: str, baseline: Net, target: float | None) -> None:
         """The whole of a row: search (or the uniform steps), final training, test; nothing where the row is there."""
         if method == "static":
             self.method("sep", baseline, target)
             return self.static(baseline)
         path = self.folder / f"{method}.pt"
-        if self.row(method):
-            if models.sound(path):
-                self.made(method, baseline)
-            else:
-                self.watch.say(f"{path} is gone or damaged; its row stays; only --fresh makes it anew, and all rows with it")
+        if self.there(method, baseline):
             return
         if not path.exists():
             if target and not self.settings.target and (most := reach(baseline.widths, self.cuts(method, baseline))) < target:
@@ -1134,7 +1139,7 @@ class Run:
         """ours: the row of `sep`'s net made plain: the kernels that its gates choose most often on the training images, and a recovery, on
         all images as the final training before it, where that gets more of them right; the validation accuracy is that of `sep`'s candidate."""
         path = self.folder / "static.pt"
-        if self.row("static"):
+        if self.there("static", baseline):
             return
         if not path.exists():
             gated, facts = self.made("sep", baseline)

@@ -378,7 +378,7 @@ Out = Annotated[Path, typer.Option(help="where run folders are made")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over instead of going on")]
-Effort = Annotated[Name, typer.Option(help="published: the papers' numbers; fast: a verdict within hours on a CPU; smoke: a test")]
+Effort = Annotated[Name, typer.Option(help="published: the papers' numbers; fast: a verdict in minutes to hours on a CPU; smoke: a test")]
 Rate = Annotated[float, typer.Option(callback=share, help="share of a chosen layer's channels that one step removes")]
 RoundTo = Annotated[int | None, typer.Option(min=1, help="keep widths at multiples of this, as machines like them")]
 Target = Annotated[float | None, typer.Option(callback=share, help="share of the MACs to remove; default: as far as the papers' reward goes")]
@@ -699,7 +699,8 @@ def digest(path: Path) -> str:
 def prune(
     ckpt: Path,
     rate: Rate = 0.2,
-    methods: Annotated[list[Method], typer.Option("--method", help="lstm removes channels, sep switches them off per image; uniform, random: to compare with")] = [Method.lstm],
+    method: Annotated[list[Method] | None, typer.Option(
+        help="lstm, the default, removes channels; sep switches them off per image; uniform, random: to compare with")] = None,
     static: Annotated[bool, typer.Option("--static", help="with sep: a plain small net of the kernels that the gates choose most often")] = False,
     target: Target = None,
     round_to: RoundTo = None,
@@ -715,9 +716,9 @@ def prune(
     import sep
     from models import Failure
 
-    if len(methods) > 1:
+    if method and len(method) > 1:
         raise Failure("prune makes one net; give one --method", 2)
-    method = methods[0]
+    method = (method or [Method.lstm])[0]
     if static and method not in (Method.sep, Method.static):
         raise Failure(f"--static makes a plain net of a gated one; {method} has no gates, add --method sep", 2)
     row, method = (Method.static, Method.sep) if static or method == Method.static else (method, method)

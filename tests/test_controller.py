@@ -573,7 +573,7 @@ def test_a_net_that_the_run_did_not_make_gets_no_row(undisturbed, tmp_path, what
     else:
         models.save(path, net, facts | dict(seed=9))
     spy, before = Spy(), path.read_bytes()
-    with pytest.raises(models.Failure, match=f"no {name} that this run made"):
+    with pytest.raises(models.Failure, match=f"no net that this run made as its {name}"):
         work(tmp_path, spy)
     assert spy.epochs == 0 and path.read_bytes() == before
     shutil.copy(folder / f"{name}.pt", path)
@@ -581,13 +581,14 @@ def test_a_net_that_the_run_did_not_make_gets_no_row(undisturbed, tmp_path, what
     assert rows(work(tmp_path, spy)) == rows(results) and spy.epochs == 0
 
 
-@pytest.mark.parametrize("name", ["uniform", "baseline"])
+@pytest.mark.parametrize("name", ["uniform", "static", "baseline"])
 def test_a_net_that_came_to_lie_where_a_rows_net_was_is_not_delivered(undisturbed, tmp_path, name):
     shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    work(tmp_path, Spy(), methods=("static",))
     net, facts = sep.load(tmp_path / f"{name}.pt")
     models.save(tmp_path / f"{name}.pt", net, facts | dict(validation_accuracy=0.5))
-    with pytest.raises(models.Failure, match=f"no {name} that this run made"):
-        work(tmp_path, Spy())
+    with pytest.raises(models.Failure, match=f"no net that this run made as its {name}"):
+        work(tmp_path, Spy(), methods=("uniform", "lstm", "sep", "static"))
 
 
 def test_rows_stay_where_the_baseline_is_made_anew_on_another_day(undisturbed, tmp_path):

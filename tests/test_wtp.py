@@ -574,6 +574,7 @@ WRONG = [
     (2, "quick", ["reproduce", "mnist", "--schedule", "quick"]),
     (2, "magic", ["reproduce", "mnist", "--method", "magic"]),
     (2, "magic", ["magic"]),
+    (2, "give one --method", ["prune", "net.pt", "--method", "sep", "--method", "lstm"]),
     (2, "--seed", ["reproduce", "digits", "--seed", "-1"]),
     (2, ". is a folder", ["prune", "."]),
     (2, "device 'meta' cannot be used", ["reproduce", "digits", "--device", "meta"]),

@@ -527,7 +527,8 @@ def recognise(found, path) -> dict:
             found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise Failure(f"{path} holds no state dict (bare, or under state_dict, model_state_dict, model or net)")
-    state = OrderedDict((str(k).removeprefix("module."), v.float() if v.is_floating_point() else v) for k, v in found.items())
+    bare = lambda key: re.sub(r"^((module|model|net|_orig_mod)\.)+", "", str(key))  # DataParallel's, Lightning's, torch.compile's
+    state = OrderedDict((bare(k), v.float() if v.is_floating_point() else v) for k, v in found.items())
     if convolution := next((k for k in state if ".shortcut." in k or ".downsample." in k), None):
         raise Failure(f"{path}: a ResNet whose shortcuts are convolutions ({convolution}); known are {KNOWN}")
     try:

@@ -151,6 +151,7 @@ def test_a_strangers_state_dict_is_recognised(tmp_path, arch):
     net, x = lively(arch)
     small = prune(net, some(net)).eval()
     for wrap in (lambda s: s, lambda s: {"state_dict": s, "best_prec1": 1.0}, lambda s: {"net": {f"module.{k}": v for k, v in s.items()}},
+                 lambda s: {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in s.items()}}, lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
                  lambda s: {"model": {k: v.double() if v.is_floating_point() else v for k, v in s.items()}}):
         torch.save(wrap(small.state_dict()), tmp_path / "a.pth")
         found = models.read(tmp_path / "a.pth")

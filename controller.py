@@ -485,7 +485,7 @@ class Apart(TorchFunctionMode):
         return y if bias is None else y + bias.to(y.dtype).reshape(-1, 1, 1)
 
     def join(self) -> None:
-        if self.stream:
+        if self.stream and self.busy:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def hand_over(self) -> None:

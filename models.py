@@ -603,6 +603,15 @@ class Whole(nn.Module):
 
 
 @torch.no_grad()
+def check_size(net: Net, size: int) -> None:
+    """Raise Failure (status 2) where `net` cannot take images of `size` x `size` pixels."""
+    try:
+        deepcopy(net).cpu().eval()(torch.zeros(2, net.channels, size, size))
+    except RuntimeError as e:
+        raise Failure(f"this {net.arch} cannot take images of {size} x {size} pixels", 2) from e
+
+
+@torch.no_grad()
 def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> float:
     """Write `net` for use without this project, normalisation included, any batch size: .pt2 (torch.export) or .onnx.
 
@@ -613,10 +622,8 @@ def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> fl
     part, onnx = part_of(path), path.suffix.lower() == ".onnx"
     whole = Whole(deepcopy(net).cpu().to(memory_format=torch.contiguous_format), mean, std).eval()
     images = torch.rand(5, net.channels, size, size, generator=torch.Generator().manual_seed(0))
-    try:
-        expected = whole(images)
-    except RuntimeError as e:
-        raise Failure(f"this {net.arch} cannot take images of {size} x {size} pixels", 2) from e
+    check_size(net, size)
+    expected = whole(images)
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             program = torch.export.export(whole, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))

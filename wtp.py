@@ -562,6 +562,8 @@ def reproduce(
     from controller import read_results
     from models import Failure, build, default_widths
 
+    if not experiment and (method or baseline or round_to or fresh):
+        raise Failure(f"name an experiment: {', '.join(EXPERIMENTS)}; without any option, `reproduce` tells how long each takes", 2)
     if not experiment:
         return show_experiments(device_of(device))
     e = experiment_of(experiment)
@@ -839,6 +841,7 @@ def export(
     if static and net.gates is None:
         raise models.Failure(f"{ckpt} has no gates: it is plain already, leave out --static", 2)
     free(None if force and file.exists() else file, "--force overwrites it", checkpoint=False)
+    models.check_size(net, size or net.size)  # before a recovery
     say = lambda text: console().print(text, markup=False)
     (mean, std), where = told(net, facts), device_of(device)
     if static or mean is None:

@@ -574,6 +574,8 @@ WRONG = [
     (2, "quick", ["reproduce", "mnist", "--schedule", "quick"]),
     (2, "magic", ["reproduce", "mnist", "--method", "magic"]),
     (2, "magic", ["magic"]),
+    (2, "name an experiment: ", ["reproduce", "--method", "lstm"]),
+    (2, "cannot take images of 40 x 40 pixels", ["export", "soft.pt", "a.pt2", "--static", "--size", "40"]),
     (2, "give one --method", ["prune", "net.pt", "--method", "sep", "--method", "lstm"]),
     (2, "--seed", ["reproduce", "digits", "--seed", "-1"]),
     (2, ". is a folder", ["prune", "."]),

@@ -557,7 +557,7 @@ def reproduce(
     seed: Seed = 0,
     fresh: Fresh = False,
 ):
-    """All rows of an experiment's table: baseline, uniform, lstm, sep."""
+    """All rows of an experiment's table."""
     import sep
     from controller import read_results
     from models import Failure, build, default_widths
@@ -829,7 +829,10 @@ def export(
     data_dir: DataDir = Path("data"),
     device: Device = "auto",
 ):
-    """The net for use without this project: reads images in [0, 1], normalisation included, any batch size."""
+    """The net for use without this project.
+
+    It reads images in [0, 1], normalisation included, any batch size.
+    """
     import models
     import sep
 

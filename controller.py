@@ -1023,21 +1023,21 @@ class Run:
         path = self.folder / f"{method}.pt"
         net, facts = self.load(path)
         silent = [k for k in ("settings", "round_to") if method == "baseline" or k not in facts]  # it hangs on neither; older files do not say
-        same = net.arch == baseline.arch and all(said(facts.get(k)) == said(v) for k, v in self.told(method, net).items() if k not in silent)
-        for other, found in ((method, facts), ("baseline", facts if method == "baseline" else facts.get("baseline") or {})):
+        same = net.arch == baseline.arch and {"validation_accuracy", "seconds"} <= facts.keys()
+        same &= all(said(facts.get(k)) == said(v) for k, v in self.facts_of(method, net).items() if k not in silent)
+        for other, found in {"baseline": facts.get("baseline") or {}, method: facts}.items():
             same &= all(found.get(k) == v for k, v in (self.row(other) or {}).items() if k in ("validation_accuracy", "macs"))
-        same &= {"validation_accuracy", "seconds"} <= facts.keys()
         if not same:
             raise Failure(f"{path} is no net that this run made as its {method}; move it away to go on, or --fresh starts the run over without it")
         return net, facts
 
-    def told(self, method: str, net: Net) -> dict:
+    def facts_of(self, method: str, net: Net) -> dict:
         """What the checkpoints of a run say of it and of their net."""
         run = {k: self.results[k] for k in ("data", "schedule", "seed", "settings")}
         return run | dict(method=method, round_to=self.round_to or 1, macs=sep.macs(net), parameters=models.parameters(net))
 
     def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
-        facts = self.told(method, net) | dict(
+        facts = self.facts_of(method, net) | dict(
             versions=self.results["versions"], mean=list(self.train.mean), std=list(self.train.std), names=self.train.names, split=self.split_seed,
             test_images=len(self.test), validation_accuracy=validation_accuracy, seconds=round(seconds, 1), curve=curve, baseline=self.row("baseline"))
         models.save(path, net, facts)
@@ -1142,7 +1142,7 @@ class Run:
         if self.there("static", baseline):
             return
         if not path.exists():
-            gated, facts = self.made("sep", baseline)
+            gated, facts = self.load(self.folder / "sep.pt")
             small = sep.harden(gated, (self.all.batch(i) for i in chunks(self.all))) if gated.gates else gated
             net, _, seconds, curve = self.complete("static: recovery", deepcopy(small), self.all, self.settings.recovery, teacher=baseline)
             if accuracy(net, self.all) <= accuracy(small, self.all):  # where choices hang on no image, nothing was lost that could be recovered

@@ -448,8 +448,8 @@ def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say, seed: 
     try:
         train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
     except Failure as failure:
-        why = f"a net of {net.channels} x {net.size} x {net.size} images of {net.classes} classes" * (facts.get("data") is None)
-        raise Failure(f"{failure}{why and f'; {e.data} is what {why} is taken to be for'}", failure.status) from failure
+        guess = f"; a net of {net.channels} x {net.size} x {net.size} images of {net.classes} classes is taken to be for {e.data}"
+        raise Failure(f"{failure}{guess if facts.get('data') is None else ''}", failure.status) from failure
     fits(net, facts, train, what)
     train, test, (mean, std) = train.to(where), test.to(where), told(net, facts)
     if mean is None:
@@ -510,9 +510,9 @@ def fits(net, facts: dict, images, what: str) -> None:
     if (size, channels) != (net.size, net.channels) or images.classes != net.classes:
         raise Failure(f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} classes; "
                       f"{what} has {channels} x {size} x {size} images of {images.classes} classes")
-    known = facts.get("names") or images.names
-    if images.names and known != images.names:
-        others = [f"{n}" for n in (*images.names, *known) if n not in images.names or n not in known]
+    known = facts.get("names")
+    if images.names and known and isinstance(known, list) and known != images.names:
+        others = [str(n) for n in (*images.names, *known) if n not in images.names or n not in known]
         raise Failure(f"{what}: not the classes that the net was trained on ({', '.join(others[:10])} in one of the two alone)")
 
 
@@ -562,9 +562,9 @@ def reproduce(
     from controller import read_results
     from models import Failure, build, default_widths
 
-    if not experiment and (method or baseline or round_to or fresh):
-        raise Failure(f"name an experiment: {', '.join(EXPERIMENTS)}; without any option, `reproduce` tells how long each takes", 2)
     if not experiment:
+        if method or baseline or round_to or fresh:
+            raise Failure(f"name an experiment: {', '.join(EXPERIMENTS)}; without any option, `reproduce` tells how long each takes", 2)
         return show_experiments(device_of(device))
     e = experiment_of(experiment)
     given = sep.load(baseline) if baseline else None
@@ -844,9 +844,10 @@ def export(
     if static and net.gates is None:
         raise models.Failure(f"{ckpt} has no gates: it is plain already, leave out --static", 2)
     free(None if force and file.exists() else file, "--force overwrites it", checkpoint=False)
-    models.check_size(net, size or net.size)  # before a recovery
     say = lambda text: console().print(text, markup=False)
     (mean, std), where = told(net, facts), device_of(device)
+    if static:
+        models.check_size(net, size or net.size)  # before the recovery
     if static or mean is None:
         try:
             train = data_for(net, facts, data_of(net, facts, data_dir), data_dir, where, say)[0]

@@ -12,7 +12,7 @@ import zipfile
 from collections import OrderedDict
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO, StringIO
 from itertools import pairwise
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 FORMAT = 1  # of the checkpoint files
 CONV, LINEAR, POOL = 0, 1, 2  # the script's codes for what the LSTM reads
@@ -599,7 +600,21 @@ class Whole(nn.Module):
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.net((images - self.mean) / self.std)
+        x = (images - self.mean) / self.std
+        return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
+@torch.no_grad()
+def folded(net: Net) -> Net:
+    """A copy of `net` for inference alone: each batch norm is folded into the convolution before it, which then computes both."""
+    net = deepcopy(net).eval()
+    layers = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    for (name, layer), (behind, norm) in pairwise(layers):
+        if isinstance(norm, nn.BatchNorm2d):
+            net.set_submodule(name, fuse_conv_bn_eval(layer, norm))
+            net.set_submodule(behind, nn.Identity())
+    net.prunable = [replace(p, norm=None) for p in net.prunable]
+    return net
 
 
 @torch.no_grad()
@@ -620,13 +635,13 @@ def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> fl
     """
     path = Path(path)
     part, onnx = part_of(path), path.suffix.lower() == ".onnx"
-    whole = Whole(deepcopy(net).cpu().to(memory_format=torch.contiguous_format), mean, std).eval()
+    whole, small = (Whole(f(net).cpu().to(memory_format=torch.channels_last), mean, std).eval() for f in (deepcopy, folded))
     images = torch.rand(5, net.channels, size, size, generator=torch.Generator().manual_seed(0))
     check_size(net, size)
     expected = whole(images)
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            program = torch.export.export(whole, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            program = torch.export.export(small, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
             if onnx:
                 import onnxruntime
 

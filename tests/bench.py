@@ -360,6 +360,21 @@ def seeds(folder, run, *numbers):
             print(f"seed {seed}, {row['method']}: loss {loss:.4f}, test accuracy {controller.accuracy(small, test, exact=True):.2%}", flush=True)
 
 
+class Exported:
+    """A net as `export` writes it and torch.export reads it."""
+
+    def __init__(self, net):
+        with tempfile.TemporaryDirectory() as folder:
+            models.export(net, file := Path(folder) / "net.pt2", (0.0,) * net.channels, (1.0,) * net.channels, net.size)
+            self.run = torch.export.load(file).module()
+
+    def eval(self):
+        return self
+
+    def __call__(self, x):
+        return self.run(x)
+
+
 def small(folder, *checkpoints):
     """How much of the MACs saved arrives as time: checkpoints beside their whole nets; without any, VGG-19 and ResNet-56 at half the
     widths, untrained (hard-pruned; gated, all images choosing alike as a fresh gate does; gated, with choices that differ from image to image)."""
@@ -371,7 +386,7 @@ def small(folder, *checkpoints):
         nets |= {f"{arch} hard": models.prune(whole, half), f"{arch} gated alike": sep.soften(whole, half), f"{arch} gated": sep.soften(whole, half)}
         for gate in nets[f"{arch} gated"].gates:
             torch.nn.init.normal_(gate.excite.weight, 0, 2)
-    print(f"ratios to the whole net, {torch.get_num_threads()} threads: MACs; time of 1 image, of 128, medians; bytes of the state dict")
+    print(f"ratios to the whole net, {torch.get_num_threads()} threads: MACs; time of 1 image, of 128, medians; of the exported net; bytes of the state dict")
     for name, net in nets.items():
         whole = models.like(net, models.default_widths(net.arch))
         images = controller.Images(torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8), torch.zeros(128),
@@ -380,12 +395,15 @@ def small(folder, *checkpoints):
         times = {128: [controller.latency(n, images, 128) for n in pair]}
         skips = f", {sep.tune(net, images.batch(torch.arange(32)))} gates skip" if net.gates else ""
         times[1] = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in pair] for _ in range(5)))]
-        told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in (times[1], times[128])]
+        files = [Exported(n) for n in pair]
+        times |= {f"exported {batch}": [controller.latency(n, images, batch) for n in files] for batch in (1, 128)}
+        told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in times.values()]
         sizes = []
         for n in pair:
             torch.save(n.state_dict(), file := io.BytesIO())
             sizes.append(file.tell())
-        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[0]}; {told[1]}; {sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB){skips}", flush=True)
+        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[1]}; {told[0]}; exported {told[2]}; {told[3]}; "
+              f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB){skips}", flush=True)
 
 
 def size(folder):

@@ -337,6 +337,17 @@ def test_an_exported_net_runs_without_this_project(tmp_path, arch, gated):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("arch", NETS)
+def test_a_folded_net_computes_the_same_without_batch_norms(arch):
+    net, x = lively(arch)
+    for one in (net.eval(), sep.soften(net, some(net)).eval()):
+        small = models.folded(one)
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules()) and small(x).equal(small(x))
+        with torch.no_grad():
+            assert (small(x) - one(x)).abs().max() < 1e-4
+        assert one.prunable != small.prunable or arch == "lenet5"
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_onnxruntime_runs_an_exported_net(tmp_path, gated):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -321,7 +321,7 @@ def budgets(folder, checkpoint, cut, count):
     """Which recovery ranks structures as the final training will? `uniform` and walks of dice, each by several recoveries and by two final
     trainings of ten epochs; on validation images, the accuracy and the final training's loss (16 KL to the baseline's outputs + 0.1 CE)."""
     net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
-    plan = partial(controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.005, cycle=True, temperature=4.0)
+    plan = partial(controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.01, cycle=True, temperature=2.0 if net.arch.startswith("resnet") else 4.0)
     plans = {"50 steps, MSE": controller.Plan(1, 0.02, True, 50), "200 steps, MSE": controller.Plan(1, 0.02, True, 200), "200 steps": plan(1, steps=200),
              "1 epoch": plan(1), "2 epochs": plan(2), "10 epochs": plan(10), "again": plan(10)}
 
@@ -393,8 +393,15 @@ def small(folder, *checkpoints):
                                    mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
         times = {128: [controller.latency(n, images, 128) for n in pair]}
-        skips = f", {sep.tune(net, images.batch(torch.arange(32)))} gates skip" if net.gates else ""
-        times[1] = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in pair] for _ in range(5)))]
+        skips, several = "", list(pair)
+        if net.gates:
+            skips = f"{sep.tune(net, images.batch(torch.arange(32)))} gates skip, "
+            several.append(deepcopy(net).to(memory_format=torch.channels_last))
+            for gate in filter(None, several[-1].gates):
+                gate.skip = False
+        times[1] = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in several] for _ in range(5)))]
+        if net.gates:
+            skips += f"all of them masked: {times[1].pop() * 1e3:.1f} ms; "
         files = [Exported(n) for n in pair]
         times |= {f"exported {batch}": [controller.latency(n, images, batch) for n in files] for batch in (1, 128)}
         told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in times.values()]
@@ -402,8 +409,8 @@ def small(folder, *checkpoints):
         for n in pair:
             torch.save(n.state_dict(), file := io.BytesIO())
             sizes.append(file.tell())
-        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[1]}; {told[0]}; exported {told[2]}; {told[3]}; "
-              f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB){skips}", flush=True)
+        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[1]}; {skips}{told[0]}; exported {told[2]}; {told[3]}; "
+              f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)", flush=True)
 
 
 def size(folder):

@@ -628,7 +628,7 @@ def check_size(net: Net, size: int) -> None:
 
 @torch.no_grad()
 def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> float:
-    """Write `net` for use without this project, normalisation included, any batch size: .pt2 (torch.export) or .onnx.
+    """Write `net` for inference without this project, normalisation included, batch norms folded, any batch size: .pt2 (torch.export) or .onnx.
 
     The file is read back and run before it takes its name; `ready` is called between and may refuse. Returns the largest
     difference of its logits from the net's on random `size` x `size` images, as a share of the largest logit. Raises Failure.

@@ -247,7 +247,7 @@ def outputs(net, images):
 
 
 def judged(net, images, whole):
-    """The accuracy on images, and the loss to the baseline's softmax `whole` (N, classes) there, as the final training has it."""
+    """The accuracy on images, and the loss to the baseline's softmax `whole` (N, classes) there at temperature 4, whatever the training's."""
     z = outputs(net, images)
     return (z.argmax(1) == images.labels).float().mean().item(), controller.loss_of(z, images.labels, whole, 4.0).item()
 
@@ -319,7 +319,7 @@ def signals(folder, checkpoint, cut, count):
 
 def budgets(folder, checkpoint, cut, count):
     """Which recovery ranks structures as the final training will? `uniform` and walks of dice, each by several recoveries and by two final
-    trainings of ten epochs; on validation images, the accuracy and the final training's loss (16 KL to the baseline's outputs + 0.1 CE)."""
+    trainings of ten epochs; on validation images, the accuracy and the loss at temperature 4 (16 KL to the baseline's outputs + 0.1 CE)."""
     net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
     plan = partial(controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.01, cycle=True, temperature=2.0 if net.arch.startswith("resnet") else 4.0)
     plans = {"50 steps, MSE": controller.Plan(1, 0.02, True, 50), "200 steps, MSE": controller.Plan(1, 0.02, True, 200), "200 steps": plan(1, steps=200),
@@ -361,23 +361,24 @@ def seeds(folder, run, *numbers):
 
 
 class Exported:
-    """A net as `export` writes it and torch.export reads it."""
+    """A net as `export` writes it and torch.export reads it, for images as a user has them, channels first."""
 
     def __init__(self, net):
         with tempfile.TemporaryDirectory() as folder:
-            models.export(net, file := Path(folder) / "net.pt2", (0.0,) * net.channels, (1.0,) * net.channels, net.size)
+            models.export(net, file := Path(folder) / "net.pt2", (0.5,) * net.channels, (0.25,) * net.channels, net.size)
             self.run = torch.export.load(file).module()
 
     def eval(self):
         return self
 
     def __call__(self, x):
-        return self.run(x)
+        return self.run(x.contiguous())
 
 
 def small(folder, *checkpoints):
-    """How much of the MACs saved arrives as time: checkpoints beside their whole nets; without any, VGG-19 and ResNet-56 at half the
-    widths, untrained (hard-pruned; gated, all images choosing alike as a fresh gate does; gated, with choices that differ from image to image)."""
+    """How much of the MACs saved arrives as time, in PyTorch and in exported files: checkpoints beside their whole nets; without any, VGG-19
+    and ResNet-56 at half the widths, untrained (hard-pruned; gated, all images choosing alike as a fresh gate does; gated, with choices that
+    differ from image to image)."""
     torch.manual_seed(0)
     nets = {path: sep.load(path)[0] for path in checkpoints}
     for arch in () if checkpoints else ("vgg19", "resnet56"):
@@ -393,17 +394,17 @@ def small(folder, *checkpoints):
                                    mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
         times = {128: [controller.latency(n, images, 128) for n in pair]}
-        skips, several = "", list(pair)
+        skips, masked, files = "", [], [Exported(n) for n in pair]
         if net.gates:
             skips = f"{sep.tune(net, images.batch(torch.arange(32)))} gates skip, "
-            several.append(deepcopy(net).to(memory_format=torch.channels_last))
-            for gate in filter(None, several[-1].gates):
+            masked = [deepcopy(net).to(memory_format=torch.channels_last)]
+            for gate in filter(None, masked[0].gates):
                 gate.skip = False
-        times[1] = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in several] for _ in range(5)))]
-        if net.gates:
-            skips += f"all of them masked: {times[1].pop() * 1e3:.1f} ms; "
-        files = [Exported(n) for n in pair]
-        times |= {f"exported {batch}": [controller.latency(n, images, batch) for n in files] for batch in (1, 128)}
+        rounds = zip(*([controller.latency(n, images, 1) for n in (*pair, *files, *masked)] for _ in range(5)))
+        a, b, c, d, *rest = map(median, rounds)
+        skips += "".join(f"all of them masked: {v * 1e3:.1f} ms; " for v in rest)
+        times |= {1: (a, b), "1, exported": (c, d)}
+        times["128, exported"] = [controller.latency(n, images, 128) for n in files]
         told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in times.values()]
         sizes = []
         for n in pair:

@@ -331,7 +331,9 @@ def test_an_exported_net_runs_without_this_project(tmp_path, arch, gated):
     code = "import sys, torch; torch.save(torch.export.load('net.pt2').module()(torch.load('images')), 'logits'); assert 'models' not in sys.modules"
     if arch == "lenet5":  # once is enough
         subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
-    found = torch.load(tmp_path / "logits") if arch == "lenet5" else torch.export.load(tmp_path / "net.pt2").module()(images)
+    program = torch.export.load(tmp_path / "net.pt2")
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    found = torch.load(tmp_path / "logits") if arch == "lenet5" else program.module()(images)
     with torch.no_grad():
         assert torch.allclose(found, net((images - 0.4) / 0.2), atol=1e-3)
     assert not list(tmp_path.glob("*.part"))
@@ -342,7 +344,7 @@ def test_a_folded_net_computes_the_same_without_batch_norms(arch):
     net, x = lively(arch)
     for one in (net.eval(), sep.soften(net, some(net)).eval()):
         small = models.folded(one)
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules()) and small(x).equal(small(x))
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
         with torch.no_grad():
             assert (small(x) - one(x)).abs().max() < 1e-4
         assert one.prunable != small.prunable or arch == "lenet5"

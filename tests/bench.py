@@ -321,7 +321,7 @@ def budgets(folder, checkpoint, cut, count):
     """Which recovery ranks structures as the final training will? `uniform` and walks of dice, each by several recoveries and by two final
     trainings of ten epochs; on validation images, the accuracy and the loss at temperature 4 (16 KL to the baseline's outputs + 0.1 CE)."""
     net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
-    plan = partial(controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.01, cycle=True, temperature=2.0 if net.arch.startswith("resnet") else 4.0)
+    plan = partial(controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.005, cycle=True, temperature=4.0)
     plans = {"50 steps, MSE": controller.Plan(1, 0.02, True, 50), "200 steps, MSE": controller.Plan(1, 0.02, True, 200), "200 steps": plan(1, steps=200),
              "1 epoch": plan(1), "2 epochs": plan(2), "10 epochs": plan(10), "again": plan(10)}
 

@@ -183,6 +183,8 @@ class LeNet5(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         at = None
         for i in range(3):
+            if i == 2 and x.shape[2] * x.shape[3] * self.widths[1] != self.fc1.in_features:  # behind a gate no shape would tell
+                raise RuntimeError(f"this LeNet-5 takes images of {self.size} x {self.size} pixels")
             x, at = self.unit(i, x, at)
         return apply(self.fc2, x, at)
 
@@ -635,7 +637,7 @@ def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> fl
     """
     path = Path(path)
     part, onnx = part_of(path), path.suffix.lower() == ".onnx"
-    whole, small = (Whole(f(net).cpu().to(memory_format=torch.channels_last), mean, std).eval() for f in (deepcopy, folded))
+    whole, small = (Whole(f(net).cpu().to(memory_format=torch.channels_last), mean, std).eval().requires_grad_(False) for f in (deepcopy, folded))
     images = torch.rand(5, net.channels, size, size, generator=torch.Generator().manual_seed(0))
     check_size(net, size)
     expected = whole(images)
@@ -660,7 +662,7 @@ def export(net: Net, path: Path, mean, std, size: int, ready=lambda: None) -> fl
         ready()
         os.replace(part, path)
     except ImportError as e:
-        raise Failure(f".onnx needs {e.name}: pip install onnx onnxscript onnxruntime") from e
+        raise Failure(f".onnx needs {e.name or 'other packages'}: pip install onnx onnxscript onnxruntime") from e
     except (OSError, RuntimeError) as e:
         raise Failure(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e)[:200]}") from e
     finally:

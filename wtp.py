@@ -801,7 +801,7 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
         if where.type == "cpu":
             others = ", the others mask them" * (skips < len(chosen))
-            console().print(f"one image at a time, {skips} of {len(chosen)} gates skip the kernels they exclude{others}: what was faster here; "
+            console().print(f"one image at a time, {skips} of {len(chosen)} gates skip the kernels they exclude{others}, whichever is faster here; "
                             "prune --static and export --static make a plain small net of it", markup=False)
         console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
@@ -875,6 +875,7 @@ def made_static(gated, train, say):
     from controller import BATCH, Plan, Teacher, accuracy, chunks, fit, sgd
     from sep import harden
 
+    say(f"reads {len(train):,} training images, to choose kernels by them and to compare: up to some minutes on a CPU")
     plain, s = harden(gated, (train.batch(i) for i in chunks(train))), SCHEDULES["fast"]
     net = deepcopy(plain).to(memory_format=torch.channels_last)
     plan = Plan(1, s.lr, True, max(1, min(s.steps, len(train) // BATCH)))

@@ -334,6 +334,7 @@ def test_an_exported_net_runs_without_this_project(tmp_path, arch, gated):
     program = torch.export.load(tmp_path / "net.pt2")
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
     found = torch.load(tmp_path / "logits") if arch == "lenet5" else program.module()(images)
+    assert not found.requires_grad
     with torch.no_grad():
         assert torch.allclose(found, net((images - 0.4) / 0.2), atol=1e-3)
     assert not list(tmp_path.glob("*.part"))
@@ -360,6 +361,18 @@ def test_onnxruntime_runs_an_exported_net(tmp_path, gated):
     with torch.no_grad():
         for x in (images, images[:1]):
             assert abs(session.run(None, {"images": x.numpy()})[0] - net((x - 0.4) / 0.2).numpy()).max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [16, 20, 24, 32])
+def test_a_gated_lenet_refuses_images_of_another_size_as_a_plain_one_does(tmp_path, size):
+    net, _ = lively("lenet5")
+    for one in (net.eval(), sep.soften(net, some(net)).eval()):
+        for count in (1, 2):
+            with pytest.raises(RuntimeError), torch.no_grad():
+                one(torch.rand(count, 1, size, size))
+        with pytest.raises(Failure, match=f"cannot take images of {size} x {size}") as e:
+            models.export(one, tmp_path / "a.pt2", [0.5], [0.5], size)
+        assert e.value.status == 2 and not list(tmp_path.iterdir())
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -393,24 +393,22 @@ def small(folder, *checkpoints):
         images = controller.Images(torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8), torch.zeros(128),
                                    mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
-        times = {128: [controller.latency(n, images, 128) for n in pair]}
-        skips, masked, files = "", [], [Exported(n) for n in pair]
+        files, masked, skips = [Exported(n) for n in pair], [], ""
+        many = [controller.latency(n, images, 128) for n in (*pair, *files)]
         if net.gates:
             skips = f"{sep.tune(net, images.batch(torch.arange(32)))} gates skip, "
             masked = [deepcopy(net).to(memory_format=torch.channels_last)]
             for gate in filter(None, masked[0].gates):
                 gate.skip = False
-        rounds = zip(*([controller.latency(n, images, 1) for n in (*pair, *files, *masked)] for _ in range(5)))
-        a, b, c, d, *rest = map(median, rounds)
-        skips += "".join(f"all of them masked: {v * 1e3:.1f} ms; " for v in rest)
-        times |= {1: (a, b), "1, exported": (c, d)}
-        times["128, exported"] = [controller.latency(n, images, 128) for n in files]
-        told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in times.values()]
+        one = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in (*pair, *files, *masked)] for _ in range(5)))]
+        if masked:
+            skips += f"all of them masked: {one[4] * 1e3:.1f} ms; "
+        told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in (one[:2], many[:2], one[2:4], many[2:])]
         sizes = []
         for n in pair:
             torch.save(n.state_dict(), file := io.BytesIO())
             sizes.append(file.tell())
-        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[1]}; {skips}{told[0]}; exported {told[2]}; {told[3]}; "
+        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[0]}; {skips}{told[1]}; exported {told[2]}; {told[3]}; "
               f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)", flush=True)
 
 

@@ -57,6 +57,7 @@ class Net(nn.Module):
         self.arch, self.widths, self.classes, self.channels, self.size = arch, tuple(widths), classes, channels, size
         self.prunable: list[Prunable] = []
         self.gates: nn.ModuleList | None = None
+        self.quick: list | None = None  # how `unit` runs each prunable layer on single images (sep.py), of a net that does nothing else
 
     def unit(self, i: int, x: torch.Tensor, at: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """relu(norm(layer(x))) of prunable layer i, pooled where it pools, and which channels those are.
@@ -64,6 +65,8 @@ class Net(nn.Module):
         (B, C_in, H, W) -> (B, C, H', W'), None; a gate leaves out channels that no image of the batch uses and returns the
         indices of the others, the next layer's `at`: the channels that its x holds.
         """
+        if self.quick is not None:
+            return self.quick[i](x, at)
         p, gate = self.prunable[i], None if self.gates is None else self.gates[i]
         layer, norm = attrgetter(p.layer)(self), attrgetter(p.norm)(self) if p.norm else None  # an eighth of get_submodule's time
         if gate is not None:
@@ -102,61 +105,52 @@ def parts(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: to
     return part(layer.weight, reads, inputs, outputs), bias
 
 
-class Fleeting:
-    """A value that no copy of its owner takes along."""
+class Kernels:
+    """A convolution or linear layer as it computes one image on a CPU, for inference alone: the kernels from chosen inputs to chosen
+    outputs, gathered, and kept while the same are chosen (the very same tensors of indices). No module: a module's call takes as long
+    as a small operator."""
 
-    def __init__(self, value=None):
-        self.value = value
+    def __init__(self, layer: nn.Conv2d | nn.Linear):
+        self.whole, self.bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        self.places = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else None
+        self.ready(False)
 
-    def __reduce__(self):
-        return Fleeting, ()
+    def ready(self, gathers: bool) -> None:
+        """Forget what was kept; kernels that are to be gathered lie together."""
+        self.weight, self.last = self.whole.contiguous() if gathers else self.whole, None
 
-
-def stamp(layer: nn.Module) -> tuple:
-    """Another one when the layer's weights have changed, or lie elsewhere; for who holds them, so that nothing else comes to lie there."""
-    weight, bias = layer.weight, layer.bias  # looked up once: a module's attributes take as long as a small operator
-    try:
-        return (weight.data_ptr(), weight._version) if bias is None else (weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
-    except RuntimeError:  # tensors made in inference mode do not count their changes
-        return (weight.data_ptr(),)
-
-
-def kept(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`parts`, kept at the layer for who comes with the very same tensors of indices, as long as its weights are the same;
-    from then on channels-last, which computes faster but takes as long to make as to gather."""
-    true, last = stamp(layer), getattr(layer.__dict__.get("last"), "value", None)
-    if not last or last[0] is not inputs or last[1] is not outputs or last[2] != true:
-        weight, bias = parts(layer, reads, inputs, outputs)
-    else:
-        weight, bias = last[3]
-        if weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last):
-            return weight, bias
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    layer.last = Fleeting((inputs, outputs, true, (weight, bias), layer.weight.detach()))
-    return weight, bias
+    def __call__(self, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, C_in', H, W) -> (1, C', H', W'); of a linear layer (1, C_in', ...) -> (1, C')."""
+        last = self.last
+        if last is None or last[0] is not inputs or last[1] is not outputs:
+            self.last = last = [inputs, outputs, *parts(self, x.numel() if self.places is None else x.shape[1], inputs, outputs), self.places is not None]
+            x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 and last[2] is self.whole else torch.contiguous_format)
+        elif last[4]:  # met again: as they compute the fastest from now on, which takes as long to make as to gather
+            last[2], last[4] = last[2].contiguous(memory_format=torch.channels_last), False
+        weight, bias = last[2], last[3]
+        if self.places is None:
+            return torch.addmv(bias, weight, x.flatten())[None]
+        return torch.conv2d(x, weight, bias, *self.places)
 
 
 def apply(layer: nn.Module, x: torch.Tensor, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> torch.Tensor:
     """layer(x) of a convolution or linear layer, where x holds its channels `inputs` alone, for the channels `outputs` alone
     (indices; None: all of them)."""
+    if isinstance(layer, Kernels):
+        return layer(x, inputs, outputs)
     linear, whole = isinstance(layer, nn.Linear), inputs is None and outputs is None
     x = x.flatten(1) if linear and x.dim() > 2 else x
     if linear and whole:
         return layer(x)
-    alone = not (whole or layer.training or torch.is_grad_enabled()) and x.shape[0] == 1
-    weight, bias = (kept if alone else parts)(layer, x.shape[1], inputs, outputs)
+    weight, bias = parts(layer, x.shape[1], inputs, outputs)
     if linear:
         return F.linear(x, weight, bias)
-    h, w = x.shape[2:]
-    small = max(h, w) <= 4 and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1)) and not x.is_cuda
-    if small and alone and max(h, w) <= 2 and not weight.is_contiguous(memory_format=torch.channels_last):
-        # a single image of 2 x 2 places: PyTorch's own convolution takes five times as long as the matrix product of the unfolded image
-        y = F.linear(F.unfold(x, 3, padding=1)[0].t(), weight.flatten(1), bias)
-        return y.t().reshape(1, -1, h, w)
+    small = max(x.shape[2:]) <= 4 and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1)) and not x.is_cuda
     if not small or not (layer.training and torch.is_autocast_enabled("cpu")):
         return layer(x) if whole else F.conv2d(x, weight, bias, layer.stride, layer.padding)
     # in bfloat16 training on a CPU, small maps as one matrix product of the nine shifted maps: there oneDNN's convolutions, most
     # of all the weights' gradient, take up to twice the time (float32 ones do not)
+    h, w = x.shape[2:]
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     shifted = torch.cat([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], 3)  # (B, H, W, 9 C_in)
     return F.linear(shifted, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
@@ -183,7 +177,7 @@ class LeNet5(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         at = None
         for i in range(3):
-            if i == 2 and x.shape[2] * x.shape[3] * self.widths[1] != self.fc1.in_features:  # behind a gate no shape would tell
+            if i == 2 and x.shape[2] * x.shape[3] * self.widths[1] != self.fc1.weight.shape[1]:  # behind a gate no shape would tell
                 raise RuntimeError(f"this LeNet-5 takes images of {self.size} x {self.size} pixels")
             x, at = self.unit(i, x, at)
         return apply(self.fc2, x, at)
@@ -224,7 +218,7 @@ class VGG(Net):
             x, at = self.unit(i, x, at)
             if i == self.convs - 1:
                 x = F.adaptive_avg_pool2d(x, self.side)  # 1 x 1 already at 32 x 32 pixels
-        return apply(self.get_submodule(self.prunable[-1].next), x, at)
+        return apply(attrgetter(self.prunable[-1].next)(self), x, at)
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import Fleeting, Net
+from models import Net
 
 REDUCTION, LEAST = 16, 4  # ours: the bottleneck of a gate is C_in / 16 as in SENet, at least 4
 SPREAD = 1.0  # ours: a fresh gate's logits lie in [-SPREAD, SPREAD], in the order of importance
@@ -33,8 +33,6 @@ class Gate(nn.Module):
         nn.init.zeros_(self.excite.weight)
         nn.init.zeros_(self.excite.bias)
         self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
-        self.skip = True  # of a single image's kernels, compute only the chosen ones; else all of them, masked
-        self.fixed, self.last = Fleeting(), Fleeting()  # for single images: what does not change; what the last one chose, as the next one often does
         self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
 
     @torch.no_grad()
@@ -72,9 +70,6 @@ class Gate(nn.Module):
 
         x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
         """
-        plain = self.training or x.device.type != "cpu" or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type)
-        if not plain and x.shape[0] == 1 and self.used is None and not torch.is_grad_enabled():
-            return self.alone(x, at, layer, norm, pool)
         with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
             kind = self.squeeze.weight.dtype
@@ -87,41 +82,49 @@ class Gate(nn.Module):
         y = models.activate(y, pool)
         return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
 
-    def alone(self, x, at, layer, norm, pool: bool):
-        """forward for a single image on a CPU, to the same result by few and cheap operators: they take longer than many a layer."""
-        if at is not None and not self.skip:  # gathering inputs alone takes longer than computing them all
-            x, at = x.new_zeros(1, self.squeeze.in_features, *x.shape[2:]).index_copy_(1, at, x), None
-        places = x.reshape(x.shape[1], -1)  # (C_in', H W)
-        true, fixed, last = (layer.weight.data_ptr(), places.shape[1], self.skip, self.keep), self.fixed.value, self.last.value
-        if fixed is None or fixed[0] != true or fixed[1] != [v._version for v in fixed[2]]:
-            watched = self.unit, layer.weight.detach(), *(norm.state_dict(keep_vars=True).values() if norm is not None else ())
-            watched = [v for v in watched if not v.is_inference()]
-            zero, one = torch.zeros_like(self.unit), torch.ones_like(self.unit)
-            normal = (zero, one, one, zero) if norm is None else (norm.running_mean, norm.running_var + norm.eps, norm.weight, norm.bias)
-            share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=x.dtype)
-            fixed = true, [v._version for v in watched], watched, share, 1 / self.unit, *normal[:2], *(self.keep * v for v in normal[2:])
-            self.fixed = Fleeting(fixed)
-        share, *vectors = fixed[3:]
-        squeeze = self.squeeze.weight if at is None else models.kept(self.squeeze, len(at), at, None)[0]
-        hidden = torch.relu(torch.addmv(self.squeeze.bias, squeeze, torch.mv(places, share)))
-        logits = torch.addmv(self.excite.bias, self.excite.weight, hidden)
-        chosen = sorted(logits.topk(self.keep, sorted=False).indices.tolist())  # sooner than a tensor of them is sorted
-        if last is None or last[0] is not fixed or last[1] != chosen:
-            picked, (unit, *normal) = torch.tensor(chosen), vectors
-            if self.skip:
-                last = fixed, chosen, picked, *(v.index_select(0, picked) for v in vectors)
-            else:
-                last = fixed, chosen, None, unit * torch.zeros_like(unit).index_fill_(0, picked, 1), *normal
-            self.last = Fleeting(last)
-        outputs, unit, mean, var, weight, bias = last[2:]  # the same tensor for the same choice: by it layers know the kernels gathered before
-        s = torch.sigmoid(logits if outputs is None else logits.index_select(0, outputs)) * unit
-        s = s / s.sum()
-        y = F.batch_norm(models.apply(layer, x, at, outputs), mean, var, weight * s, bias * s, eps=0.0)
-        return models.activate(y, pool), outputs  # s is not negative: it commutes with pooling and relu
 
-    def train(self, mode: bool = True):
-        self.fixed, self.last = Fleeting(), Fleeting()  # weights may change now
-        return super().train(mode)
+class Single:
+    """A prunable layer with its gate as it runs on one image on a CPU, to the same result by few and cheap operators: they take longer than
+    many a layer."""
+
+    def __init__(self, layer: models.Kernels, pool: bool, gate: Gate | None):
+        self.layer, self.pool, self.gated, self.skip, self.share = layer, pool, gate is not None, False, None
+        if gate is not None:
+            self.keep, self.factor, self.even = gate.keep, 1 / gate.unit, torch.full_like(gate.unit[: gate.keep], 1 / gate.keep)
+            self.squeeze, self.excite = ((m.bias.detach(), m.weight.detach()) for m in (gate.squeeze, gate.excite))
+            self.ready(True)
+
+    def ready(self, skip: bool) -> None:
+        """From now on compute only the chosen kernels, or all of them, masked."""
+        self.skip, self.read, self.last = skip, (None, self.squeeze[1]), (None,)  # and forget what the image before read and chose
+
+    def __call__(self, x: torch.Tensor, at: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What Net.unit says of one image."""
+        if not self.gated:
+            return models.activate(self.layer(x, at), self.pool), None
+        if at is not None and not self.skip:  # gathering inputs alone takes longer than computing them all
+            x, at = x.new_zeros(1, self.squeeze[1].shape[1], *x.shape[2:]).index_copy_(1, at, x), None
+        places = x.reshape(x.shape[1], -1)  # (C_in', H W)
+        if self.share is None or len(self.share) != places.shape[1]:
+            self.share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=x.dtype)
+        if self.read[0] is not at:
+            self.read = at, self.squeeze[1].index_select(1, at)
+        logits = torch.addmv(*self.excite, torch.addmv(self.squeeze[0], self.read[1], torch.mv(places, self.share)).relu_())
+        picked = logits.topk(self.keep, sorted=False).indices
+        if self.skip:
+            chosen = sorted(picked.tolist())
+            if chosen != self.last[0]:
+                outputs = picked.sort().values
+                self.last = chosen, outputs, self.factor.index_select(0, outputs)
+            _, picked, factor = self.last  # the same tensor for the same choice: by it layers know the kernels gathered before
+        else:
+            factor = self.factor.index_select(0, picked)
+        s = torch.sigmoid(logits.index_select(0, picked)).mul_(factor)
+        s = s.div_(torch.dot(s, self.even))
+        outputs, s = (picked, s) if self.skip else (None, torch.zeros_like(logits).index_copy_(0, picked, s))
+        y = self.layer(x, at, outputs)
+        y = (torch.max_pool2d(y, 2) if self.pool else y).relu_()
+        return y.mul_(s if y.dim() == 2 else s.view(-1, 1, 1)), outputs
 
 
 def gather(used: torch.Tensor) -> torch.Tensor | None:
@@ -160,47 +163,74 @@ def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
     return out
 
 
+def same(y):
+    return y
+
+
+class Tuned(nn.Module):
+    """A net for inference alone on a CPU: `many` reads batches, `one` single images."""
+
+    def __init__(self, many: Net, one: Net):
+        super().__init__()
+        self.many, self.one = many, one
+
+    @property
+    def skips(self) -> int:
+        """How many gates skip the kernels that they exclude; the others mask them."""
+        return sum(s.skip for s in self.one.quick)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.one if len(x) == 1 else self.many)(x)
+
+
 @torch.no_grad()
-def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> int:
-    """Ready `net`, in place, to run one image at a time on this CPU: a gate skips the kernels that it excludes where that is
-    measured to be faster than masking them. x (N, C, H, W) are such images. Returns how many gates skip. Raises Failure.
+def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> Tuned:
+    """A copy of `net` for inference on this CPU, batch norms folded, that is quick at one image at a time: a gate skips the kernels that
+    it excludes where that is measured to be faster than masking them. x (N, C, H, W) are such images. Raises Failure.
 
     What a layer takes hangs on its own gate and the one before (are its inputs gathered, too?): all four are measured, and the
     quickest of all combinations is found along the chain.
     """
-    if x.dim() != 4 or not len(x):
-        raise models.Failure(f"tune needs images (N, C, H, W), at least one, not {tuple(x.shape)}")
-    net.eval()
-    gates, begins = [(p, g) for p, g in zip(net.prunable, net.gates or ()) if g is not None], []
-    own = {p.layer for p, _ in gates}
-    layers = [[net.get_submodule(k) for k in {p.layer, *({p.next} - own)}] for p, _ in gates]
-    times = [{} for _ in gates]  # (does the gate before skip, does this one): seconds until the next one begins
+    if x.dim() != 4 or not len(x) or x.device.type != "cpu":
+        raise models.Failure(f"tune needs images (N, C, H, W) on the CPU, at least one, not {tuple(x.shape)} on {x.device.type}")
+    many = models.folded(net).to(memory_format=torch.channels_last).requires_grad_(False)
+    one = deepcopy(many, {id(v): v for v in (*many.parameters(), *many.buffers())})  # of the same weights
+    gates, kernels, one.gates = one.gates or [None] * len(one.prunable), {}, None
+    for name, layer in list(one.named_modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Identity):
+            parent, _, own = name.rpartition(".")
+            kernels[name] = same if isinstance(layer, nn.Identity) else models.Kernels(layer)
+            delattr(one.get_submodule(parent), own)
+            setattr(one.get_submodule(parent), own, kernels[name])
+    singles = [Single(kernels[p.layer], p.pool, g) for p, g in zip(one.prunable, gates)]
+    gated = [(s, p) for s, p in zip(singles, one.prunable) if s.gated]
+    own = {p.layer for _, p in gated}
+    parts = [(s, *(kernels[k] for k in {p.layer, *({p.next} - own)})) for s, p in gated]
+    times, begins = [{} for _ in gated], []  # (does the gate before skip, does this one): seconds until the next one begins
 
     def ready(skips):
-        for (_, gate), several, skip in zip(gates, layers, skips):
-            gate.skip = skip
-            for layer in several:  # kernels lie together for gathering, else as they compute the fastest
-                layer.to(memory_format=torch.contiguous_format if skip else torch.channels_last)
+        for several, skip in zip(parts, skips):
+            for m in several:
+                m.ready(skip)
 
-    hooks = [g.register_forward_pre_hook(lambda *_: begins.append(time.perf_counter())) for _, g in gates]
-    try:
-        for pair in list(product((True, False), repeat=2)) * 3:
-            ready([pair[i % 2] for i in range(len(gates))])
-            for n in range(rounds + 2):
-                begins.clear()
-                net(x[n % len(x)][None])
-                begins.append(time.perf_counter())
-                for i, took in enumerate(b - a for a, b in pairwise(begins)):
-                    if n > 1:
-                        times[i].setdefault((pair[(i - 1) % 2], pair[i % 2]), []).append(took)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    timed = lambda single: lambda x, at: begins.append(time.perf_counter()) or single(x, at)
+    one.quick = [timed(s) if s.gated else s for s in singles]
+    for pair in list(product((True, False), repeat=2)) * 3:
+        ready([pair[i % 2] for i in range(len(gated))])
+        for n in range(rounds + 2):
+            begins.clear()
+            one(x[n % len(x)][None])
+            begins.append(time.perf_counter())
+            for i, took in enumerate(b - a for a, b in pairwise(begins)):
+                if n > 1:
+                    times[i].setdefault((pair[(i - 1) % 2], pair[i % 2]), []).append(took)
     best = {True: (0.0, []), False: (0.0, [])}  # by what the last gate does: seconds so far, what each gate does
     for took in times:
         best = {skip: min((sum_ + median(took[before, skip]), [*skips, skip]) for before, (sum_, skips) in best.items()) for skip in best}
     ready(min(best.values())[1])
-    return sum(g.skip for _, g in gates)
+    one.quick = singles
+    return Tuned(many, one)
 
 
 def attach(net: Net, keeps) -> None:

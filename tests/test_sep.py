@@ -1,5 +1,4 @@
 import random
-import re
 from copy import deepcopy
 from itertools import product
 
@@ -138,15 +137,19 @@ def test_macs_are_what_runs_with_the_gates(monkeypatch):
     for p in net.prunable:  # no channel is dead
         torch.nn.init.constant_(net.get_submodule(p.norm).weight, 0.01)
         torch.nn.init.constant_(net.get_submodule(p.norm).bias, 1)
-    structure = tuple(w // 2 for w in net.widths)
+    structure, flops = tuple(w // 2 for w in net.widths), []
     soft = sep.soften(net, structure).eval()
     monkeypatch.setattr(sep, "GRAIN", 1)
     gates = {torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1]}  # these are not in its own list
-    with FlopCounterMode(display=False, custom_mapping=gates) as counter, torch.no_grad():
-        soft(x[:1])
+    fast = sep.tune(soft, x[:1], rounds=1)
+    run(fast, [True])
+    for one in (soft, fast):
+        with FlopCounterMode(display=False, custom_mapping=gates) as counter, torch.no_grad():
+            one(x[:1])
+        flops.append(counter.get_total_flops() / 2)
     # at batch 1 the gathered net runs only the kernels it keeps, and the squeezes read no excluded channel, where MACs count them whole
     unread = sum(g.squeeze.out_features * (g.squeeze.in_features - k) for g, k in zip(list(soft.gates)[1:], structure) if g is not None)
-    assert counter.get_total_flops() / 2 == sep.macs(soft) - unread
+    assert flops == [sep.macs(soft) - unread] * 2
     assert sep.macs(soft) == sep.macs(net, structure)
     assert sep.macs(soft) - models.macs(net, structure) == sum(max(4, i // 16) * (i + o) for i, o in zip((3, *net.widths), net.widths))
     assert sep.macs(net) == sep.macs(net, net.widths) == models.macs(net)
@@ -198,21 +201,40 @@ def test_the_kernels_chosen_most_often_stay():
     assert small.widths == net.structure
 
 
+def run(fast, skips):
+    """Of a tuned net, let the gates skip or mask as `skips` says, over and over."""
+    gated = [single for single in fast.one.quick if single.gated]
+    for i, single in enumerate(gated):
+        single.ready(skips[i % len(skips)])
+    return gated
+
+
 @pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
 def test_one_image_at_a_time_skips_kernels_and_says_the_same(arch):
     net, x = gated(arch)
+    fast = sep.tune(net, x[:1], rounds=1)
+    assert 0 <= fast.skips <= len(net.gates)
     with torch.no_grad():
-        masked = net(x)  # four images: most kernels are used by one of them
-        assert 0 <= sep.tune(net, x[:1], rounds=1) <= len(net.gates)
-        counts = []
+        right, counts = net(x), []
+        assert (fast(x) - right).abs().max() < 1e-5 * right.abs().max()
         for skips in ((True,), (False,), (True, False), (False, True)):
-            for i, gate in enumerate(filter(None, net.gates)):
-                gate.skip = skips[i % len(skips)]
+            run(fast, skips)
             with FlopCounterMode(display=False) as counter:
-                found = torch.cat([net(image) for image in x.split(1)])
+                found = torch.cat([fast(image) for image in x.split(1)])
             counts.append(counter.get_total_flops())
-            assert (found - masked).abs().max() < 1e-4 * masked.abs().max()
+            assert (found - right).abs().max() < 1e-4 * right.abs().max()
+            again = torch.cat([fast(image) for image in x.repeat_interleave(3, 0).split(1)])  # choices met again, for as many images
+            assert (again - right.repeat_interleave(3, 0)).abs().max() < 1e-4 * right.abs().max()
     assert counts[0] < (0.95 if arch == "lenet5" else 0.8) * counts[1]  # conv1 + fc1 of LeNet-5 are gated, conv2 keeps all outputs
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_a_plain_net_is_tuned_too(arch):
+    net, x = lively(arch)
+    fast = sep.tune(net, x)
+    assert fast.skips == 0 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.modules())
+    for found in (fast(x), torch.cat([fast(image) for image in x.split(1)]), torch.cat([fast(image) for image in x.split(1)])):
+        assert not found.requires_grad and (found - net(x)).abs().max() < 1e-4 * net(x).abs().max()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -221,90 +243,50 @@ def test_the_quickest_combination_of_gates_that_skip_and_gates_that_mask_is_foun
     net, rng = sep.soften(net, (10, 25, 250)), random.Random(seed)
     times = [{(before, own): rng.randint(1, 9) for before in (True, False) for own in (True, False)} for _ in net.gates]
     times[0] |= {(False, own): times[0][True, own] for own in (True, False)}  # nothing is before the first one
-    clock, forward = [0.0], sep.Gate.forward
+    clock, call, singles, made = [0.0], sep.Single.__call__, [], sep.Single.__init__
 
     def slow(self, *a):
-        i = list(net.gates).index(self)
-        clock[0] += times[i][net.gates[max(0, i - 1)].skip, self.skip]
-        return forward(self, *a)
+        i = singles.index(self)
+        clock[0] += times[i][singles[max(0, i - 1)].skip, self.skip]
+        return call(self, *a)
 
-    monkeypatch.setattr(sep.Gate, "forward", slow)
+    monkeypatch.setattr(sep.Single, "__init__", lambda self, *a: singles.append(self) or made(self, *a))
+    monkeypatch.setattr(sep.Single, "__call__", slow)
     monkeypatch.setattr(sep.time, "perf_counter", lambda: clock[0])
     cost = lambda skips: sum(t[before, own] for t, before, own in zip(times, (True, *skips), skips))
     best = min(product((True, False), repeat=3), key=cost)
-    assert sep.tune(net, x, rounds=1) == sum(g.skip for g in net.gates)
-    assert cost(tuple(g.skip for g in net.gates)) == cost(best)
+    fast = sep.tune(net, x, rounds=1)
+    assert fast.one.quick == singles and fast.skips == sum(s.skip for s in singles)
+    assert cost(tuple(s.skip for s in singles)) == cost(best)
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "resnet20"])
-def test_a_choice_met_again_takes_the_kernels_gathered_before_while_they_are_true(arch):
+def test_a_choice_met_again_takes_the_kernels_gathered_before(arch, monkeypatch):
     net, x = gated(arch)
-    with torch.no_grad():
-        for n in (0, 1, 1, 0, 2, 2):
-            assert torch.allclose(net(x[n : n + 1]), net(x)[n : n + 1], atol=1e-4)
-        readers = [net.get_submodule(name) for p, g in zip(net.prunable, net.gates) if g for name in (p.layer, p.next)] + [g.squeeze for g in net.gates if g]
-        kept = [m.last.value[3][0] for m in readers if hasattr(m, "last")]
-        net(x[2:3])
-        assert kept and all(m.last.value[3][0] is k for m, k in zip([m for m in readers if hasattr(m, "last")], kept))
-        for p in net.prunable:
-            net.get_submodule(p.layer).weight.mul_(1.5)
-        assert torch.allclose(net(x[2:3]), net(x)[2:3], atol=1e-3)
-    for _ in range(2):  # and a gradient is none of an image before
-        deepcopy(net)(x[2:3]).sum().backward()
-        net(x[2:3]).sum().backward()
+    fast = sep.tune(net, x, rounds=1)
+    gates, gathered, parts = run(fast, [True]), [], models.parts
+    monkeypatch.setattr(models, "parts", lambda *a: gathered.append(a) or parts(*a))
+    counts = []
+    for n in (0, 1, 1, 1, 0, 2, 2):
+        gathered.clear()
+        assert torch.allclose(fast(x[n : n + 1]), net(x)[n : n + 1], atol=1e-4)
+        counts.append(sum(a[2] is not None or a[3] is not None for a in gathered if isinstance(a[0], models.Kernels)))
+    assert all(counts[i] == 0 for i in (2, 3, 6)) and all(counts[i] > 0 for i in (1, 4, 5)) and len(gates) > 1
 
 
-def norms(net):
-    return {k: v for k, v in net.state_dict().items() if re.search(r"bn\d\.", k)}
-
-
-CHANGES = {
-    "gate.start": lambda net, x: net.gates[0].start(torch.rand(len(net.gates[0].unit))),
-    "gate.keep": lambda net, x: setattr(net.gates[0], "keep", net.gates[0].keep // 2),
-    "mean": lambda net, x: net.layer1[0].bn1.running_mean.add_(0.5),
-    "norm": lambda net, x: net.layer1[0].bn1.weight.mul_(2),
-    "norms loaded": lambda net, x: net.load_state_dict({k: v + 0.3 for k, v in norms(net).items()}, strict=False),
-    "norms trained": lambda net, x: [net.layer1[0].bn1.train()(torch.rand(8, len(net.layer1[0].bn1.weight), 4, 4)), net.layer1[0].bn1.eval()],
-    "copied, changed": lambda net, x: deepcopy(net),
-    "weights": lambda net, x: net.layer1[0].conv1.weight.mul_(2),
-    "new weights": lambda net, x: [setattr(net.layer1[0].conv1, "weight", torch.nn.Parameter(torch.rand_like(net.layer1[0].conv1.weight))) for _ in range(2)],
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_a_single_image_left_behind_is_forgotten_where_it_is_true_no_more(change):
+def test_a_tuned_net_is_a_copy():
     net, x = gated("resnet20")
-    with torch.no_grad():
-        net(x[:1]), net(x[:1])
-        before = net(x)[:1]
-        found = CHANGES[change](net, x)
-        if isinstance(found, models.Net):
-            net = found
-            net.layer1[0].conv1.weight.mul_(2)
-        after = net(x)[:1]
-        assert (after - before).abs().max() > 1e-3 * before.abs().max()
-        assert (net(x[:1]) - after).abs().max() < 1e-4 * after.abs().max()
-
-
-def test_a_net_softened_again_and_again_keeps_nothing_of_the_nets_before():
-    for seed in range(4):
-        net, x = gated("resnet20")
-        with torch.no_grad():
-            for share in (0.4, 0.3):
-                net(x[:1])
-                net = sep.soften(net, tuple(min(k, max(1, int(share * w))) for k, w in zip(net.structure, net.widths)))
-                assert all(g.fixed.value is g.last.value is None for g in net.gates if g)
-                net = net.to(memory_format=torch.channels_last if seed % 2 else torch.contiguous_format)
-            assert (net(x[:1]) - net(x)[:1]).abs().max() < 1e-4 * net(x).abs().max()
-
-
-def test_biases_count_as_weights_do():
-    net, x = gated("lenet5")
-    with torch.no_grad():
-        net(x[:1]), net(x[:1])
-        for m in (net.conv1, net.conv2, net.fc1):
-            m.bias.add_(1)
-        assert (net(x[:1]) - net(x)[:1]).abs().max() < 1e-4 * net(x).abs().max()
+    fast, before = sep.tune(net, x, rounds=1), net(x)
+    copied = deepcopy(fast)
+    for p in net.parameters():
+        p.data.mul_(1.1)
+    assert (net(x) - before).abs().max() > 1e-3 * before.abs().max()
+    run(fast, [True]), run(copied, [False])
+    assert fast.skips == len(fast.one.quick) - sum(g is None for g in net.gates) and copied.skips == 0
+    for tuned in (fast, copied):
+        assert (torch.cat([tuned(image) for image in x.split(1)]) - before).abs().max() < 1e-4 * before.abs().max()
+    assert net.quick is None and not any(hasattr(m, "last") for m in net.modules())
+    net(x[:1]).sum().backward()  # and what is tuned can still be trained
 
 
 def test_a_net_loaded_in_inference_mode_reads_a_single_image(tmp_path):
@@ -312,8 +294,9 @@ def test_a_net_loaded_in_inference_mode_reads_a_single_image(tmp_path):
     models.save(tmp_path / "net.pt", net, {})
     with torch.inference_mode():
         again = sep.load(tmp_path / "net.pt")[0].eval()
-        for _ in range(2):
-            assert (again(x[:1]) - again(x)[:1]).abs().max() < 1e-4 * again(x).abs().max()
+        for one in (again, sep.tune(again, x, rounds=1)):
+            for _ in range(2):
+                assert (one(x[:1]) - again(x)[:1]).abs().max() < 1e-4 * again(x).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -323,18 +306,18 @@ def test_a_gated_net_computes_in_other_precisions(arch, dtype):
     net = sep.soften(net, some(net)).eval()
     with torch.no_grad():
         right, net, x = net(x), net.to(dtype), x.to(dtype)
-        for found in (net(x), torch.cat([net(image) for image in x.split(1)])):
+        fast = sep.tune(net, x, rounds=1)
+        for found in (net(x), *(torch.cat([one(image) for image in x.split(1)]) for one in (net, fast))):
             assert found.dtype == dtype and (found - right).abs().max() < (1e-5 if dtype == torch.float64 else 0.1) * right.abs().max()
 
 
-def test_tune_leaves_no_hooks_where_it_fails():
+def test_tune_refuses_what_are_no_images():
     net, x = gated("resnet20")
     with pytest.raises(RuntimeError):
         sep.tune(net, x[:, :2])
     for wrong in (x[:0], x[0]):
         with pytest.raises(models.Failure, match="at least one"):
             sep.tune(net, wrong)
-    assert not any(g._forward_pre_hooks for g in net.gates if g)
 
 
 @pytest.mark.gpu

@@ -74,11 +74,12 @@ class Gate(nn.Module):
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
             kind = self.squeeze.weight.dtype
             scale = self.scale(x.permute(0, 2, 3, 1).mean((1, 2), dtype=kind) if x.dim() == 4 else x.to(kind), at)
-        outputs = None if x.is_cuda or torch.compiler.is_exporting() else gather(scale != 0)
+        masks = x.is_cuda or torch.compiler.is_exporting() or len(x) == 1  # to gather kernels for one image alone takes longer than it saves
+        outputs = None if masks else gather(scale != 0)
         scale = scale if outputs is None else scale.index_select(1, outputs)
         y = models.apply(layer, x, at, outputs)
         if norm is not None:
-            y = masked_norm(y, (scale.detach() != 0).float(), norm, outputs)
+            y = norm(y) if outputs is None and not norm.training else masked_norm(y, (scale.detach() != 0).float(), norm, outputs)
         y = models.activate(y, pool)
         return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
 

@@ -376,9 +376,9 @@ class Exported:
 
 
 def small(folder, *checkpoints):
-    """How much of the MACs saved arrives as time, in PyTorch and in exported files: checkpoints beside their whole nets; without any, VGG-19
-    and ResNet-56 at half the widths, untrained (hard-pruned; gated, all images choosing alike as a fresh gate does; gated, with choices that
-    differ from image to image)."""
+    """How much of the MACs saved arrives as time, in PyTorch, tuned, and in exported files: checkpoints beside their whole nets; without any,
+    VGG-19 and ResNet-56 at half the widths, untrained (hard-pruned; gated, all images choosing alike as a fresh gate does; gated, with
+    choices that differ from image to image)."""
     torch.manual_seed(0)
     nets = {path: sep.load(path)[0] for path in checkpoints}
     for arch in () if checkpoints else ("vgg19", "resnet56"):
@@ -387,29 +387,28 @@ def small(folder, *checkpoints):
         nets |= {f"{arch} hard": models.prune(whole, half), f"{arch} gated alike": sep.soften(whole, half), f"{arch} gated": sep.soften(whole, half)}
         for gate in nets[f"{arch} gated"].gates:
             torch.nn.init.normal_(gate.excite.weight, 0, 2)
-    print(f"ratios to the whole net, {torch.get_num_threads()} threads: MACs; time of 1 image, of 128, medians; of the exported net; bytes of the state dict")
+    print(f"{torch.get_num_threads()} threads, medians, ratios to the whole net: MACs; time of 1 image, both nets as PyTorch runs them, the small one "
+          "tuned, both tuned; of 128 images; of the exported nets; bytes of the state dict")
+    ratio = lambda a, b: f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)"
     for name, net in nets.items():
         whole = models.like(net, models.default_widths(net.arch))
         images = controller.Images(torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8), torch.zeros(128),
                                    mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
-        files, masked, skips = [Exported(n) for n in pair], [], ""
+        files, tuned, skips = [Exported(n) for n in pair], [sep.tune(n, images.batch(torch.arange(32))) for n in pair], ""
         many = [controller.latency(n, images, 128) for n in (*pair, *files)]
-        if net.gates:
-            skips = f"{sep.tune(net, images.batch(torch.arange(32)))} gates skip, "
-            masked = [deepcopy(net).to(memory_format=torch.channels_last)]
-            for gate in filter(None, masked[0].gates):
-                gate.skip = False
-        one = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in (*pair, *files, *masked)] for _ in range(5)))]
+        masked = [deepcopy(tuned[1])] * bool(net.gates)
+        for single in (s for n in masked for s in n.one.quick if s.gated):
+            single.ready(False)
+        one = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in (*pair, *tuned, *files, *masked)] for _ in range(5)))]
         if masked:
-            skips += f"all of them masked: {one[4] * 1e3:.1f} ms; "
-        told = [f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)" for a, b in (one[:2], many[:2], one[2:4], many[2:])]
+            skips = f"{tuned[1].skips} of {sum(s.gated for s in tuned[1].one.quick)} gates skip, all of them masked: {one[6] * 1e3:.1f} ms; "
         sizes = []
         for n in pair:
             torch.save(n.state_dict(), file := io.BytesIO())
             sizes.append(file.tell())
-        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {told[0]}; {skips}{told[1]}; exported {told[2]}; {told[3]}; "
-              f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)", flush=True)
+        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {ratio(*one[:2])}, {ratio(one[0], one[3])}, {ratio(*one[2:4])}; {skips}{ratio(*many[:2])}; "
+              f"exported {ratio(*one[4:6])}, {ratio(*many[2:])}; {sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)", flush=True)
 
 
 def size(folder):

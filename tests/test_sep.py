@@ -143,11 +143,11 @@ def test_macs_are_what_runs_with_the_gates(monkeypatch):
     gates = {torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1]}  # these are not in its own list
     fast = sep.tune(soft, x[:1], rounds=1)
     run(fast, [True])
-    for one in (soft, fast):
+    for one, images in ((soft, 2), (fast, 1)):
         with FlopCounterMode(display=False, custom_mapping=gates) as counter, torch.no_grad():
-            one(x[:1])
-        flops.append(counter.get_total_flops() / 2)
-    # at batch 1 the gathered net runs only the kernels it keeps, and the squeezes read no excluded channel, where MACs count them whole
+            one(x[:1].repeat(images, 1, 1, 1))
+        flops.append(counter.get_total_flops() / 2 / images)
+    # where images choose alike the gathered net runs only the kernels it keeps, and the squeezes read no excluded channel, where MACs count them whole
     unread = sum(g.squeeze.out_features * (g.squeeze.in_features - k) for g, k in zip(list(soft.gates)[1:], structure) if g is not None)
     assert flops == [sep.macs(soft) - unread] * 2
     assert sep.macs(soft) == sep.macs(net, structure)

@@ -526,6 +526,8 @@ def recognise(found, path) -> dict:
         raise Failure(f"{path} holds no state dict (bare, or under state_dict, model_state_dict, model or net)")
     bare = lambda key: re.sub(r"^((module|model|net|_orig_mod)\.)+", "", str(key))  # DataParallel's, Lightning's, torch.compile's
     state = OrderedDict((bare(k), v.float() if v.is_floating_point() else v) for k, v in found.items())
+    if any(k.startswith("gates.") for k in state):
+        raise Failure(f"{path}: weights alone of a gated net do not say how many kernels its gates keep; give the checkpoint that they are from")
     if convolution := next((k for k in state if ".shortcut." in k or ".downsample." in k), None):
         raise Failure(f"{path}: a ResNet whose shortcuts are convolutions ({convolution}); known are {KNOWN}")
     try:

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise, product
+from operator import attrgetter
 from statistics import median
 
 import torch
@@ -168,6 +169,19 @@ def same(y):
     return y
 
 
+def alone(net: Net) -> Net:
+    """A net without batch norms as it runs on single images: of the same weights, with layers that are no modules."""
+    net = deepcopy(net, {id(v): v for v in (*net.parameters(), *net.buffers())})
+    gates, net.gates = net.gates or [None] * len(net.prunable), None
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Identity):
+            holder, _, own = name.rpartition(".")
+            delattr(net.get_submodule(holder), own)
+            setattr(net.get_submodule(holder), own, same if isinstance(layer, nn.Identity) else models.Kernels(layer))
+    net.quick = [Single(attrgetter(p.layer)(net), p.pool, g) for p, g in zip(net.prunable, gates)]
+    return net
+
+
 class Tuned(nn.Module):
     """A net for inference alone on a CPU: `many` reads batches, `one` single images."""
 
@@ -196,18 +210,10 @@ def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> Tuned:
     if x.dim() != 4 or not len(x) or x.device.type != "cpu":
         raise models.Failure(f"tune needs images (N, C, H, W) on the CPU, at least one, not {tuple(x.shape)} on {x.device.type}")
     many = models.folded(net).to(memory_format=torch.channels_last).requires_grad_(False)
-    one = deepcopy(many, {id(v): v for v in (*many.parameters(), *many.buffers())})  # of the same weights
-    gates, kernels, one.gates = one.gates or [None] * len(one.prunable), {}, None
-    for name, layer in list(one.named_modules()):
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Identity):
-            parent, _, own = name.rpartition(".")
-            kernels[name] = same if isinstance(layer, nn.Identity) else models.Kernels(layer)
-            delattr(one.get_submodule(parent), own)
-            setattr(one.get_submodule(parent), own, kernels[name])
-    singles = [Single(kernels[p.layer], p.pool, g) for p, g in zip(one.prunable, gates)]
-    gated = [(s, p) for s, p in zip(singles, one.prunable) if s.gated]
+    one = alone(many)
+    singles, gated = one.quick, [(s, p) for s, p in zip(one.quick, one.prunable) if s.gated]
     own = {p.layer for _, p in gated}
-    parts = [(s, *(kernels[k] for k in {p.layer, *({p.next} - own)})) for s, p in gated]
+    parts = [(s, *(attrgetter(k)(one) for k in {p.layer, *({p.next} - own)})) for s, p in gated]
     times, begins = [{} for _ in gated], []  # (does the gate before skip, does this one): seconds until the next one begins
 
     def ready(skips):

@@ -646,7 +646,7 @@ def free(output: Path | None, hint: str = "give another --output", checkpoint: b
     own = *(f"{m}.pt" for m in NETS), *FILES, "lock"
     if output and output.name in own and (output.absolute().parent == (folder and folder.absolute()) or (output.parent / "results.json").exists()):
         raise Failure(f"{output} is a run's own file; {hint}", 2)
-    if output and output.exists():
+    if output and os.path.lexists(output):  # a dangling link, too
         raise Failure(f"{output} exists already and is kept; {hint}", 2)
     if output and checkpoint and output.suffix in (".pt2", ".onnx"):
         raise Failure(f"{output} would be a checkpoint under an export's ending; call it NAME.pt", 2)
@@ -847,7 +847,7 @@ def export(
         raise models.Failure(f"{file} is a folder", 2)
     if static and net.gates is None:
         raise models.Failure(f"{ckpt} has no gates: it is plain already, leave out --static", 2)
-    free(None if force and file.exists() else file, "--force overwrites it", checkpoint=False)
+    free(None if force and os.path.lexists(file) else file, "--force overwrites it", checkpoint=False)
     say = lambda text: console().print(text, markup=False)
     (mean, std), where = told(net, facts), device_of(device)
     if static:

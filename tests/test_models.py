@@ -204,6 +204,7 @@ def test_torchvisions_vgg_with_its_head(tmp_path, bias, dropout_first):
     (lambda s: s | {"extra.weight": torch.ones(2)}, r"extra\.weight is not in this net"),
     (lambda s: s | {"linear.weight": torch.ones(10, 63)}, "linear.weight is 10 x 63, not 10 x 64"),
     (lambda s: s | {"layer2.0.shortcut.0.weight": torch.ones(32, 16, 1, 1)}, "shortcuts are convolutions"),
+    (lambda s: s | {"gates.0.unit": torch.ones(16)}, "do not say how many kernels its gates keep"),
 ])
 def test_a_misfit_is_named(tmp_path, change, words):
     torch.save(change(build("resnet8").state_dict()), tmp_path / "a.pt")

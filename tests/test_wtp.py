@@ -606,6 +606,7 @@ WRONG = [
     (2, "taken.onnx is an export, not a checkpoint", ["evaluate", "taken.onnx"]),
     (2, "a.onnx would be a checkpoint under an export's ending", ["prune", "drawn.pt", "--output", "a.onnx"]),
     (2, "taken.onnx exists already and is kept; --force", ["export", "net.pt", "taken.onnx"]),
+    (2, "dangling.pt2 exists already and is kept; --force", ["export", "net.pt", "dangling.pt2"]),
     (2, "no folder nowhere", ["export", "net.pt", "nowhere/a.pt2"]),
     (2, "no checkpoint gone.pt", ["export", "gone.pt", "a.pt2"]),
     (2, "cannot take images of 40 x 40 pixels", ["export", "drawn.pt", "a.pt2", "--size", "40"]),
@@ -633,6 +634,7 @@ def test_wrong_calls_get_one_line(capsys, smoke, tmp_path, monkeypatch, status, 
     models.save(tmp_path / "seven.pt", models.build("lenet5", channels=1, size=28, classes=7), {})
     (tmp_path / "taken.pt").write_text("mine")
     (tmp_path / "taken.onnx").write_text("mine")
+    (tmp_path / "dangling.pt2").symlink_to("unmounted/net.pt2")
     for name in ("folder", "dir.onnx", "half/train", "pictures/train", "pictures/test"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copytree(smoke[0], tmp_path / "old" / "digits-smoke-s0")

@@ -140,6 +140,7 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch):
         exec(snippet, space)
         found.append(space["logits"])
     assert len(found) == 2 and found[0].shape == (2, 10) and torch.allclose(*found, atol=1e-4)
+    assert torch.allclose(space["first"], found[1][:1], atol=1e-4)
 
 
 # ---- the commands, from end to end

@@ -311,6 +311,14 @@ def test_a_gated_net_computes_in_other_precisions(arch, dtype):
             assert found.dtype == dtype and (found - right).abs().max() < (1e-5 if dtype == torch.float64 else 0.1) * right.abs().max()
 
 
+def test_a_tuned_net_keeps_its_precision_under_autocast():
+    net, x = gated("resnet20")
+    fast = sep.tune(net, x, rounds=1)
+    right = fast(x[:1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast(x[:1]).dtype == torch.float32 and (fast(x[:1]) - right).abs().max() < 1e-5 * right.abs().max()
+
+
 def test_tune_refuses_what_are_no_images():
     net, x = gated("resnet20")
     with pytest.raises(RuntimeError):

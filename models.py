@@ -99,7 +99,7 @@ def part(weight: torch.Tensor, reads: int, inputs: torch.Tensor | None, outputs:
     return per_channel(weight, width).index_select(1, inputs).reshape(len(weight), -1, *weight.shape[2:])
 
 
-def parts(layer: nn.Module, reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def parts(layer: "nn.Module | Kernels", reads: int, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight, bias) of a layer from its channels `inputs` to `outputs`."""
     bias = layer.bias if layer.bias is None or outputs is None else layer.bias.index_select(0, outputs)
     return part(layer.weight, reads, inputs, outputs), bias
@@ -124,6 +124,7 @@ class Kernels:
         last = self.last
         if last is None or last[0] is not inputs or last[1] is not outputs:
             self.last = last = [inputs, outputs, *parts(self, x.numel() if self.places is None else x.shape[1], inputs, outputs), self.places is not None]
+            # as the kernels lie this time: else it is they who are laid out anew
             x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 and last[2] is self.whole else torch.contiguous_format)
         elif last[4]:  # met again: as they compute the fastest from now on, which takes as long to make as to gather
             last[2], last[4] = last[2].contiguous(memory_format=torch.channels_last), False

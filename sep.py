@@ -75,7 +75,7 @@ class Gate(nn.Module):
             # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
             kind = self.squeeze.weight.dtype
             scale = self.scale(x.permute(0, 2, 3, 1).mean((1, 2), dtype=kind) if x.dim() == 4 else x.to(kind), at)
-        masks = x.is_cuda or torch.compiler.is_exporting() or len(x) == 1  # to gather kernels for one image alone takes longer than it saves
+        masks = x.is_cuda or torch.compiler.is_exporting() or len(x) == 1  # kernels gathered for one image alone seldom pay
         outputs = None if masks else gather(scale != 0)
         scale = scale if outputs is None else scale.index_select(1, outputs)
         y = models.apply(layer, x, at, outputs)
@@ -107,18 +107,19 @@ class Single:
         if at is not None and not self.skip:  # gathering inputs alone takes longer than computing them all
             x, at = x.new_zeros(1, self.squeeze[1].shape[1], *x.shape[2:]).index_copy_(1, at, x), None
         places = x.reshape(x.shape[1], -1)  # (C_in', H W)
-        if self.share is None or len(self.share) != places.shape[1]:
-            self.share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=x.dtype)
-        if self.read[0] is not at:
-            self.read = at, self.squeeze[1].index_select(1, at)
-        logits = torch.addmv(*self.excite, torch.addmv(self.squeeze[0], self.read[1], torch.mv(places, self.share)).relu_())
+        share, read, last = self.share, self.read, self.last  # looked up once: another thread may set them
+        if share is None or len(share) != places.shape[1]:
+            self.share = share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=x.dtype)
+        if read[0] is not at:
+            self.read = read = at, self.squeeze[1].index_select(1, at)
+        logits = torch.addmv(*self.excite, torch.addmv(self.squeeze[0], read[1], torch.mv(places, share)).relu_())
         picked = logits.topk(self.keep, sorted=False).indices
         if self.skip:
             chosen = sorted(picked.tolist())
-            if chosen != self.last[0]:
+            if chosen != last[0]:
                 outputs = picked.sort().values
-                self.last = chosen, outputs, self.factor.index_select(0, outputs)
-            _, picked, factor = self.last  # the same tensor for the same choice: by it layers know the kernels gathered before
+                self.last = last = chosen, outputs, self.factor.index_select(0, outputs)
+            _, picked, factor = last  # the same tensor for the same choice: by it layers know the kernels gathered before
         else:
             factor = self.factor.index_select(0, picked)
         s = torch.sigmoid(logits.index_select(0, picked)).mul_(factor)
@@ -182,55 +183,56 @@ def alone(net: Net) -> Net:
     return net
 
 
-class Tuned(nn.Module):
-    """A net for inference alone on a CPU: `many` reads batches, `one` single images."""
+class Tuned:
+    """A net for inference alone on a CPU, as `tune` makes it: images (B, C, H, W), normalised -> logits (B, classes). No module: it has no
+    other device, precision or weights."""
 
-    def __init__(self, many: Net, one: Net):
-        super().__init__()
-        self.many, self.one = many, one
+    def __init__(self, net: Net):
+        self.many = models.folded(net).to(memory_format=torch.channels_last).requires_grad_(False)  # reads batches
+        self.one = alone(self.many)  # reads single images
+        self.gated = [(s, p) for s, p in zip(self.one.quick, self.one.prunable) if s.gated]
 
     @property
-    def skips(self) -> int:
-        """How many gates skip the kernels that they exclude; the others mask them."""
-        return sum(s.skip for s in self.one.quick)
+    def skips(self) -> list[bool]:
+        """Of each gate whether it skips the kernels that it excludes; else it masks them."""
+        return [single.skip for single, _ in self.gated]
+
+    def switch(self, skips) -> None:
+        """Let gates skip or mask."""
+        own = {p.layer for _, p in self.gated}
+        for (single, p), skip in zip(self.gated, skips, strict=True):
+            for m in (single, *(attrgetter(name)(self.one) for name in {p.layer, *({p.next} - own)})):
+                m.ready(skip)
+
+    def eval(self):
+        return self
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) != 1:
-            return self.many(x)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            return self.one(x)
+            return (self.one if len(x) == 1 else self.many)(x)
 
 
 @torch.no_grad()
 def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> Tuned:
-    """A copy of `net` for inference on this CPU, batch norms folded, that is quick at one image at a time: a gate skips the kernels that
-    it excludes where that is measured to be faster than masking them. x (N, C, H, W) are such images. Raises Failure.
+    """A copy of `net`, batch norms folded, that is quick at one image at a time on this CPU: a gate skips the kernels that it excludes
+    where that is measured to be faster than masking them. x (N, C, H, W), N > 0, are such images. Raises Failure where they are not.
 
     What a layer takes hangs on its own gate and the one before (are its inputs gathered, too?): all four are measured, and the
     quickest of all combinations is found along the chain.
     """
-    if x.dim() != 4 or not len(x) or x.device.type != "cpu":
-        raise models.Failure(f"tune needs images (N, C, H, W) on the CPU, at least one, not {tuple(x.shape)} on {x.device.type}")
-    many = models.folded(net).to(memory_format=torch.channels_last).requires_grad_(False)
-    one = alone(many)
-    singles, gated = one.quick, [(s, p) for s, p in zip(one.quick, one.prunable) if s.gated]
-    own = {p.layer for _, p in gated}
-    parts = [(s, *(attrgetter(k)(one) for k in {p.layer, *({p.next} - own)})) for s, p in gated]
-    times, begins = [{} for _ in gated], []  # (does the gate before skip, does this one): seconds until the next one begins
-
-    def ready(skips):
-        for several, skip in zip(parts, skips):
-            for m in several:
-                m.ready(skip)
-
+    if x.dim() != 4 or not len(x) or x.shape[1] != net.channels or x.device.type != "cpu":
+        raise models.Failure(f"tune needs images (N, {net.channels}, H, W) on the CPU, at least one, not {tuple(x.shape)} on {x.device.type}")
+    fast = Tuned(net)
+    one, singles, count = fast.one, fast.one.quick, len(fast.gated)
+    times, begins = [{} for _ in fast.gated], []  # (does the gate before skip, does this one): seconds until the next one begins
     timed = lambda single: lambda x, at: begins.append(time.perf_counter()) or single(x, at)
     one.quick = [timed(s) if s.gated else s for s in singles]
     for pair in list(product((True, False), repeat=2)) * 3:
-        ready([pair[i % 2] for i in range(len(gated))])
+        fast.switch([pair[i % 2] for i in range(count)])
         for n in range(rounds + 2):
             begins.clear()
-            one(x[n % len(x)][None])
+            fast(x[n % len(x)][None])
             begins.append(time.perf_counter())
             for i, took in enumerate(b - a for a, b in pairwise(begins)):
                 if n > 1:
@@ -238,9 +240,9 @@ def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> Tuned:
     best = {True: (0.0, []), False: (0.0, [])}  # by what the last gate does: seconds so far, what each gate does
     for took in times:
         best = {skip: min((sum_ + median(took[before, skip]), [*skips, skip]) for before, (sum_, skips) in best.items()) for skip in best}
-    ready(min(best.values())[1])
+    fast.switch(min(best.values())[1])
     one.quick = singles
-    return Tuned(many, one)
+    return fast
 
 
 def attach(net: Net, keeps) -> None:

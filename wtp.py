@@ -778,19 +778,19 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     except (models.Failure, KeyError, TypeError):
         whole = None
     chosen = {p.layer: used[0] for p, used in zip(net.prunable, counts) if used is not None}
-    skips = 0
-    for numbers, n in ((ours, net), *([(base, whole)] if whole else [])):
+    skips = []
+    for numbers, n in (*([(base, whole)] if whole else []), (ours, net)):
         numbers |= {batch: latency(n, test, batch) for batch in (1, 128)}
         if where.type == "cpu":
             fast = sep.tune(n, test.batch(torch.arange(min(32, len(test)))))
-            numbers["tuned"], skips = latency(fast, test, 1), skips or fast.skips
+            numbers["tuned"], skips = latency(fast, test, 1), fast.skips
     table = Table(title=Text(f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images"), title_justify="left")
     for name in ("", "baseline", "this net", "ratio") if base else ("", "this net"):
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
     count = lambda v: f"{v:,}"
     milliseconds = lambda v: f"{v * 1e3:.2f} ms"
     lines = {"test accuracy": ("test_accuracy", lambda v: f"{v:.2%}"), "MACs": ("macs", lambda v: f"{v / 1e6:.3f} M"), "parameters": ("params", count),
-             "bytes on disk": ("bytes", count), "latency, batch 1": (1, milliseconds), "latency, tuned": ("tuned", milliseconds),
+             "bytes on disk": ("bytes", count), "latency, batch 1": (1, milliseconds), "latency, batch 1, tuned": ("tuned", milliseconds),
              "latency, batch 128": (128, milliseconds)}
     for name, (key, text) in lines.items():
         if key not in ours:
@@ -803,8 +803,8 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     if chosen:
         counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
         if where.type == "cpu":
-            others = ", the others mask them" * (skips < len(chosen))
-            console().print(f"tuned (sep.tune), {skips} of {len(chosen)} gates skip the kernels they exclude{others}, whichever is faster here; "
+            others = ", the others mask them" * (not all(skips))
+            console().print(f"tuned (sep.tune), {sum(skips)} of {len(skips)} gates skip the kernels they exclude{others}, whichever is faster here; "
                             "prune --static and export --static make a plain small net of it", markup=False)
         console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)

@@ -398,11 +398,11 @@ def small(folder, *checkpoints):
         files, tuned, skips = [Exported(n) for n in pair], [sep.tune(n, images.batch(torch.arange(32))) for n in pair], ""
         many = [controller.latency(n, images, 128) for n in (*pair, *files)]
         masked = [deepcopy(tuned[1])] * bool(net.gates)
-        for single in (s for n in masked for s in n.one.quick if s.gated):
-            single.ready(False)
+        for n in masked:
+            n.switch([False] * len(n.skips))
         one = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in (*pair, *tuned, *files, *masked)] for _ in range(5)))]
         if masked:
-            skips = f"{tuned[1].skips} of {sum(s.gated for s in tuned[1].one.quick)} gates skip, all of them masked: {one[6] * 1e3:.1f} ms; "
+            skips = f"{sum(tuned[1].skips)} of {len(tuned[1].skips)} gates skip, all of them masked: {one[6] * 1e3:.1f} ms; "
         sizes = []
         for n in pair:
             torch.save(n.state_dict(), file := io.BytesIO())

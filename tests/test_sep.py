@@ -142,7 +142,7 @@ def test_macs_are_what_runs_with_the_gates(monkeypatch):
     monkeypatch.setattr(sep, "GRAIN", 1)
     gates = {torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1]}  # these are not in its own list
     fast = sep.tune(soft, x[:1], rounds=1)
-    run(fast, [True])
+    fast.switch([True] * len(fast.skips))
     for one, images in ((soft, 2), (fast, 1)):
         with FlopCounterMode(display=False, custom_mapping=gates) as counter, torch.no_grad():
             one(x[:1].repeat(images, 1, 1, 1))
@@ -201,24 +201,15 @@ def test_the_kernels_chosen_most_often_stay():
     assert small.widths == net.structure
 
 
-def run(fast, skips):
-    """Of a tuned net, let the gates skip or mask as `skips` says, over and over."""
-    gated = [single for single in fast.one.quick if single.gated]
-    for i, single in enumerate(gated):
-        single.ready(skips[i % len(skips)])
-    return gated
-
-
 @pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
 def test_one_image_at_a_time_skips_kernels_and_says_the_same(arch):
     net, x = gated(arch)
     fast = sep.tune(net, x[:1], rounds=1)
-    assert 0 <= fast.skips <= len(net.gates)
     with torch.no_grad():
         right, counts = net(x), []
         assert (fast(x) - right).abs().max() < 1e-5 * right.abs().max()
         for skips in ((True,), (False,), (True, False), (False, True)):
-            run(fast, skips)
+            fast.switch([skips[i % len(skips)] for i in range(len(fast.skips))])
             with FlopCounterMode(display=False) as counter:
                 found = torch.cat([fast(image) for image in x.split(1)])
             counts.append(counter.get_total_flops())
@@ -232,7 +223,7 @@ def test_one_image_at_a_time_skips_kernels_and_says_the_same(arch):
 def test_a_plain_net_is_tuned_too(arch):
     net, x = lively(arch)
     fast = sep.tune(net, x)
-    assert fast.skips == 0 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.modules())
+    assert fast.skips == [] and not any(isinstance(m, torch.nn.BatchNorm2d) for n in (fast.many, fast.one) for m in n.modules())
     for found in (fast(x), torch.cat([fast(image) for image in x.split(1)]), torch.cat([fast(image) for image in x.split(1)])):
         assert not found.requires_grad and (found - net(x)).abs().max() < 1e-4 * net(x).abs().max()
 
@@ -256,22 +247,22 @@ def test_the_quickest_combination_of_gates_that_skip_and_gates_that_mask_is_foun
     cost = lambda skips: sum(t[before, own] for t, before, own in zip(times, (True, *skips), skips))
     best = min(product((True, False), repeat=3), key=cost)
     fast = sep.tune(net, x, rounds=1)
-    assert fast.one.quick == singles and fast.skips == sum(s.skip for s in singles)
-    assert cost(tuple(s.skip for s in singles)) == cost(best)
+    assert fast.one.quick == singles and cost(fast.skips) == cost(best)
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "resnet20"])
 def test_a_choice_met_again_takes_the_kernels_gathered_before(arch, monkeypatch):
     net, x = gated(arch)
     fast = sep.tune(net, x, rounds=1)
-    gates, gathered, parts = run(fast, [True]), [], models.parts
+    gathered, parts = [], models.parts
+    fast.switch([True] * len(fast.skips))
     monkeypatch.setattr(models, "parts", lambda *a: gathered.append(a) or parts(*a))
     counts = []
     for n in (0, 1, 1, 1, 0, 2, 2):
         gathered.clear()
         assert torch.allclose(fast(x[n : n + 1]), net(x)[n : n + 1], atol=1e-4)
         counts.append(sum(a[2] is not None or a[3] is not None for a in gathered if isinstance(a[0], models.Kernels)))
-    assert all(counts[i] == 0 for i in (2, 3, 6)) and all(counts[i] > 0 for i in (1, 4, 5)) and len(gates) > 1
+    assert all(counts[i] == 0 for i in (2, 3, 6)) and all(counts[i] > 0 for i in (1, 4, 5))
 
 
 def test_a_tuned_net_is_a_copy():
@@ -281,11 +272,10 @@ def test_a_tuned_net_is_a_copy():
     for p in net.parameters():
         p.data.mul_(1.1)
     assert (net(x) - before).abs().max() > 1e-3 * before.abs().max()
-    run(fast, [True]), run(copied, [False])
-    assert fast.skips == len(fast.one.quick) - sum(g is None for g in net.gates) and copied.skips == 0
+    fast.switch([True] * len(fast.skips)), copied.switch([False] * len(fast.skips))
+    assert all(fast.skips) and not any(copied.skips)
     for tuned in (fast, copied):
         assert (torch.cat([tuned(image) for image in x.split(1)]) - before).abs().max() < 1e-4 * before.abs().max()
-    assert net.quick is None and not any(hasattr(m, "last") for m in net.modules())
     net(x[:1]).sum().backward()  # and what is tuned can still be trained
 
 
@@ -321,11 +311,41 @@ def test_a_tuned_net_keeps_its_precision_under_autocast():
 
 def test_tune_refuses_what_are_no_images():
     net, x = gated("resnet20")
-    with pytest.raises(RuntimeError):
-        sep.tune(net, x[:, :2])
-    for wrong in (x[:0], x[0]):
+    for wrong in (x[:, :2], x[:0], x[0]):
         with pytest.raises(models.Failure, match="at least one"):
             sep.tune(net, wrong)
+
+
+def test_a_tuned_net_takes_images_of_several_sizes_in_turns():
+    net, _ = gated("vgg11")
+    fast = sep.tune(net, torch.randn(2, 3, 32, 32), rounds=1)
+    for skip in (True, False):
+        fast.switch([skip] * len(fast.skips))
+        for size in (32, 48, 48, 32):
+            x = torch.randn(1, 3, size, size).to(memory_format=torch.channels_last)
+            assert (fast(x) - net(x)).abs().max() < 1e-4 * net(x).abs().max()
+
+
+@pytest.mark.parametrize("keeps", [(1, None, 12, 16, None, 20, 24, 32, 20, 5), (8, 8, 16, 16, 32, 32, 32, 32, 40, 24)])
+def test_a_tuned_net_with_hidden_linear_layers_and_gates_of_all_kinds(keeps):
+    torch.manual_seed(0)
+    net = models.build("vgg11", (8, 8, 16, 16, 32, 32, 32, 32, 40, 24), side=2, size=64)
+    sep.attach(net.eval(), keeps)
+    for gate in filter(None, net.gates):
+        torch.nn.init.normal_(gate.excite.weight, 0, 2)
+    x = torch.randn(3, 3, 64, 64)
+    fast = sep.tune(net, x, rounds=1)
+    for skips in ((True,), (False,), (True, False)):
+        fast.switch([skips[i % len(skips)] for i in range(len(fast.skips))])
+        found = torch.cat([fast(image) for image in x.repeat_interleave(2, 0).split(1)])
+        assert (found - net(x).repeat_interleave(2, 0)).abs().max() < 1e-4 * net(x).abs().max()
+
+
+def test_a_single_image_is_masked_where_nothing_was_measured(monkeypatch):
+    net, x = gated("resnet20")
+    right = net(x)
+    monkeypatch.setattr(sep, "gather", None)
+    assert (net(x[:1]) - right[:1]).abs().max() < 1e-4 * right.abs().max()
 
 
 @pytest.mark.gpu

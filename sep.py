@@ -109,7 +109,7 @@ class Single:
         places = x.reshape(x.shape[1], -1)  # (C_in', H W)
         share, read, last = self.share, self.read, self.last  # looked up once: another thread may set them
         if share is None or len(share) != places.shape[1]:
-            self.share = share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=x.dtype)
+            self.share = share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=self.even.dtype)
         if read[0] is not at:
             self.read = read = at, self.squeeze[1].index_select(1, at)
         logits = torch.addmv(*self.excite, torch.addmv(self.squeeze[0], read[1], torch.mv(places, share)).relu_())
@@ -221,8 +221,11 @@ def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> Tuned:
     What a layer takes hangs on its own gate and the one before (are its inputs gathered, too?): all four are measured, and the
     quickest of all combinations is found along the chain.
     """
-    if x.dim() != 4 or not len(x) or x.shape[1] != net.channels or x.device.type != "cpu":
-        raise models.Failure(f"tune needs images (N, {net.channels}, H, W) on the CPU, at least one, not {tuple(x.shape)} on {x.device.type}")
+    if not isinstance(net, Net):
+        raise models.Failure(f"tune needs a net of this tool, not a {type(net).__name__}")
+    kind = next(net.parameters()).dtype
+    if not (isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) and x.shape[1] == net.channels and (x.dtype, x.device.type) == (kind, "cpu")):
+        raise models.Failure(f"tune needs images (N, {net.channels}, H, W), at least one, of {kind} on the CPU")
     fast = Tuned(net)
     one, singles, count = fast.one, fast.one.quick, len(fast.gated)
     times, begins = [{} for _ in fast.gated], []  # (does the gate before skip, does this one): seconds until the next one begins

@@ -800,12 +800,13 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         table.add_row(name, *([beside[0], text(ours[key]), beside[1]] if base else [text(ours[key])]))
     console().print(table)
     full = list(whole.widths) if whole else list(net.widths)
+    if where.type == "cpu":
+        beside = f", {ours['tuned'] / base[1]:.2f} of what the baseline takes untuned" if whole else ""
+        gates = f"; {sum(skips)} of {len(skips)} gates skip the kernels they exclude{', the others mask them' * (not all(skips))}, whichever is faster here"
+        gates = f"{gates}; export --static makes a plain net of it" * bool(skips)
+        console().print(f"tuned: by sep.tune, for one image at a time{beside}{gates}", markup=False)
     if chosen:
         counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
-        if where.type == "cpu":
-            others = ", the others mask them" * (not all(skips))
-            console().print(f"tuned (sep.tune), {sum(skips)} of {len(skips)} gates skip the kernels they exclude{others}, whichever is faster here; "
-                            "prune --static and export --static make a plain small net of it", markup=False)
         console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)
     console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
 

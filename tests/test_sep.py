@@ -311,9 +311,15 @@ def test_a_tuned_net_keeps_its_precision_under_autocast():
 
 def test_tune_refuses_what_are_no_images():
     net, x = gated("resnet20")
-    for wrong in (x[:, :2], x[:0], x[0]):
-        with pytest.raises(models.Failure, match="at least one"):
+    for wrong in (x[:, :2], x[:0], x[0], x.double(), x.numpy(), None):
+        with pytest.raises(models.Failure, match=r"images \(N, 3, H, W\), at least one, of torch.float32 on the CPU"):
             sep.tune(net, wrong)
+    fast = sep.tune(net, x, rounds=1)
+    with pytest.raises(models.Failure, match="not a Tuned"):
+        sep.tune(fast, x)
+    with pytest.raises(RuntimeError):
+        fast(x[:1].double())
+    assert (fast(x[:1]) - net(x)[:1]).abs().max() < 1e-4 * net(x).abs().max()  # what was wrong left nothing behind
 
 
 def test_a_tuned_net_takes_images_of_several_sizes_in_turns():

@@ -1131,7 +1131,7 @@ class Run:
         x = self.validation.batch(torch.arange(min(32, len(self.validation))))
         one = lambda n: latency(n if x.is_cuda else sep.tune(n, x), self.validation, 1)
         told = [f"{name_of(c.structure) + ', ' if few else ''}validation accuracy {c.validation_accuracy:.2%}, cut {c.cut:.1%}, "
-                f"{one(n) * 1e3:.2f} ms an image{' (tuned)' * (not x.is_cuda)}, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
+                f"{one(n) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
                 for n, c in ((found, chosen), (net, candidate))]
         self.results.setdefault("rounded", {})[method] = dict(before=told[0], after=told[1], seconds=0.0 if candidate is chosen else candidate.seconds)
         self.keep_results()

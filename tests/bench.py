@@ -361,12 +361,20 @@ def seeds(folder, run, *numbers):
 
 
 class Exported:
-    """A net as `export` writes it and torch.export reads it, for images as a user has them, channels first."""
+    """A net as `export` writes it and torch.export or onnxruntime reads it, for images as a user has them, channels first."""
 
-    def __init__(self, net):
+    def __init__(self, net, ending="pt2"):
         with tempfile.TemporaryDirectory() as folder:
-            models.export(net, file := Path(folder) / "net.pt2", (0.5,) * net.channels, (0.25,) * net.channels, net.size)
-            self.run = torch.export.load(file).module()
+            models.export(net, file := Path(folder) / f"net.{ending}", (0.5,) * net.channels, (0.25,) * net.channels, net.size)
+            if ending == "pt2":
+                self.run = torch.export.load(file).module()
+            else:
+                import onnxruntime
+
+                options = onnxruntime.SessionOptions()
+                options.intra_op_num_threads = torch.get_num_threads()
+                session = onnxruntime.InferenceSession(file.read_bytes(), options)
+                self.run = lambda x: session.run(None, {"images": x.numpy()})
 
     def eval(self):
         return self
@@ -388,27 +396,28 @@ def small(folder, *checkpoints):
         for gate in nets[f"{arch} gated"].gates:
             torch.nn.init.normal_(gate.excite.weight, 0, 2)
     print(f"{torch.get_num_threads()} threads, medians, ratios to the whole net: MACs; time of 1 image, both nets as PyTorch runs them, the small one "
-          "tuned, both tuned; of 128 images; of the exported nets; bytes of the state dict")
+          "tuned, both tuned; of 128 images; of the exported nets, .pt2 and .onnx; bytes of the state dict")
     ratio = lambda a, b: f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)"
     for name, net in nets.items():
         whole = models.like(net, models.default_widths(net.arch))
         images = controller.Images(torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8), torch.zeros(128),
                                    mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
-        files, tuned, skips = [Exported(n) for n in pair], [sep.tune(n, images.batch(torch.arange(32))) for n in pair], ""
+        files, tuned, skips = [Exported(n, e) for e in ("pt2", "onnx") for n in pair], [sep.tune(n, images.batch(torch.arange(32))) for n in pair], ""
         many = [controller.latency(n, images, 128) for n in (*pair, *files)]
         masked = [deepcopy(tuned[1])] * bool(net.gates)
         for n in masked:
             n.switch([False] * len(n.skips))
         one = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in (*pair, *tuned, *files, *masked)] for _ in range(5)))]
         if masked:
-            skips = f"{sum(tuned[1].skips)} of {len(tuned[1].skips)} gates skip, all of them masked: {one[6] * 1e3:.1f} ms; "
+            skips = f"{sum(tuned[1].skips)} of {len(tuned[1].skips)} gates skip, all of them masked: {one[8] * 1e3:.1f} ms; "
         sizes = []
         for n in pair:
             torch.save(n.state_dict(), file := io.BytesIO())
             sizes.append(file.tell())
         print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {ratio(*one[:2])}, {ratio(one[0], one[3])}, {ratio(*one[2:4])}; {skips}{ratio(*many[:2])}; "
-              f"exported {ratio(*one[4:6])}, {ratio(*many[2:])}; {sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)", flush=True)
+              f".pt2 {ratio(*one[4:6])}, {ratio(*many[2:4])}; .onnx {ratio(*one[6:8])}, {ratio(*many[4:])}; "
+              f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)", flush=True)
 
 
 def size(folder):

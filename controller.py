@@ -547,7 +547,12 @@ def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: 
         yield epoch, total.item() / steps
 
 
-def latency(net: Net, images: Images, batch: int) -> float:
+def tuned(net: Net, images: Images) -> sep.Tuned:
+    """sep.tune by the first of `images`, which are on the CPU."""
+    return sep.tune(net, images.batch(torch.arange(min(32, len(images)))))
+
+
+def latency(net: Net | sep.Tuned, images: Images, batch: int) -> float:
     """Median seconds of a forward pass of so many images in float32, warm; other images each time."""
     times, every = [], torch.arange(batch, device=images.labels.device)
     net.eval()
@@ -1128,8 +1133,7 @@ class Run:
             path, log = self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", self.results["search"][method]
             net, candidate = self.step(path, method, baseline, self.load(self.folder / "baseline.pt")[0], structure, log[-1]["epoch"], len(log), target)
         few = len(structure) <= 8  # else the widths would fill lines
-        x = self.validation.batch(torch.arange(min(32, len(self.validation))))
-        one = lambda n: latency(n if x.is_cuda else sep.tune(n, x), self.validation, 1)
+        one = lambda n: latency(tuned(n, self.validation) if self.device.type == "cpu" else n, self.validation, 1)
         told = [f"{name_of(c.structure) + ', ' if few else ''}validation accuracy {c.validation_accuracy:.2%}, cut {c.cut:.1%}, "
                 f"{one(n) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
                 for n, c in ((found, chosen), (net, candidate))]

@@ -80,7 +80,7 @@ class Gate(nn.Module):
         scale = scale if outputs is None else scale.index_select(1, outputs)
         y = models.apply(layer, x, at, outputs)
         if norm is not None:
-            y = norm(y) if outputs is None and not norm.training else masked_norm(y, (scale.detach() != 0).float(), norm, outputs)
+            y = masked_norm(y, scale.detach(), norm, outputs)
         y = models.activate(y, pool)
         return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
 
@@ -137,15 +137,18 @@ def gather(used: torch.Tensor) -> torch.Tensor | None:
     return used.float().topk(count).indices.sort().values if count <= 0.75 * len(used) else None
 
 
-def masked_norm(y, mask, norm, outputs) -> torch.Tensor:
+def masked_norm(y, scale, norm, outputs) -> torch.Tensor:
     """Batch norm whose statistics count only the images that use a channel: excluded ones take no part, forward or backward.
 
-    y (B, C', H, W), mask (B, C'); `outputs` are the C' channels of `norm` that y holds, None for all.
+    y (B, C', H, W), scale (B, C'), 0 where an image excludes a channel; `outputs` are the C' channels of `norm` that y holds, None for all.
     """
+    if outputs is None and not norm.training:
+        return norm(y)
     pick = slice(None) if outputs is None else outputs
     gamma, beta, mean, var = (v[pick] for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
     if not norm.training:
         return F.batch_norm(y, mean, var, gamma, beta, eps=norm.eps)
+    mask = (scale != 0).float()
     images, place = mask.sum(0), y.shape[2] * y.shape[3]
     new = mean.clone(), var.clone()
     if not y.is_cuda and bool(((images == 0) | (images == len(y))).all()):  # all images choose alike: an ordinary batch norm
@@ -227,6 +230,8 @@ def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> Tuned:
     if not (isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) and x.shape[1] == net.channels and (x.dtype, x.device.type) == (kind, "cpu")):
         raise models.Failure(f"tune needs images (N, {net.channels}, H, W), at least one, of {kind} on the CPU")
     fast = Tuned(net)
+    if not fast.gated:
+        return fast
     one, singles, count = fast.one, fast.one.quick, len(fast.gated)
     times, begins = [{} for _ in fast.gated], []  # (does the gate before skip, does this one): seconds until the next one begins
     timed = lambda single: lambda x, at: begins.append(time.perf_counter()) or single(x, at)

@@ -758,7 +758,7 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
 
     import models
     import sep
-    from controller import accuracy, latency
+    from controller import accuracy, latency, tuned
 
     net, facts = sep.load(ckpt)
     say = lambda text: console(stderr=True).print(text, markup=False)
@@ -782,7 +782,7 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     for numbers, n in (*([(base, whole)] if whole else []), (ours, net)):
         numbers |= {batch: latency(n, test, batch) for batch in (1, 128)}
         if where.type == "cpu":
-            fast = sep.tune(n, test.batch(torch.arange(min(32, len(test)))))
+            fast = tuned(n, test)
             numbers["tuned"], skips = latency(fast, test, 1), fast.skips
     table = Table(title=Text(f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images"), title_justify="left")
     for name in ("", "baseline", "this net", "ratio") if base else ("", "this net"):
@@ -801,10 +801,14 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     console().print(table)
     full = list(whole.widths) if whole else list(net.widths)
     if where.type == "cpu":
-        beside = f", {ours['tuned'] / base[1]:.2f} of what the baseline takes untuned" if whole else ""
-        gates = f"; {sum(skips)} of {len(skips)} gates skip the kernels they exclude{', the others mask them' * (not all(skips))}, whichever is faster here"
-        gates = f"{gates}; export --static makes a plain net of it" * bool(skips)
-        console().print(f"tuned: by sep.tune, for one image at a time{beside}{gates}", markup=False)
+        said = "tuned: by sep.tune, for one image at a time"
+        if whole:
+            said += f", {ours['tuned'] / base[1]:.2f} of what the baseline takes untuned"
+        if skips:
+            others = "" if all(skips) else ", the others mask them"
+            said += f"; {sum(skips)} of {len(skips)} gates skip the kernels they exclude{others}, whichever is faster here"
+            said += "; export --static makes a plain net of it"
+        console().print(said, markup=False)
     if chosen:
         counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
         console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)

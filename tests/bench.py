@@ -403,7 +403,7 @@ def small(folder, *checkpoints):
         images = controller.Images(torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8), torch.zeros(128),
                                    mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
-        files, tuned, skips = [Exported(n, e) for e in ("pt2", "onnx") for n in pair], [sep.tune(n, images.batch(torch.arange(32))) for n in pair], ""
+        files, tuned, skips = [Exported(n, e) for e in ("pt2", "onnx") for n in pair], [controller.tuned(n, images) for n in pair], ""
         many = [controller.latency(n, images, 128) for n in (*pair, *files)]
         masked = [deepcopy(tuned[1])] * bool(net.gates)
         for n in masked:

@@ -1,9 +1,18 @@
-"""Finding and training the small net: data in memory, the teacher-student loop, the LSTM policy, the search, the run.
+"""Finding and training the small net. In this order:
 
-One `fit` serves the baseline (no teacher), every recovery and the final training. One `Run.search` serves hard pruning
-(IJCAI 2018) and SEP (TIP 2021): they differ in how a net is brought to a structure, see METHODS. Everything random is
-drawn from a stream named by the seed and the place (`stream`), so that a run that was stopped goes on with the same numbers.
+images        labelled images in memory; MNIST, CIFAR, a user's own folder, drawn digits
+training      teacher and student: accuracy, loss, plan, step, `fit`
+on a GPU      the same step as a CUDA graph
+timing        latency of a net, speed of a training
+structures    widths that land on a target
+the LSTM      the policy, its search by REINFORCE (the papers), its search by regression (`fast`)
+the run       its folder and files, its trainer, the search loop, its rows
+
+One `fit` serves the baseline (no teacher), every recovery and the final training. Everything random
+is drawn from a seed that is named by the run's seed and the place (`seed_for`), so that a run that
+was stopped goes on with the same numbers.
 """
+
 import hashlib
 import json
 import math
@@ -12,12 +21,13 @@ import re
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,1223 +42,2502 @@ except ImportError:  # not a POSIX system: there, nothing keeps two processes fr
 
 import models
 import sep
-from models import Failure, Net
+from models import Net, UserError
 
-VALIDATION = 0.1  # of the training images; used for the rewards (paper)
-MOMENTUM, DECAY, BATCH = 0.9, 5e-4, 128  # SGD of every training (script)
-HARD_LABELS = 0.1  # weight of the cross-entropy beside the teacher's MSE (script)
-COMPLEXITY = 0.16  # reward = accuracy - 0.16 * MACs / MACs of the baseline (script: 4e-10 a MAC on VGG-19)
-ADVANTAGE, POLICY_LR = 10, 0.001  # scale of the advantage, Adam (script)
-HIDDEN, LAYERS, DROPOUT = 100, 2, 0.8  # of the LSTM (script)
-TEACHER_BYTES = 1 << 30  # ours: outputs of the teacher kept at most; beyond, they are computed epoch by epoch
+VALIDATION_SHARE = 0.1  # of the training images; used for the rewards (paper)
+MOMENTUM = 0.9  # SGD of every training (script)
+WEIGHT_DECAY = 5e-4  # (script)
+BATCH_SIZE = 128  # (script)
+CROSS_ENTROPY_WEIGHT = 0.1  # beside the teacher's MSE (script)
+ADVANTAGE_SCALE = 10  # (script)
+POLICY_LR = 0.001  # Adam (script)
+LSTM_HIDDEN = 100  # (script)
+LSTM_LAYERS = 2  # (script)
+LSTM_DROPOUT = 0.8  # (script)
+# reward = accuracy - 0.16 * MACs / MACs of the baseline (script: 4e-10 for each MAC, on VGG-19).
+COMPLEXITY_WEIGHT = 0.16
+# ours: the teacher's outputs that are kept, in bytes; beyond, they are computed epoch by epoch.
+TEACHER_BYTES = 1 << 30
 
-# How a method brings a net to a structure, and what that will cost.
-METHODS = dict.fromkeys(("lstm", "random", "uniform"), (models.prune, models.macs)) | {"sep": (sep.soften, sep.macs)}
-NETS = ("baseline", "static", *METHODS)  # of a run folder: each has a checkpoint and a row
-FILES = ("progress.pt", "report.svg", "results.json")  # beside them; results last: they tell whose all is
 
-
-def stream(*where) -> int:
+def seed_for(*place) -> int:
     """A seed for a random stream, named by the run's seed and the place where it is drawn."""
-    return int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7], "big")
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------
 
 
 class Images:
-    """A labelled set of images in memory: pixels (N, H, W, C) uint8, labels (N,) int64; crop in pixels, flip or not; the classes'
-    `names` where a user gave them."""
+    """A labelled set of images in memory, and how they are augmented and normalised.
 
-    def __init__(self, pixels, labels, *, mean, std, crop: int = 0, flip: bool = False, names=()):
-        self.pixels, self.labels, self.crop, self.flip, self.names = pixels.contiguous(), labels.long(), crop, flip, list(names)
-        self.mean, self.std = mean, std
-        self.shift = torch.tensor(mean, device=pixels.device).reshape(-1, 1, 1) / torch.tensor(std, device=pixels.device).reshape(-1, 1, 1)
-        self.factor = 1 / (255 * torch.tensor(std, device=pixels.device).reshape(-1, 1, 1))
+    pixels (N, H, W, C) uint8, labels (N,) int64; `crop` in pixels (of a border that is added
+    first); `mean` and `std` per channel, of pixels in [0, 1]; `class_names` where a user gave them.
+    """
+
+    def __init__(self, pixels, labels, *, mean, std, crop=0, flip=False, class_names=()):
+        self.pixels = pixels.contiguous()
+        self.labels = labels.long()
+        self.crop = crop
+        self.flip = flip
+        self.class_names = list(class_names)
+        self.mean = mean
+        self.std = std
+        # x = pixels / 255 / std - mean / std, with one multiplication and one subtraction.
+        mean = torch.tensor(mean, device=pixels.device).reshape(-1, 1, 1)
+        std = torch.tensor(std, device=pixels.device).reshape(-1, 1, 1)
+        self.shift = mean / std
+        self.factor = 1 / (255 * std)
 
     @cached_property
-    def padded(self) -> torch.Tensor:
-        """The pixels with a black border to crop from; made where somebody crops, not for every copy or part."""
-        return F.pad(self.pixels, (0, 0, *[self.crop] * 4)) if self.crop else self.pixels
+    def padded_pixels(self) -> torch.Tensor:
+        """The pixels with a black border to crop from; made where somebody crops."""
+        if not self.crop:
+            return self.pixels
+        return F.pad(self.pixels, (0, 0, self.crop, self.crop, self.crop, self.crop))
 
     def __len__(self):
         return len(self.labels)
 
-    def new(self, pixels, labels, mean=None, std=None) -> "Images":
+    def replace(self, pixels, labels, mean=None, std=None) -> "Images":
         """Other images, or other statistics, treated as these are."""
-        return Images(pixels, labels, mean=mean or self.mean, std=std or self.std, crop=self.crop, flip=self.flip, names=self.names)
+        return Images(
+            pixels,
+            labels,
+            mean=mean or self.mean,
+            std=std or self.std,
+            crop=self.crop,
+            flip=self.flip,
+            class_names=self.class_names,
+        )
 
-    def part(self, index) -> "Images":
-        return self.new(self.pixels[index], self.labels[index])
+    def select(self, index) -> "Images":
+        return self.replace(self.pixels[index], self.labels[index])
 
     def to(self, device) -> "Images":
-        return self.new(self.pixels.to(device), self.labels.to(device))
+        return self.replace(self.pixels.to(device), self.labels.to(device))
 
-    def normalised(self, mean, std) -> "Images":
-        return self.new(self.pixels, self.labels, mean, std)
+    def normalised_by(self, mean, std) -> "Images":
+        return self.replace(self.pixels, self.labels, mean, std)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    @property
+    def size(self) -> int:
+        """Pixels of an image's side."""
+        return self.pixels.shape[1]
 
     @property
     def classes(self) -> int:
         return int(self.labels.max()) + 1
 
     @property
-    def augmented(self) -> bool:
+    def is_augmented(self) -> bool:
         return bool(self.crop or self.flip)
 
-    def view(self, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The order (N,) of an epoch, and each image's crop and flip (N, 3) in it: common random numbers, per seed and epoch."""
-        g = torch.Generator().manual_seed(stream(seed, "images", epoch))
-        order = torch.randperm(len(self), generator=g)
-        place = torch.randint(0, 2 * self.crop + 1, (len(self), 3), generator=g)
-        place[:, 2] = torch.randint(0, 2, (len(self),), generator=g) * self.flip
-        return order.to(self.labels.device), place.to(self.labels.device) if self.augmented else None
+    def draw_epoch(self, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The order (N,) of an epoch, and (top, left, is flipped) of each image's crop, (N, 3).
 
-    def batch(self, index, place=None) -> torch.Tensor:
-        """The images `index` (B,), normalised, float32 (B, C, H, W) channels-last; cropped and flipped as `place` says."""
-        if place is None:
+        They depend on seed and epoch alone: all candidates see the same images. The crops are None
+        where images are not augmented.
+        """
+        generator = torch.Generator().manual_seed(seed_for(seed, "images", epoch))
+        order = torch.randperm(len(self), generator=generator)
+        crops = torch.randint(0, 2 * self.crop + 1, (len(self), 3), generator=generator)
+        crops[:, 2] = torch.randint(0, 2, (len(self),), generator=generator) * self.flip
+        crops = crops.to(self.device) if self.is_augmented else None
+        return order.to(self.device), crops
+
+    def batch(self, index, crops=None) -> torch.Tensor:
+        """The images `index` (B,), normalised: float32 (B, C, H, W), channels-last.
+
+        `crops` (N, 3) of `draw_epoch` crops and flips them.
+        """
+        if crops is None:
             x = self.pixels[index]
         else:
-            top, left, flip = place[index].unbind(1)
-            h, w = self.pixels.shape[1:3]
-            rows = top[:, None] + torch.arange(h, device=index.device)
-            columns = torch.arange(w, device=index.device).expand(len(index), -1)
-            columns = left[:, None] + torch.where(flip[:, None] > 0, w - 1 - columns, columns)
-            x = self.padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+            top, left, is_flipped = crops[index].unbind(1)
+            height, width = self.pixels.shape[1:3]
+            rows = top[:, None] + torch.arange(height, device=index.device)
+            columns = torch.arange(width, device=index.device).expand(len(index), -1)
+            columns = torch.where(is_flipped[:, None] > 0, width - 1 - columns, columns)
+            columns = left[:, None] + columns
+            x = self.padded_pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
         return x.permute(0, 3, 1, 2).float().mul_(self.factor).sub_(self.shift)
 
 
-STATISTICS = {  # mean and standard deviation of the training pixels, in units of 255
-    "mnist": ((0.1307,), (0.3081,)), "digits": ((0.16,), (0.33,)),
+def split_into_chunks(images: Images) -> tuple[torch.Tensor, ...]:
+    """Indices (N,) in parts of 500 images of 32 x 32 pixels, 2,000 on a GPU; fewer if larger."""
+    most = 2000 if images.device.type == "cuda" else 500
+    count = max(1, min(most, most * 32 * 32 // images.size**2))
+    return torch.arange(len(images), device=images.device).split(count)
+
+
+# Mean and standard deviation of the training pixels in [0, 1].
+STATISTICS = {
+    "mnist": ((0.1307,), (0.3081,)),
+    "digits": ((0.16,), (0.33,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-FOREIGN = {  # what other people's nets were trained with, per channel count
-    3: {"ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "mean and std 0.5": ((0.5,) * 3, (0.5,) * 3),
-        "pixels in [0, 1]": ((0.0,) * 3, (1.0,) * 3)},
-    1: {"mean and std 0.5": ((0.5,), (0.5,)), "pixels in [0, 1]": ((0.0,), (1.0,))},
-}
+OWN_IMAGES = "images in "  # begins the name of a user's own data set; its folder follows
 
 
-OWN = "images in "  # begins the name of a data set of the user's own; its folder follows
+def load_data(name: str, folder: Path, *, crop=0, flip=False) -> tuple[Images, Images, str]:
+    """(training images, test images, what they are) of a data set; downloads what is missing.
 
-
-def load_data(name: str, folder: Path, *, crop: int = 0, flip: bool = False) -> tuple[Images, Images, str]:
-    """(training, test, what it is) of a data set; downloads what `folder` lacks. Raises Failure.
-
-    A `folder` with train/CLASS and test/CLASS in it is the user's own data set and goes before `name`, whose statistics
-    (mean, std) then serve it.
+    A `folder` with train/CLASS and test/CLASS in it is the user's own data set. It is taken instead
+    of `name`, with the statistics of `name`. Raises UserError.
     """
-    folder, own = Path(folder), is_own(folder)
-    keep = dict(zip(("mean", "std"), STATISTICS[name]))
+    folder = Path(folder)
+    is_own = is_image_folder(folder)
+    mean, std = STATISTICS[name]
     if name == "digits":
-        if own:
-            raise Failure(f"digits are drawn and read no folder; {folder} serves the other experiments, mnist (gray) and those of CIFAR (RGB); "
-                          "name another --data-dir", 2)
-        train, test = (digits(n, stream("digits", n)) for n in (6000, 2000))
-        return Images(*train, **keep), Images(*test, **keep), "digits"
-    gray = name == "mnist"
-    if own:
-        train, test, keep["names"] = own_images(folder, gray)
-        what = f"{OWN}{folder.resolve()}"
+        if is_own:
+            raise UserError(
+                f"digits are drawn and read no folder; {folder} serves the other experiments, "
+                "mnist (gray) and those of CIFAR (RGB); name another --data-dir",
+                2,
+            )
+        train, test = (draw_digits(count, seed_for("digits", count)) for count in (6000, 2000))
+        return Images(*train, mean=mean, std=std), Images(*test, mean=mean, std=std), "digits"
+    class_names = ()
+    description = name
+    if is_own:
+        train, test, class_names = read_image_folder(folder, is_gray=name == "mnist")
+        description = f"{OWN_IMAGES}{folder.resolve()}"
     else:
-        train, test, what = from_torchvision(name, folder, "train"), from_torchvision(name, folder, "test"), name
-    return Images(*train, crop=crop, flip=flip, **keep), Images(*test, **keep), what
+        train = load_from_torchvision(name, folder, is_train=True)
+        test = load_from_torchvision(name, folder, is_train=False)
+    statistics = {"mean": mean, "std": std, "class_names": class_names}
+    train_images = Images(*train, crop=crop, flip=flip, **statistics)
+    return train_images, Images(*test, **statistics), description
 
 
-def is_own(folder: Path) -> bool:
-    """Whether `folder` is a user's own data set: train/CLASS/images and test/CLASS/images. Raises Failure if it is half of one."""
-    there = [part for part in ("train", "test") if (Path(folder) / part).is_dir()]
-    if len(there) == 1:
-        raise Failure(f"{folder} has {there[0]}/ alone; a data set of your own has train/CLASS/images and test/CLASS/images")
-    return bool(there)
+def is_image_folder(folder: Path) -> bool:
+    """Whether `folder` is a user's own data set: train/CLASS/images and test/CLASS/images.
+
+    Raises UserError if it is half of one.
+    """
+    parts = [part for part in ("train", "test") if (Path(folder) / part).is_dir()]
+    if len(parts) == 1:
+        raise UserError(
+            f"{folder} has {parts[0]}/ alone; a data set of your own has train/CLASS/images and "
+            "test/CLASS/images"
+        )
+    return bool(parts)
 
 
-def from_torchvision(name: str, folder: Path, part: str):
-    """(pixels, labels) of MNIST, CIFAR-10 or CIFAR-100."""
+def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
+    """(pixels, labels) of MNIST, CIFAR-10 or CIFAR-100. Raises UserError."""
     from torchvision import datasets
 
-    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    new = [d for d in (folder / "MNIST" / "raw", folder / "MNIST", folder, *folder.parents) if not d.exists()]
+    dataset_class = {
+        "mnist": datasets.MNIST,
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+    }[name]
+    places = (folder / "MNIST" / "raw", folder / "MNIST", folder, *folder.parents)
+    new_folders = [place for place in places if not place.exists()]
     try:
         try:
-            found = kind(folder, train=part == "train")
+            dataset = dataset_class(folder, train=is_train)
         except RuntimeError:  # not there, or not complete
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                found = kind(folder, train=part == "train", download=True)
-        pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
-    except Exception as e:
-        for empty in new:
+                dataset = dataset_class(folder, train=is_train, download=True)
+        pixels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    except Exception as error:
+        for empty_folder in new_folders:
             with suppress(OSError):
-                empty.rmdir()
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        inside = " (the folder above that one)" * (folder.name in ("MNIST", "raw", "cifar-10-batches-py", "cifar-100-python"))
-        raise Failure(f"{folder} has no complete {name} data, or damaged files of it, and it could not be downloaded; name its folder{inside} with "
-                      f"--data-dir ({reason[:200]})") from e
+                empty_folder.rmdir()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        inner_folders = ("MNIST", "raw", "cifar-10-batches-py", "cifar-100-python")
+        hint = " (the folder above that one)" if folder.name in inner_folders else ""
+        raise UserError(
+            f"{folder} has no complete {name} data, or damaged files of it, and it could not be "
+            f"downloaded; name its folder{hint} with --data-dir ({reason[:200]})"
+        ) from error
     return pixels.reshape(*pixels.shape[:3], -1), labels
 
 
-def own_images(folder: Path, gray: bool):
-    """(pixels, labels) of the image files in folder/train/CLASS, and of those in folder/test/CLASS; the classes' names, sorted."""
-    from PIL import Image
+def read_image_folder(folder: Path, *, is_gray: bool):
+    """((pixels, labels) of folder/train, the same of folder/test, the classes' names, sorted).
+
+    Raises UserError where an image cannot be read, is no square or has another size than the first,
+    or the two parts have other classes.
+    """
+    size = None
+    parts = []
+    names_of_parts = []
+    for part in ("train", "test"):
+        paths, labels, class_names = list_image_files(folder / part)
+        pixels = []
+        for path in paths:
+            image = read_image(path, is_gray)
+            height, width = image.shape[:2]
+            size = size or height
+            if (height, width) != (size, size):
+                earlier = f", and {size} x {size} came before" if height == width else ""
+                raise UserError(
+                    f"{path} has {width} x {height} pixels; all images must be squares of one "
+                    f"size{earlier}"
+                )
+            pixels.append(image)
+        parts.append((torch.stack(pixels), torch.tensor(labels)))
+        names_of_parts.append(class_names)
+    train_names, test_names = names_of_parts
+    if len(train_names) < 2:
+        raise UserError(
+            f"{folder / 'train'} has one class alone, {train_names[0]}; there is nothing to tell "
+            "apart"
+        )
+    if train_names != test_names:
+        different = ", ".join(sorted(set(train_names) ^ set(test_names)))
+        raise UserError(f"{folder}: train and test have different classes ({different})")
+    return *parts, train_names
+
+
+def list_image_files(folder: Path):
+    """(paths, labels, class names) of folder/CLASS/images, without what is hidden (`.name`)."""
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import IMG_EXTENSIONS
-    from torchvision.transforms.functional import pil_to_tensor
 
-    class Shown(ImageFolder):  # without what file managers and notebooks hide there
+    class VisibleImageFolder(ImageFolder):
         def find_classes(self, directory):
-            names = [n for n in super().find_classes(directory)[0] if not n.startswith(".")]
+            names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
             if not names:
                 raise FileNotFoundError("it has no folder of a class")
-            return names, {n: i for i, n in enumerate(names)}
+            return names, {name: index for index, name in enumerate(names)}
 
-    hidden = lambda f, top: any(name.startswith(".") for name in Path(f).relative_to(top).parts)
-    parts, sets = [], []
-    for part in ("train", "test"):
-        try:
-            found = Shown(folder / part, is_valid_file=lambda f, top=folder / part: f.lower().endswith(IMG_EXTENSIONS) and not hidden(f, top))
-        except OSError as e:
-            raise Failure(f"{folder / part}: {str(e)[:200]}") from e
-        pixels = []
-        for path, _ in found.samples:
-            try:
-                with Image.open(path) as image:
-                    if image.mode[0] in "IF":
-                        raise ValueError(image.mode)
-                    pixels.append(pil_to_tensor(image.convert("L" if gray else "RGB")).permute(1, 2, 0))
-            except Exception as e:
-                raise Failure(f"{path} cannot be read as an image of 8 bits a channel") from e
-            height, width = pixels[-1].shape[:2]
-            side = len(parts[0][0][0]) if parts else len(pixels[0])
-            if (height, width) != (side, side):
-                before = f", and {side} x {side} came before" if height == width else ""
-                raise Failure(f"{path} has {width} x {height} pixels; all images must be squares of one size{before}")
-        parts.append((torch.stack(pixels), torch.tensor(found.targets)))
-        sets.append(found.classes)
-    if len(sets[0]) < 2:
-        raise Failure(f"{folder / 'train'} has one class alone, {sets[0][0]}; there is nothing to tell apart")
-    if sets[0] != sets[1]:
-        raise Failure(f"{folder}: train and test have different classes ({', '.join(sorted(set(sets[0]) ^ set(sets[1])))})")
-    return *parts, sets[0]
+    def is_visible_image(path: str) -> bool:
+        is_hidden = any(name[0] == "." for name in Path(path).relative_to(folder).parts)
+        return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
+
+    try:
+        dataset = VisibleImageFolder(folder, is_valid_file=is_visible_image)
+    except OSError as error:
+        raise UserError(f"{folder}: {str(error)[:200]}") from error
+    paths = [path for path, _ in dataset.samples]
+    return paths, dataset.targets, dataset.classes
 
 
-# Ten classes of strokes, as corner points (x, y) in [-1, 1], y downwards.
-STROKES = ["-6-9 6-9 8 0 6 9 -6 9 -8 0 -6-9", "-4-6 0-9 0 9", "-7-5 0-9 7-5 -7 9 7 9", "-6-9 6-9 0-1 6 4 0 9 -6 7", "3 9 3-9 -7 3 8 3",
-           "7-9 -6-9 -6-1 4-2 7 4 2 9 -7 8", "5-9 -5 0 -6 6 0 9 6 5 3 0 -5 2", "-7-9 7-9 -2 9", "0 0 5-5 0-9 -5-5 0 0 6 5 0 9 -6 5 0 0",
-           "5-2 -3 0 -6-5 0-9 6-6 5-2 3 9"]
+def read_image(path: str, is_gray: bool) -> torch.Tensor:
+    """An image as uint8 (H, W, C), C = 1 or 3. Raises UserError where it is none of 8 bits."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
 
-
-def digits(count: int, seed: int):
-    """(pixels (N, 28, 28, 1) uint8, labels): strokes whose thickness, slant, scale, shift and noise vary. Not MNIST."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 10, (count,), generator=g)
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(count, *shape, generator=g)
-    lines = [torch.tensor([int(n) for n in re.findall(r"-?\d", s)]).reshape(-1, 2) / 9.0 for s in STROKES]
-    longest = max(map(len, lines))
-    corners = torch.stack([torch.cat([p, p[-1:].expand(longest - len(p), 2)]) for p in lines])[labels]  # (N, P, 2)
-    corners = corners + 0.09 * torch.randn(corners.shape, generator=g)
-    slant, turn, scale = uniform(-0.4, 0.4), uniform(-0.3, 0.3), uniform(0.5, 0.85, 2)
-    x, y = (corners * scale[:, None]).unbind(2)
-    x = x - slant[:, None] * y
-    x, y = x * turn.cos()[:, None] - y * turn.sin()[:, None], x * turn.sin()[:, None] + y * turn.cos()[:, None]
-    p = torch.stack([x, y], 2) + uniform(-0.18, 0.18, 1, 2)  # (N, P, 2)
-    axis = (torch.arange(28) - 13.5) / 13.5
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2).reshape(1, -1, 2)  # (1, 784, 2)
-    nearest = torch.full((count, 784), 9.0)
-    for a, b in zip(p.unbind(1)[:-1], p.unbind(1)[1:]):  # the distance of each pixel from the stroke a to b
-        d = (b - a)[:, None]
-        t = (((grid - a[:, None]) * d).sum(2) / d.square().sum(2).clamp_min(1e-9)).clamp(0, 1)
-        nearest = torch.minimum(nearest, (a[:, None] + t[..., None] * d - grid).norm(dim=2))
-    ink = torch.sigmoid((uniform(0.05, 0.14, 1) - nearest) * 30) * uniform(0.6, 1.0, 1)
-    ink = ink + uniform(0.0, 0.25, 1) * torch.randn(ink.shape, generator=g)
-    return (ink.clamp(0, 1) * 255).to(torch.uint8).reshape(-1, 28, 28, 1), labels
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # 32 or 16 bits a channel
+                raise ValueError(image.mode)
+            return pil_to_tensor(image.convert("L" if is_gray else "RGB")).permute(1, 2, 0)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as an image of 8 bits a channel") from error
 
 
 def fingerprint(*sets: Images) -> str:
-    """A name for their pixels and labels: others have another."""
-    found = hashlib.sha256()
+    """A name for their pixels and labels: other ones have another."""
+    digest = hashlib.sha256()
     for images in sets:
-        for v in (images.pixels, images.labels):
-            found.update(v.cpu().numpy())
-    return found.hexdigest()[:16]
+        for tensor in (images.pixels, images.labels):
+            digest.update(tensor.cpu().numpy())
+    return digest.hexdigest()[:16]
 
 
-def order_of(images: Images, seed: int) -> torch.Tensor:
-    return torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, "split")))
+# ---- images: drawn digits ----------------------------------------------------------------------
+
+# Ten classes of strokes, as corner points (x, y) in ninths of [-1, 1], y downwards.
+STROKES = [
+    "-6-9 6-9 8 0 6 9 -6 9 -8 0 -6-9",
+    "-4-6 0-9 0 9",
+    "-7-5 0-9 7-5 -7 9 7 9",
+    "-6-9 6-9 0-1 6 4 0 9 -6 7",
+    "3 9 3-9 -7 3 8 3",
+    "7-9 -6-9 -6-1 4-2 7 4 2 9 -7 8",
+    "5-9 -5 0 -6 6 0 9 6 5 3 0 -5 2",
+    "-7-9 7-9 -2 9",
+    "0 0 5-5 0-9 -5-5 0 0 6 5 0 9 -6 5 0 0",
+    "5-2 -3 0 -6-5 0-9 6-6 5-2 3 9",
+]
+DIGIT_SIZE = 28
 
 
-def split(images: Images, seed: int) -> tuple[Images, Images]:
-    """(training, validation): 10 % of the training images validate, chosen by `seed`."""
-    order = order_of(images, seed)
-    count = int(VALIDATION * len(images))
+def draw_digits(count: int, seed: int):
+    """(pixels (N, 28, 28, 1) uint8, labels (N,)) of ten classes of strokes. Not MNIST.
+
+    Thickness, slant, turn, scale, shift and noise vary.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    corners = stroke_corners()[labels]  # (N, P, 2)
+    corners = corners + 0.09 * torch.randn(corners.shape, generator=generator)
+    slant, turn, scale = uniform(-0.4, 0.4), uniform(-0.3, 0.3), uniform(0.5, 0.85, 2)
+    x, y = (corners * scale[:, None]).unbind(2)
+    x = x - slant[:, None] * y
+    cosine, sine = turn.cos()[:, None], turn.sin()[:, None]
+    turned = torch.stack([x * cosine - y * sine, x * sine + y * cosine], 2)
+    points = turned + uniform(-0.18, 0.18, 1, 2)
+    distance = distance_from_strokes(points)
+    ink = torch.sigmoid((uniform(0.05, 0.14, 1) - distance) * 30) * uniform(0.6, 1.0, 1)
+    ink = ink + uniform(0.0, 0.25, 1) * torch.randn(ink.shape, generator=generator)
+    pixels = (ink.clamp(0, 1) * 255).to(torch.uint8)
+    return pixels.reshape(-1, DIGIT_SIZE, DIGIT_SIZE, 1), labels
+
+
+def stroke_corners() -> torch.Tensor:
+    """The corners of each class (10, P, 2); shorter strokes repeat their last one."""
+    strokes = [
+        torch.tensor([int(number) for number in re.findall(r"-?\d", text)]).reshape(-1, 2) / 9.0
+        for text in STROKES
+    ]
+    longest = max(len(stroke) for stroke in strokes)
+    return torch.stack(
+        [torch.cat([stroke, stroke[-1:].expand(longest - len(stroke), 2)]) for stroke in strokes]
+    )
+
+
+def distance_from_strokes(points: torch.Tensor) -> torch.Tensor:
+    """The distance (N, 784) of each pixel from the polyline through points (N, P, 2)."""
+    axis = (torch.arange(DIGIT_SIZE) - 13.5) / 13.5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2).reshape(1, -1, 2)
+    nearest = torch.full((len(points), DIGIT_SIZE**2), 9.0)
+    for start, end in pairwise(points.unbind(1)):
+        direction = (end - start)[:, None]
+        length = direction.square().sum(2).clamp_min(1e-9)
+        along = (((grid - start[:, None]) * direction).sum(2) / length).clamp(0, 1)
+        offset = start[:, None] + along[..., None] * direction - grid
+        nearest = torch.minimum(nearest, offset.norm(dim=2))
+    return nearest
+
+
+# ---- images: what trains and what validates ----------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplit:
+    """The images of a run. `all` is training and validation together, for the final training."""
+
+    all: Images
+    train: Images
+    validation: Images
+    test: Images
+    seed: int  # of the split
+
+    def to(self, device) -> "DataSplit":
+        sets = (images.to(device) for images in (self.all, self.train, self.validation, self.test))
+        return DataSplit(*sets, self.seed)
+
+
+def order_of_split(images: Images, seed: int) -> torch.Tensor:
+    """Indices (N,): the first tenth validates."""
+    generator = torch.Generator().manual_seed(seed_for(seed, "split"))
+    return torch.randperm(len(images), generator=generator)
+
+
+def split_images(images: Images, seed: int) -> tuple[Images, Images]:
+    """(training, validation): 10 % of the training images validate, chosen by `seed`.
+
+    Raises UserError where these are fewer than 10.
+    """
+    order = order_of_split(images, seed)
+    count = int(VALIDATION_SHARE * len(images))
     if count < 10:
-        raise Failure(f"{len(images)} training images are too few: {VALIDATION:.0%} of them validate, so at least {10 / VALIDATION:.0f} are needed")
-    return images.part(order[count:]), images.part(order[:count])
+        raise UserError(
+            f"{len(images)} training images are too few: {VALIDATION_SHARE:.0%} of them validate, "
+            f"so at least {10 / VALIDATION_SHARE:.0f} are needed"
+        )
+    return images.select(order[count:]), images.select(order[:count])
 
 
-def statistics_of(net: Net, train: Images, seed: int) -> tuple[str, tuple, tuple]:
-    """(what they are, mean, std) under which `net` gets the most of the validation images right: the data set's own, or FOREIGN."""
-    images, best = train.part(order_of(train, seed)[: max(100, int(VALIDATION * len(train)))]), (-1.0, "", None, None)
-    for what, (mean, std) in ({"the data set's own mean and std": (train.mean, train.std)} | FOREIGN[net.channels]).items():
-        found = accuracy(net, images.normalised(mean, std))
-        best = max(best, (found, what, mean, std), key=lambda b: b[0])
-    return f"images normalised with {best[1]}, with which it gets the most validation images right: {best[0]:.2%}", *best[2:]
+def make_data_split(
+    images: Images, test: Images, seed: int, *, max_images: int | None = None
+) -> DataSplit:
+    """The images of a run, at most `max_images` that train or validate, and as many that test.
+
+    They are split before some are left out, so that what validates a net in a small run validates
+    it in a large one, too. Raises UserError where the images are too few.
+    """
+    train, validation = split_images(images, seed)
+    if max_images is None:
+        return DataSplit(images, train, validation, test, seed)
+    if max_images < len(images):
+        count = int(VALIDATION_SHARE * max_images)
+        validation = validation.select(slice(count))
+        train = train.select(slice(max_images - count))
+        pixels = torch.cat([train.pixels, validation.pixels])
+        images = images.replace(pixels, torch.cat([train.labels, validation.labels]))
+    if max_images < len(test):
+        generator = torch.Generator().manual_seed(seed_for("few"))
+        order = torch.randperm(len(test), generator=generator)
+        test = test.select(order[:max_images])
+    return DataSplit(images, train, validation, test, seed)
 
 
-# ---- the teacher-student loop -------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------
 
 
-def half(device: torch.device) -> torch.autocast:
+def autocast_for(device: torch.device) -> torch.autocast:
     """bfloat16 autocast where the machine computes it natively, else float32."""
-    cuda = device.type == "cuda"
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
-
-
-class Teacher:
-    """The softmax outputs of a net on a set of images, computed once per view of them and kept."""
-
-    def __init__(self, net: Net, images: Images, seed: int):
-        self.net, self.images, self.seed, self.kept = net, images, seed, {}
-
-    @torch.no_grad()
-    def probabilities(self, epoch: int, count: int) -> torch.Tensor:
-        """(N, classes) float32 for the first `count` images that epoch `epoch` shows, in the images' own order, 0 for the others."""
-        epoch, count = (epoch, count) if self.images.augmented else (0, len(self.images))
-        if (epoch, count) not in self.kept:
-            order, place = self.images.view(self.seed, epoch)
-            self.net.eval()
-            with half(self.images.labels.device):
-                parts = [(i, self.net(self.images.batch(i, place)).float().softmax(1)) for i in order[:count].sort().values.split(len(chunks(self.images)[0]))]
-            found = torch.zeros(len(self.images), parts[0][1].shape[1], device=order.device)
-            for i, part in parts:
-                found[i] = part
-            if found.nbytes * (len(self.kept) + 1) > TEACHER_BYTES:
-                return found
-            self.kept[epoch, count] = found
-        return self.kept[epoch, count]
-
-
-def chunks(images: Images):
-    """Indices (N,) in parts of 500 images of 32 x 32 pixels (on a GPU 2,000), or of fewer larger ones."""
-    most = 2000 if images.labels.is_cuda else 500
-    return torch.arange(len(images), device=images.labels.device).split(max(1, min(most, most * 32 * 32 // images.pixels.shape[1] ** 2)))
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_native)
 
 
 @torch.no_grad()
-def accuracy(net: Net, images: Images, exact: bool = False) -> float:
-    """Share of `images` that `net` classifies right, in [0, 1]; `exact`: in float32."""
+def measure_accuracy(net: Net, images: Images, *, in_float32: bool = False) -> float:
+    """Share of `images` that `net` classifies right, in [0, 1]."""
     net.eval()
-    with torch.autocast(images.labels.device.type, enabled=False) if exact else half(images.labels.device):
-        right = sum((net(images.batch(i)).argmax(1) == images.labels[i]).sum() for i in chunks(images))
+    device = images.device
+    autocast = torch.autocast(device.type, enabled=False) if in_float32 else autocast_for(device)
+    with autocast:
+        right = sum(
+            (net(images.batch(index)).argmax(1) == images.labels[index]).sum()
+            for index in split_into_chunks(images)
+        )
     return int(right) / len(images)
 
 
-def loss_of(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None, temperature: float | None = None) -> torch.Tensor:
-    """Cross-entropy; with the teacher's softmax (B, classes): MSE between the softmaxes + 0.1 * cross-entropy (script).
+class Teacher:
+    """The softmax outputs of a net on a set of images, computed once per epoch's crops and kept."""
 
-    With a temperature T (ours, for `fast`) T^2 * KL between the softmaxes of logits / T instead of the MSE (Hinton et al. 2015): a
-    teacher that is sure of its training images still tells which classes are like which.
+    def __init__(self, net: Net, images: Images, seed: int):
+        self.net = net
+        self.images = images
+        self.seed = seed
+        self.kept = {}
+
+    def probabilities(self, epoch: int, count: int) -> torch.Tensor:
+        """(N, classes) float32 for the first `count` images of an epoch, in the images' own order.
+
+        0 for the other images. Without augmentation all epochs show the same images.
+        """
+        if not self.images.is_augmented:
+            epoch, count = 0, len(self.images)
+        if (epoch, count) in self.kept:
+            return self.kept[epoch, count]
+        probabilities = self.compute(epoch, count)
+        if probabilities.nbytes * (len(self.kept) + 1) <= TEACHER_BYTES:
+            self.kept[epoch, count] = probabilities
+        return probabilities
+
+    @torch.no_grad()
+    def compute(self, epoch: int, count: int) -> torch.Tensor:
+        order, crops = self.images.draw_epoch(self.seed, epoch)
+        chunk = len(split_into_chunks(self.images)[0])
+        self.net.eval()
+        with autocast_for(self.images.device):
+            parts = [
+                (index, self.net(self.images.batch(index, crops)).float().softmax(1))
+                for index in order[:count].sort().values.split(chunk)
+            ]
+        classes = parts[0][1].shape[1]
+        probabilities = torch.zeros(len(self.images), classes, device=order.device)
+        for index, part in parts:
+            probabilities[index] = part
+        return probabilities
+
+
+def distillation_loss(logits, labels, teacher_probs=None, temperature=None) -> torch.Tensor:
+    """Cross-entropy or, with a teacher, MSE between the softmaxes + 0.1 * cross-entropy (script).
+
+    logits (B, classes), labels (B,), teacher_probs (B, classes): the teacher's softmax. With a
+    temperature T (ours, for `fast`) T^2 * KL between the softmaxes of logits / T takes the MSE's
+    place (Hinton et al. 2015): a teacher that is sure of its training images still tells which
+    classes are like which.
     """
-    hard = F.cross_entropy(logits, labels)
-    if teacher is None:
-        return hard
+    cross_entropy = F.cross_entropy(logits, labels)
+    if teacher_probs is None:
+        return cross_entropy
     if temperature is None:
-        return F.mse_loss(logits.softmax(1), teacher) + HARD_LABELS * hard
-    soft = (teacher.clamp_min(1e-30).log() / temperature).softmax(1)
-    return temperature**2 * F.kl_div((logits / temperature).log_softmax(1), soft, reduction="batchmean") + HARD_LABELS * hard
+        distance = F.mse_loss(logits.softmax(1), teacher_probs)
+    else:
+        teacher_logits = teacher_probs.clamp_min(1e-30).log()
+        distance = temperature**2 * F.kl_div(
+            (logits / temperature).log_softmax(1),
+            (teacher_logits / temperature).softmax(1),
+            reduction="batchmean",
+        )
+    return distance + CROSS_ENTROPY_WEIGHT * cross_entropy
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast a net is trained: a fixed learning rate, or one cycle (a fifth up, then down to 0, linearly)."""
+class TrainingPlan:
+    """How long and how fast a net is trained: at a fixed learning rate, or in one cycle (a fifth of
+    the time up to it, then down to 0, linearly)."""
 
     epochs: int
     lr: float
-    cycle: bool = False
-    steps: int | None = None  # of an epoch, at most; None: all of its images are shown
+    is_one_cycle: bool = False
+    max_steps: int | None = None  # of an epoch; None: all of its images are shown
     temperature: float | None = None  # of the distillation; None: the papers' MSE
 
-    def rate(self, progress: float) -> float:
+    def lr_at(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1] of the training."""
-        return self.lr * min(progress / 0.2, (1 - progress) / 0.8) if self.cycle else self.lr
+        if not self.is_one_cycle:
+            return self.lr
+        return self.lr * min(progress / 0.2, (1 - progress) / 0.8)
 
 
-def sgd(net: Net, lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr, momentum=MOMENTUM, weight_decay=DECAY)
+def make_optimizer(net: Net, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
-class Step:
-    """A training step: (x (B, C, H, W) normalised, labels (B,), teacher's softmax (B, classes) or None, learning rate) -> loss.
-
-    On a GPU all of it (forward, backward, optimizer) is captured in one CUDA graph by the first call, and replayed by all: the
-    hundreds of small kernels of a narrow net then cost no Python. Its inputs keep their shapes and their places in memory.
-    """
+class TrainStep:
+    """A training step on a CPU. `fit` calls start_epoch(), the step itself for each batch, and
+    finish_epoch()."""
 
     def __init__(self, net: Net, optimizer, temperature: float | None = None):
-        self.net, self.optimizer, self.temperature = net, optimizer, temperature
-        self.graph, self.apart, self.held, self.loss = None, None, (), None
+        self.net = net
+        self.optimizer = optimizer
+        self.temperature = temperature
 
-    def __call__(self, x, labels, soft, lr: float) -> torch.Tensor:
-        if not x.is_cuda:
-            self.optimizer.param_groups[0]["lr"] = lr
-            return self.run(x, labels, soft)
-        inputs = x, labels, soft, torch.full((), lr, device=x.device)
-        if self.graph is None:
-            self.held = [None if v is None else v.clone() for v in inputs]
-            self.optimizer.param_groups[0].update(lr=self.held[3], fused=True)  # the fused kernel reads the rate where it lies
-            self.capture()
-        for held, v in zip(self.held, inputs):
-            if v is not None:
-                held.copy_(v)
-        self.graph.replay()
-        return self.loss
+    def start_epoch(self) -> None:
+        self.net.train()
 
-    def run(self, x, labels, soft, apart: "Apart | None" = None) -> torch.Tensor:
-        with half(x.device), apart or nullcontext():
+    def __call__(self, x, labels, teacher_probs, lr: float) -> torch.Tensor:
+        """Train on x (B, C, H, W), labels (B,), teacher_probs (B, classes) or None; the loss."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        return self.update(x, labels, teacher_probs)
+
+    def finish_epoch(self) -> None:
+        """Make the net that `fit` was given hold what was learned."""
+
+    def update(self, x, labels, teacher_probs, side_stream=None) -> torch.Tensor:
+        """Forward, backward and optimizer, at the optimizer's own rate; the loss.
+
+        `side_stream`: a SideStreamWeightGrads to compute the weights' gradients with.
+        """
+        with autocast_for(x.device), side_stream or nullcontext():
             logits = self.net(x)
-        loss = loss_of(logits.float(), labels, soft, self.temperature)
+        loss = distillation_loss(logits.float(), labels, teacher_probs, self.temperature)
         self.optimizer.zero_grad()
         try:
             loss.backward()
         finally:
-            if apart:
-                apart.join()  # also where Ctrl-C comes: a graph cannot be left with a stream apart
-        if apart:
-            apart.hand_over()
+            if side_stream:
+                # Also where Ctrl-C comes: a graph cannot be left with work in another stream.
+                side_stream.join()
+        if side_stream:
+            side_stream.assign_gradients()
         self.optimizer.step()
         return loss.detach()
 
+
+# ---- training: on a GPU ------------------------------------------------------------------------
+#
+# Everything that training does otherwise on a GPU is in this section; `make_train_step` is its one
+# entry. A narrow net is hundreds of small kernels a step. Captured in one CUDA graph they cost no
+# Python, their weight gradients are computed beside the rest of the backward pass, and widths are
+# padded to multiples of 8.
+
+
+def make_train_step(net: Net, optimizer, temperature: float | None = None) -> TrainStep:
+    """The training step for the device that `net` is on."""
+    is_on_gpu = next(net.parameters()).is_cuda
+    return (GraphTrainStep if is_on_gpu else TrainStep)(net, optimizer, temperature)
+
+
+class GraphTrainStep(TrainStep):
+    """A training step on a GPU: captured in one CUDA graph by the first call, replayed by all.
+
+    The graph's inputs keep their shapes and their places in memory.
+    """
+
+    def __init__(self, net: Net, optimizer, temperature: float | None = None):
+        super().__init__(*pad_widths(net, optimizer), temperature)
+        self.given_net = net
+        self.given_optimizer = optimizer
+        self.graph = None
+        self.graph_inputs = ()
+        self.graph_loss = None
+        self.side_stream = None
+
+    def __call__(self, x, labels, teacher_probs, lr: float) -> torch.Tensor:
+        inputs = (x, labels, teacher_probs, torch.full((), lr, device=x.device))
+        if self.graph is None:
+            self.graph_inputs = [None if value is None else value.clone() for value in inputs]
+            # The fused optimizer reads the rate from where it lies.
+            self.optimizer.param_groups[0].update(lr=self.graph_inputs[3], fused=True)
+            self.capture()
+        for graph_input, value in zip(self.graph_inputs, inputs):
+            if value is not None:
+                graph_input.copy_(value)
+        self.graph.replay()
+        return self.graph_loss
+
+    def finish_epoch(self) -> None:
+        if self.net is not self.given_net:
+            copy_training_state(self.net, self.optimizer, self.given_net, self.given_optimizer)
+
     def capture(self) -> None:
-        """Three steps aside, as a graph's libraries want to be warm, then the one that is kept; nothing of them stays in the net."""
-        before, self.apart = deepcopy(self.net.state_dict()), Apart(self.net)  # kept: the graph writes into its tensors
-        moved = {p: s["momentum_buffer"].clone() for p, s in self.optimizer.state.items()}
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        """Three steps aside, for a graph's libraries want to be warm, then the one that is kept.
+
+        Nothing of these steps stays in the net or its optimizer.
+        """
+        state_before = deepcopy(self.net.state_dict())
+        momenta_before = {
+            parameter: state["momentum_buffer"].clone()
+            for parameter, state in self.optimizer.state.items()
+        }
+        # Kept, for the graph writes into its tensors.
+        self.side_stream = SideStreamWeightGrads(self.net)
+        batch = self.graph_inputs[:3]
+        warm_up_stream = torch.cuda.Stream()
+        warm_up_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up_stream):
             for _ in range(3):
-                self.run(*self.held[:3], self.apart)
-        torch.cuda.current_stream().wait_stream(aside)
+                self.update(*batch, self.side_stream)
+        torch.cuda.current_stream().wait_stream(warm_up_stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = self.run(*self.held[:3], self.apart)
-        self.net.load_state_dict(before)  # in place
-        for p, s in self.optimizer.state.items():
-            s["momentum_buffer"].copy_(moved[p]) if p in moved else s["momentum_buffer"].zero_()
+            self.graph_loss = self.update(*batch, self.side_stream)
+        self.net.load_state_dict(state_before)  # in place
+        for parameter, state in self.optimizer.state.items():
+            if parameter in momenta_before:
+                state["momentum_buffer"].copy_(momenta_before[parameter])
+            else:
+                state["momentum_buffer"].zero_()
 
 
-class Convolution(torch.autograd.Function):
-    """conv2d without a bias; the gradient of its weights is computed in the stream of an `Apart`, and left there."""
+class SideStreamConv2d(torch.autograd.Function):
+    """conv2d without a bias, whose weight's gradient is computed in a second stream and left there
+    for SideStreamWeightGrads to assign."""
 
     @staticmethod
-    def forward(ctx, x, weight, stride, padding, apart):
+    def forward(ctx, x, weight, stride, padding, side_stream):
         ctx.save_for_backward(x, weight)
-        ctx.how, ctx.apart = (None, stride, padding, [1, 1], False, [0, 0], 1), apart
-        return torch.ops.aten.convolution(x, weight, *ctx.how)
+        # (bias sizes, stride, padding, dilation, is transposed, output padding, groups)
+        ctx.geometry = (None, stride, padding, [1, 1], False, [0, 0], 1)
+        ctx.side_stream = side_stream
+        return torch.ops.aten.convolution(x, weight, *ctx.geometry)
 
     @staticmethod
     def backward(ctx, grad):
-        def gradient(which):
-            return torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, *ctx.how, [which == 0, which == 1, False])[which]
+        side_stream = ctx.side_stream
 
-        if ctx.apart.stream:
-            ctx.apart.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(ctx.apart.stream):
-            of_weight = gradient(1)
-        # none of these may be used for something else before that stream is done; autograd, which waits for none, gets no gradient
-        ctx.apart.busy.append((grad, *ctx.saved_tensors, of_weight))
-        return gradient(0) if ctx.needs_input_grad[0] else None, None, None, None, None
+        def compute(of_input: bool, of_weight: bool):
+            return torch.ops.aten.convolution_backward(
+                grad, *ctx.saved_tensors, *ctx.geometry, [of_input, of_weight, False]
+            )
+
+        if side_stream.stream:
+            side_stream.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream.stream):
+            weight_grad = compute(of_input=False, of_weight=True)[1]
+        # None of these may be used for something else before that stream is done. Autograd, which
+        # waits for no stream, gets no gradient.
+        side_stream.pending.append((grad, *ctx.saved_tensors, weight_grad))
+        input_grad = None
+        if ctx.needs_input_grad[0]:
+            input_grad = compute(of_input=True, of_weight=False)[0]
+        return input_grad, None, None, None, None
 
 
-class Apart(TorchFunctionMode):
-    """A context for a forward pass whose convolutions a GPU computes faster, to the same numbers: all their weights are cast to
-    bfloat16 by one kernel, the gradients back by another, and these gradients are computed beside the rest of the backward pass,
-    for the kernels of a narrow net leave most of a GPU idle. `join` waits for them, `hand_over` gives them to the net."""
+class SideStreamWeightGrads(TorchFunctionMode):
+    """A context for a forward pass whose convolutions a GPU trains faster, to the same numbers.
+
+    One kernel casts all their weights to bfloat16, another one the gradients back. These are
+    computed in a second stream, beside the rest of the backward pass, for the kernels of a narrow
+    net leave most of a GPU idle. `join` waits for them, `assign_gradients` gives them to the net.
+    """
 
     def __init__(self, net: Net):
         super().__init__()
         device = next(net.parameters()).device
-        self.stream, self.busy = torch.cuda.Stream() if device.type == "cuda" else None, []
-        kind = torch.bfloat16 if half(device)._enabled else torch.float32
-        self.cast = {m.weight: m.weight.detach().to(kind, copy=True).requires_grad_() for m in net.modules() if isinstance(m, nn.Conv2d)}
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        # (gradient of the output, input, cast weight, gradient of the weight) of each convolution.
+        self.pending = []
+        dtype = torch.bfloat16 if autocast_for(device)._enabled else torch.float32
+        self.cast_weights = {
+            module.weight: module.weight.detach().to(dtype, copy=True).requires_grad_()
+            for module in net.modules()
+            if isinstance(module, nn.Conv2d)
+        }
 
     def __enter__(self):
         with torch.no_grad():
-            torch._foreach_copy_(list(self.cast.values()), list(self.cast))
+            torch._foreach_copy_(list(self.cast_weights.values()), list(self.cast_weights))
         return super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.conv2d or args[1] not in self.cast:
+        if func is not F.conv2d or args[1] not in self.cast_weights:
             return func(*args, **(kwargs or {}))
         x, weight, bias, stride, padding = args[:5]
-        weight = self.cast[weight]
-        y = Convolution.apply(x.to(weight.dtype), weight, stride, padding, self)
-        return y if bias is None else y + bias.to(y.dtype).reshape(-1, 1, 1)
+        weight = self.cast_weights[weight]
+        y = SideStreamConv2d.apply(x.to(weight.dtype), weight, stride, padding, self)
+        if bias is None:
+            return y
+        return y + bias.to(y.dtype).reshape(-1, 1, 1)
 
     def join(self) -> None:
-        if self.stream and self.busy:
+        if self.stream and self.pending:
             torch.cuda.current_stream().wait_stream(self.stream)
 
-    def hand_over(self) -> None:
-        found = {weight: gradient for *_, weight, gradient in self.busy}
-        for weight in self.cast:
+    def assign_gradients(self) -> None:
+        gradient_of = {cast_weight: gradient for *_, cast_weight, gradient in self.pending}
+        for weight in self.cast_weights:
             weight.grad = torch.empty_like(weight)
-        torch._foreach_copy_([w.grad for w in self.cast], [found[w] for w in self.cast.values()])
-        self.busy.clear()
+        torch._foreach_copy_(
+            [weight.grad for weight in self.cast_weights],
+            [gradient_of[cast_weight] for cast_weight in self.cast_weights.values()],
+        )
+        self.pending.clear()
 
 
-def filled(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
-    """The two with channels of zeros up to multiples of 8, which a GPU trains faster than any other number; zeros they stay, for
-    nothing comes from them, gradients neither. The very same two where the net has such widths, or gates (which choose among all)."""
-    widths = tuple(-(-w // 8) * 8 for w in net.widths)
+def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
+    """(net, optimizer) with channels of zeros up to multiples of 8, which a GPU trains faster.
+
+    Zeros they stay, for nothing comes from them, gradients neither. The very same two are returned
+    where the widths are such already, or the net has gates, which choose among all channels.
+    """
+    widths = tuple(-(-width // 8) * 8 for width in net.widths)  # rounded up
     if net.gates is not None or widths == net.widths:
         return net, optimizer
     with next(net.parameters()).device:
-        wide = models.like(net, widths).to(memory_format=torch.channels_last)
-    carry(net, optimizer, wide, own := sgd(wide, optimizer.defaults["lr"]))
-    return wide, own
+        padded_net = models.build_like(net, widths).to(memory_format=torch.channels_last)
+    padded_optimizer = make_optimizer(padded_net, optimizer.defaults["lr"])
+    copy_training_state(net, optimizer, padded_net, padded_optimizer)
+    return padded_net, padded_optimizer
 
 
 @torch.no_grad()
-def carry(net: Net, optimizer, other: Net, others) -> None:
-    """Give the net `other` and its optimizer the state of `net` and of its: what both have room for, zeros elsewhere."""
-    def state(net, optimizer):
-        for p in net.parameters():
-            if not optimizer.state[p]:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return [*net.state_dict().values(), *(optimizer.state[p]["momentum_buffer"] for p in net.parameters())]
-
-    for a, b in zip(state(net, optimizer), state(other, others)):
-        room = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape))
-        b.zero_()[room] = a[room]
+def copy_training_state(net: Net, optimizer, to_net: Net, to_optimizer) -> None:
+    """Copy weights and momenta: what both nets have room for, zeros elsewhere."""
+    sources = training_state(net, optimizer)
+    targets = training_state(to_net, to_optimizer)
+    for source, target in zip(sources, targets):
+        room = tuple(slice(min(sizes)) for sizes in zip(source.shape, target.shape))
+        target.zero_()[room] = source[room]
 
 
-def fit(net: Net, images: Images, plan: Plan, *, optimizer, seed: int, teacher: Teacher | None = None, start: int = 0, track=lambda steps: steps):
-    """Train `net` in place; after each epoch, from epoch `start` on, yield (epoch, mean loss). A generator: iterate it."""
-    device, batch = images.labels.device, min(BATCH, len(images))
-    steps = min(plan.steps or len(images), len(images) // batch)  # ours: the last, smaller batch is left out; another one each epoch
-    cuda = device.type == "cuda"
-    wide, own = filled(net, optimizer) if cuda else (net, optimizer)
-    take = Step(wide, own, plan.temperature)
-    ahead = batch * (max(1, 16 * 32 * 32 // images.pixels.shape[1] ** 2) if cuda else 1)  # drawn at once: a dozen small kernels less a step
-    for epoch in range(start, plan.epochs):
-        wide.train()
-        order, place = images.view(seed, epoch)
-        soft = teacher.probabilities(epoch, steps * batch if plan.steps else len(images)) if teacher else None
-        total = torch.zeros((), device=device)
-        for step in track(range(steps)):
-            if not step * batch % ahead:
-                index = order[step * batch : min(step * batch + ahead, steps * batch)]
-                drawn = zip(*(v.split(batch) for v in (images.batch(index, place), images.labels[index], soft[index] if teacher else index)))
-            lr = plan.rate((epoch * steps + step + 0.5) / (plan.epochs * steps))
-            x, labels, outputs = next(drawn)
-            total += take(x, labels, outputs if teacher else None, lr)
-        if wide is not net:
-            carry(wide, own, net, optimizer)
-        yield epoch, total.item() / steps
+def training_state(net: Net, optimizer) -> list[torch.Tensor]:
+    """The net's weights and buffers, then the momentum of each weight, in order."""
+    for parameter in net.parameters():
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in net.parameters()]
+    return [*net.state_dict().values(), *momenta]
 
 
-def tuned(net: Net, images: Images) -> sep.Tuned:
+# ---- training: the loop ------------------------------------------------------------------------
+
+
+def draw_batches(images: Images, teacher_probs, order, crops, batch_size: int) -> Iterator:
+    """Yield (x (B, C, H, W), labels (B,), teacher_probs (B, classes) or None) along `order`."""
+    batches_at_once = 1
+    if images.device.type == "cuda":
+        # A dozen small kernels less for each step.
+        batches_at_once = max(1, 16 * 32 * 32 // images.size**2)
+    for index in order.split(batch_size * batches_at_once):
+        x = images.batch(index, crops)
+        labels = images.labels[index]
+        probs = None if teacher_probs is None else teacher_probs[index]
+        for start in range(0, len(index), batch_size):
+            batch = slice(start, start + batch_size)
+            yield x[batch], labels[batch], None if probs is None else probs[batch]
+
+
+def fit(
+    net: Net,
+    images: Images,
+    plan: TrainingPlan,
+    *,
+    optimizer,
+    seed: int,
+    teacher: Teacher | None = None,
+    first_epoch: int = 0,
+    progress: Callable = iter,
+) -> Iterator[tuple[int, float]]:
+    """Train `net` in place, an epoch per iteration of this generator: yields (epoch, mean loss).
+
+    `progress` wraps the steps of an epoch, to show them.
+    """
+    batch_size = min(BATCH_SIZE, len(images))
+    # ours: the last, smaller batch is left out; it has other images in each epoch.
+    steps = len(images) // batch_size
+    if plan.max_steps:
+        steps = min(steps, plan.max_steps)
+    count = steps * batch_size
+    train_step = make_train_step(net, optimizer, plan.temperature)
+    for epoch in range(first_epoch, plan.epochs):
+        train_step.start_epoch()
+        order, crops = images.draw_epoch(seed, epoch)
+        teacher_probs = None
+        if teacher:
+            teacher_probs = teacher.probabilities(epoch, count if plan.max_steps else len(images))
+        total_loss = torch.zeros((), device=images.device)
+        batches = draw_batches(images, teacher_probs, order[:count], crops, batch_size)
+        for step, batch in zip(progress(range(steps)), batches):
+            lr = plan.lr_at((epoch * steps + step + 0.5) / (plan.epochs * steps))
+            total_loss += train_step(*batch, lr)
+        train_step.finish_epoch()
+        yield epoch, total_loss.item() / steps
+
+
+# ---- training: how images were normalised ------------------------------------------------------
+
+# What other people's nets were trained with, per number of channels.
+COMMON_NORMALISATIONS = {
+    3: {
+        "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "mean and std 0.5": ((0.5,) * 3, (0.5,) * 3),
+        "pixels in [0, 1]": ((0.0,) * 3, (1.0,) * 3),
+    },
+    1: {"mean and std 0.5": ((0.5,), (0.5,)), "pixels in [0, 1]": ((0.0,), (1.0,))},
+}
+
+
+def stored_normalisation(net: Net, facts: dict) -> tuple | None:
+    """(mean, std), per channel, that a checkpoint's facts name; None where they name none."""
+    mean, std = facts.get("mean"), facts.get("std")
+    for values in (mean, std):
+        if not isinstance(values, list) or len(values) != net.channels:
+            return None
+        if not all(isinstance(value, float) for value in values):
+            return None
+    return (mean, std) if min(std) > 0 else None
+
+
+def find_normalisation(net: Net, facts: dict, train: Images, seed: int, say) -> tuple:
+    """(mean, std) for `net`: what its facts name, else what validates best. `say` tells the user.
+
+    This is the one place that decides it.
+    """
+    stored = stored_normalisation(net, facts)
+    if stored is not None:
+        return stored
+    say(
+        "how the net's images were normalised is not known: tries the usual ways on the validation "
+        "images"
+    )
+    mean, std, description = guess_normalisation(net, train, seed)
+    say(description)
+    return mean, std
+
+
+def guess_normalisation(net: Net, train: Images, seed: int) -> tuple:
+    """(mean, std, a sentence on them), with which `net` gets the most validation images right.
+
+    Tried are the data set's own and COMMON_NORMALISATIONS.
+    """
+    count = max(100, int(VALIDATION_SHARE * len(train)))
+    images = train.select(order_of_split(train, seed)[:count])
+    candidates = {"the data set's own mean and std": (train.mean, train.std)}
+    candidates |= COMMON_NORMALISATIONS[net.channels]
+    accuracies = {
+        name: measure_accuracy(net, images.normalised_by(*statistics))
+        for name, statistics in candidates.items()
+    }
+    best = max(accuracies, key=accuracies.get)
+    description = (
+        f"images normalised with {best}, with which it gets the most validation images right: "
+        f"{accuracies[best]:.2%}"
+    )
+    return *candidates[best], description
+
+
+# ---- timing ------------------------------------------------------------------------------------
+
+
+def tune_on(net: Net, images: Images) -> sep.TunedNet:
     """sep.tune by the first of `images`, which are on the CPU."""
     return sep.tune(net, images.batch(torch.arange(min(32, len(images)))))
 
 
-def latency(net: Net | sep.Tuned, images: Images, batch: int) -> float:
-    """Median seconds of a forward pass of so many images in float32, warm; other images each time."""
-    times, every = [], torch.arange(batch, device=images.labels.device)
-    net.eval()
-    with torch.no_grad():
-        for n in range(30):
-            x = images.batch((n * batch + every) % len(images))
-            torch.cuda.synchronize() if x.is_cuda else None
-            began = time.perf_counter()
+@torch.no_grad()
+def measure_latencies(nets: list, images: Images, batch_size: int) -> list[float]:
+    """Of each net the median seconds of a forward pass of so many images in float32, warm.
+
+    The nets run in turns, on other images each time, so that a busy moment hits them all.
+    """
+    warm_up, rounds = 10, 20
+    times = [[] for _ in nets]
+    for net in nets:
+        net.eval()
+    first_batch = torch.arange(batch_size, device=images.device)
+    for n in range(warm_up + rounds):
+        x = images.batch((n * batch_size + first_batch) % len(images))
+        for net, seconds in zip(nets, times):
+            start = read_clock(images.device)
             net(x)
-            torch.cuda.synchronize() if x.is_cuda else None
-            times.append(time.perf_counter() - began)
-    return sorted(times[10:])[10]
+            seconds.append(read_clock(images.device) - start)
+    return [sorted(seconds[warm_up:])[rounds // 2] for seconds in times]
 
 
-def speed(net: Net, device: torch.device) -> float:
-    """Images per second that `fit` trains `net` at, with a teacher's outputs at hand, measured on random images."""
+def read_clock(device: torch.device) -> float:
+    """Seconds, when the work given to the device so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure_training_speed(net: Net, device: torch.device) -> float:
+    """Images per second that `fit` trains `net` at, measured on random images."""
     steps = 64 if device.type == "cuda" else 3
-    pixels = torch.randint(0, 256, (BATCH * steps, net.size, net.size, net.channels), dtype=torch.uint8)
-    images = Images(pixels, torch.zeros(len(pixels)), mean=(0.5,) * net.channels, std=(0.25,) * net.channels).to(device)
-    net, marks = net.to(device).to(memory_format=torch.channels_last), []
-    for _ in fit(net, images, Plan(1, 0.0), optimizer=sgd(net, 0.0), seed=0, track=lambda s: (marks.append(time.perf_counter()) or n for n in s)):
-        marks.append(time.perf_counter())
-    return BATCH * (steps - 1) / (marks[-1] - marks[1])
+    shape = (BATCH_SIZE * steps, net.size, net.size, net.channels)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    statistics = {"mean": (0.5,) * net.channels, "std": (0.25,) * net.channels}
+    images = Images(pixels, torch.zeros(len(pixels)), **statistics).to(device)
+    net = net.to(device).to(memory_format=torch.channels_last)
+    times = []
+
+    def record_times(steps):
+        for step in steps:
+            times.append(time.perf_counter())
+            yield step
+
+    optimizer = make_optimizer(net, 0.0)
+    plan = TrainingPlan(1, 0.0)
+    for _ in fit(net, images, plan, optimizer=optimizer, seed=0, progress=record_times):
+        times.append(time.perf_counter())
+    # The first step is longer than the others.
+    return BATCH_SIZE * (steps - 1) / (times[-1] - times[1])
 
 
-# ---- the LSTM -----------------------------------------------------------------------------------------------------------
+# ---- structures --------------------------------------------------------------------------------
+#
+# `reduction_of(structure)` is the share of the baseline's MACs that a structure removes.
 
 
-class Policy(nn.Module):
-    """An LSTM that reads a net layer by layer: (L, inputs) or (L, B, inputs) -> (L, outputs) or (L, B, outputs)."""
-
-    def __init__(self, inputs: int = 4, outputs: int = 2, dropout: float = DROPOUT):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(inputs, HIDDEN, LAYERS, dropout=dropout), nn.Linear(HIDDEN, outputs)
-
-    def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        return self.head(self.lstm(cells)[0])
+def structure_name(structure) -> str:
+    """A structure as a name for files and trainings: its widths, or a hash where they are many."""
+    name = "-".join(str(width) for width in structure)
+    return name if len(name) < 100 else f"{seed_for(name):x}"
 
 
-def cells(net: Net, structure) -> torch.Tensor:
-    """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size. Sizes are widths over the widest
-    (ours: the script's raw sizes saturate an LSTM); a pooling's size is its 2 pixels."""
-    full, rows = max(net.widths), []
-    width = dict(zip((p.layer for p in net.prunable), structure))
-    kind = lambda name: models.LINEAR if isinstance(net.get_submodule(name), nn.Linear) else models.CONV
-    for p, k in zip(net.prunable, structure):
-        following = (models.POOL, 2) if p.pool else (kind(p.next), width.get(p.next, net.get_submodule(p.next).weight.shape[0]))
-        rows.append((kind(p.layer), k / full, following[0], following[1] / full))
-    return torch.tensor(rows, dtype=torch.float)
+def widen(structure, layer: int, channels: int = 1) -> tuple[int, ...]:
+    """The structure with so many channels more in one layer."""
+    return tuple(width + channels * (i == layer) for i, width in enumerate(structure))
 
 
-def shrink(structure, scheme, rate: float) -> tuple[int, ...]:
-    """The structure after one step: a chosen layer keeps int((1 - rate) * width) channels, at least one (paper)."""
-    return tuple(max(1, int((1 - rate) * w + 1e-9)) if d else w for w, d in zip(structure, scheme))
+def shrink(structure, actions, rate: float) -> tuple[int, ...]:
+    """The structure after one step: a layer with action 1 keeps int((1 - rate) * width) channels,
+    at least one (paper)."""
+    return tuple(
+        max(1, int((1 - rate) * width + 1e-9)) if action else width
+        for width, action in zip(structure, actions)
+    )
 
 
-def trim(parent, child, cut, target: float) -> tuple[int, ...]:
-    """The smallest part of the step from `parent` to `child` that still cuts `target`; `cut` gives a structure's cut."""
-    removals = [i for _, i in sorted(((p - n) / (p - c), i) for i, (p, c) in enumerate(zip(parent, child)) for n in range(c, p))]
-
-    def after(n: int) -> tuple[int, ...]:
-        gone = Counter(removals[:n])
-        return tuple(k - gone[i] for i, k in enumerate(parent))
-
-    count = bisect_left(range(len(removals)), target, key=lambda n: cut(after(n)))  # channel by channel, all layers in step
-    now = after(count)
-    for i in dict.fromkeys(reversed(removals[:count])) if cut(now) >= target else ():  # the last one may cut much: what it makes up for comes back
-        while now[i] < parent[i] and cut(more := (*now[:i], now[i] + 1, *now[i + 1 :])) >= target:
-            now = more
-    return now
+def shrink_all(structure, rate: float) -> tuple[int, ...]:
+    """The structure after one step in every layer."""
+    return shrink(structure, [1] * len(structure), rate)
 
 
-def landed(structure, widths, cut, target: float, rate: float) -> tuple[int, ...]:
-    """`structure`, or with as little less as cuts `target`: from layers that have less than their `widths` already, while they have any."""
-    check_reach(widths, cut, target)
-    while cut(structure) < target:
-        smaller = shrink(structure, [k < w for k, w in zip(structure, widths)], rate)
-        smaller = smaller if smaller != structure else shrink(structure, [1] * len(widths), rate)
-        structure = trim(structure, smaller, cut, target)
+def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ...]:
+    """The structure between `parent` and `child` that removes just `target` of the MACs.
+
+    Channels go one at a time, all layers at the same pace, until the target is reached; then every
+    channel that need not have gone is put back. `child` where even that does not reach it.
+    """
+    removals = [
+        (step / (before - after), layer)
+        for layer, (before, after) in enumerate(zip(parent, child))
+        for step in range(1, before - after + 1)
+    ]
+    order = [layer for _, layer in sorted(removals)]
+
+    def remove_first(count):
+        removed = Counter(order[:count])
+        return tuple(width - removed[layer] for layer, width in enumerate(parent))
+
+    count = bisect_left(
+        range(len(order)), target, key=lambda count: reduction_of(remove_first(count))
+    )
+    structure = remove_first(count)
+    if reduction_of(structure) < target:
+        return structure
+    # The last channel may have removed much: what it makes up for comes back.
+    for layer in dict.fromkeys(reversed(order[:count])):
+        while structure[layer] < parent[layer]:
+            wider = widen(structure, layer)
+            if reduction_of(wider) < target:
+                break
+            structure = wider
     return structure
 
 
-def uniform(widths, cut, target: float) -> tuple[int, ...]:
-    """The structure with the same share of channels in every layer, to a channel or 3 %, whose cut is nearest to `target`."""
+def prune_further(structure, widths, reduction_of, target: float, rate: float) -> tuple[int, ...]:
+    """`structure`, or with as little less as reaches `target`.
+
+    Channels go from layers that have less than their `widths` already, while these have any. Raises
+    UserError where no structure reaches the target.
+    """
+    check_reachable(widths, reduction_of, target)
+    while reduction_of(structure) < target:
+        is_pruned = [width < whole for width, whole in zip(structure, widths)]
+        smaller = shrink(structure, is_pruned, rate)
+        if smaller == structure:
+            smaller = shrink_all(structure, rate)
+        structure = prune_to_target(structure, smaller, reduction_of, target)
+    return structure
+
+
+def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
+    """The structure with the same share of channels in every layer, to a channel or 3 %, that comes
+    nearest to removing `target`."""
     best = tuple(widths)
-    step = [cut([k - (i == j) for j, k in enumerate(widths)]) for i in range(len(widths))]
-    coarse = sorted(range(len(widths)), key=lambda i: -step[i])  # a channel of some layers cuts much more than one of others
+    # A channel of some layers is worth many of others: these are adjusted first.
+    costliest_first = sorted(
+        range(len(widths)), key=lambda layer: -reduction_of(widen(widths, layer, -1))
+    )
     for share in (n / 1000 for n in range(1000, 0, -1)):
-        now = [max(1, int(share * k)) for k in widths]
-        if cut(now) < target:
+        structure = tuple(max(1, int(share * width)) for width in widths)
+        if reduction_of(structure) < target:
             continue
-        for i in coarse:
-            for _ in range(1 + int(0.03 * widths[i])):
-                up = [k + (i == j) for j, k in enumerate(now)]
-                if up[i] > widths[i] or cut(up) < target:
+        for layer in costliest_first:
+            for _ in range(1 + int(0.03 * widths[layer])):
+                wider = widen(structure, layer)
+                if wider[layer] > widths[layer] or reduction_of(wider) < target:
                     break
-                now = up
-        best = min(best, tuple(now), key=lambda w: abs(cut(w) - target))
-        if cut(now) - target > 0.05:
+                structure = wider
+        best = min(best, structure, key=lambda candidate: abs(reduction_of(candidate) - target))
+        if reduction_of(structure) - target > 0.05:
             break
     return best
 
 
-def reach(widths, cut, multiple: int = 1) -> float:
-    """What the smallest structure at multiples of `multiple` (or whole `widths`) cuts: no other one cuts more."""
-    return cut([min(w, multiple) for w in widths])
+def largest_reduction(widths, reduction_of, multiple: int = 1) -> float:
+    """What the smallest structure at multiples of `multiple` (or whole `widths`) removes."""
+    return reduction_of([min(width, multiple) for width in widths])
 
 
-def check_reach(widths, cut, target: float | None, multiple: int = 1) -> None:
-    """Raise Failure where no structure at multiples of `multiple` (or whole `widths`) cuts `target`, or none but the whole net is one."""
+def check_reachable(widths, reduction_of, target: float | None, multiple: int = 1) -> None:
+    """Raise UserError (status 2) where no structure at multiples of `multiple` (or whole `widths`)
+    removes `target`, or none but the whole net is one."""
     if multiple > max(widths):
-        raise Failure(f"no layer of this net is {multiple} wide, {max(widths)} at most; give a smaller --round-to", 2)
-    if target is not None and (most := reach(widths, cut, multiple)) < target:
-        raise Failure(f"{f'with widths at multiples of {multiple}' if multiple > 1 else 'with one channel left in every layer'} this net cannot cut "
-                      f"{100 * target:.6g}%, {most:.1%} at most; give a smaller {'--round-to' if multiple > 1 else '--target'}", 2)
+        raise UserError(
+            f"no layer of this net is {multiple} wide, {max(widths)} at most; "
+            "give a smaller --round-to",
+            2,
+        )
+    most = largest_reduction(widths, reduction_of, multiple)
+    if target is None or most >= target:
+        return
+    condition = "with one channel left in every layer"
+    option = "--target"
+    if multiple > 1:
+        condition = f"with widths at multiples of {multiple}"
+        option = "--round-to"
+    raise UserError(
+        f"{condition} this net cannot cut {100 * target:.6g}%, {most:.1%} at most; "
+        f"give a smaller {option}",
+        2,
+    )
 
 
-def rounded(structure, widths, cut, target: float | None, multiple: int) -> tuple[int, ...]:
-    """The structure of multiples (or whole `widths`) nearest to `structure`; with a `target`, one that still cuts it. Raises Failure
-    where there is none."""
-    check_reach(widths, cut, target, multiple)
-    choices = [sorted({w, *range(multiple, w + 1, multiple)}) for w in widths]
-    at = [min(range(len(c)), key=lambda n: abs(c[n] - k)) for c, k in zip(choices, structure)]
-    now = lambda steps: tuple(c[n] for c, n in zip(choices, steps))
+def round_structure(structure, widths, reduction_of, target: float | None, multiple: int):
+    """The structure of multiples (or whole `widths`) nearest to `structure`.
+
+    With a `target` one that still reaches it. Raises UserError where there is none.
+    """
+    check_reachable(widths, reduction_of, target, multiple)
+    choices = [sorted({width, *range(multiple, width + 1, multiple)}) for width in widths]
+    # Per layer the position in its choices.
+    positions = [
+        min(range(len(choice)), key=lambda n: abs(choice[n] - width))
+        for choice, width in zip(choices, structure)
+    ]
+    layers = range(len(positions))
+
+    def widths_at(positions) -> tuple[int, ...]:
+        return tuple(choice[n] for choice, n in zip(choices, positions))
+
+    def excess(layer) -> float:
+        return choices[layer][positions[layer]] / structure[layer]
+
     if target is None:
-        return now(at)
-    excess = lambda i: choices[i][at[i]] / structure[i]
-    step = lambda i, by: [n + by * (i == j) for j, n in enumerate(at)]
-    while cut(now(at)) < target:  # down where rounding added the most
-        at = step(max((i for i in range(len(at)) if at[i]), key=excess), -1)
-    while larger := [i for i in range(len(at)) if at[i] + 1 < len(choices[i]) and excess(i) < 1 and cut(now(step(i, 1))) >= target]:
-        at = step(min(larger, key=excess), 1)  # and up where it took the most, while that layer has less than it should
-    return now(at)
+        return widths_at(positions)
+    # Down where rounding added the most.
+    while reduction_of(widths_at(positions)) < target:
+        layer = max((layer for layer in layers if positions[layer]), key=excess)
+        positions = widen(positions, layer, -1)
+    # And up where it took the most, while that layer has less than it should.
+    while True:
+        larger = [
+            layer
+            for layer in layers
+            if positions[layer] + 1 < len(choices[layer])
+            and excess(layer) < 1
+            and reduction_of(widths_at(widen(positions, layer))) >= target
+        ]
+        if not larger:
+            return widths_at(positions)
+        positions = widen(positions, min(larger, key=excess))
+
+
+# ---- the LSTM ----------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """An LSTM that reads a net layer by layer: (L, inputs) or (L, B, inputs) -> (L, outputs) or
+    (L, B, outputs)."""
+
+    def __init__(self, inputs: int = 4, outputs: int = 2, dropout: float = LSTM_DROPOUT):
+        super().__init__()
+        self.lstm = nn.LSTM(inputs, LSTM_HIDDEN, LSTM_LAYERS, dropout=dropout)
+        self.head = nn.Linear(LSTM_HIDDEN, outputs)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(features)[0])
+
+
+# The script's codes of the types of layers.
+CONVOLUTION_CODE, LINEAR_CODE, POOLING_CODE = 0, 1, 2
+
+
+def layer_features(net: Net, structure) -> torch.Tensor:
+    """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size (script).
+
+    Sizes are widths over the widest (ours: the script's raw sizes saturate an LSTM); a pooling's
+    size is its 2 pixels.
+    """
+    widest = max(net.widths)
+    width_of = {p.layer: width for p, width in zip(net.prunable, structure)}
+
+    def type_code(name):
+        is_linear = isinstance(net.get_submodule(name), nn.Linear)
+        return LINEAR_CODE if is_linear else CONVOLUTION_CODE
+
+    rows = []
+    for prunable, width in zip(net.prunable, structure):
+        following = prunable.next_layer
+        if prunable.is_pooled:
+            next_type, next_size = POOLING_CODE, 2
+        else:
+            next_type = type_code(following)
+            outputs = net.get_submodule(following).weight.shape[0]
+            next_size = width_of.get(following, outputs)
+        rows.append((type_code(prunable.layer), width / widest, next_type, next_size / widest))
+    return torch.tensor(rows, dtype=torch.float)
+
+
+def sample_actions(policy: Policy, features: torch.Tensor, seed: int, *, is_random=False):
+    """(logits (L, 2) of the policy, actions (L,) sampled from them): 0 keeps, 1 prunes.
+
+    `is_random`: sampled from even odds instead.
+    """
+    torch.manual_seed(seed)
+    logits = policy(features)
+    if is_random:
+        probabilities = torch.full_like(logits, 0.5)
+    else:
+        probabilities = logits.detach().softmax(1)
+    return logits, torch.multinomial(probabilities, 1)[:, 0]
+
+
+def reinforce(policy: Policy, optimizer, logits, actions, advantage: float) -> None:
+    """One REINFORCE step: logits (L, 2), actions (L,); the advantage is the child's reward less its
+    parent's (paper)."""
+    log_probs = F.log_softmax(logits, 1).gather(1, actions[:, None])
+    optimizer.zero_grad()
+    (-ADVANTAGE_SCALE * advantage * log_probs.mean()).backward()
+    optimizer.step()
+
+
+def compute_reward(accuracy: float, macs_reduction: float, target: float | None) -> float:
+    """accuracy - 0.16 * MACs / MACs of the baseline (script); beyond the target a larger reduction
+    earns nothing more."""
+    smallest = 0.0 if target is None else 1 - target
+    return accuracy - COMPLEXITY_WEIGHT * max(1 - macs_reduction, smallest)
 
 
 @dataclass
-class Candidate:
-    """A structure that was tried, and how it did. `scheme` and `parent` are what first led to it."""
+class ScoredStructure:
+    """A structure and how good a net of it is: the baseline, or a candidate."""
 
     structure: tuple[int, ...]
-    scheme: tuple[int, ...]
-    parent: tuple[int, ...] | None
-    epoch: int  # of the LSTM
     validation_accuracy: float
     macs: int
-    cut: float
+    macs_reduction: float
     reward: float
+
+
+@dataclass
+class Candidate(ScoredStructure):
+    """A structure that was tried. `parent` and `actions` are what first led to it."""
+
+    parent: tuple[int, ...]
+    actions: tuple[int, ...]
+    lstm_epoch: int
     seconds: float
 
 
-def name_of(structure) -> str:
-    """A structure as a name for files and trainings: its widths, or a hash where there are too many of them."""
-    name = "-".join(map(str, structure))
-    return name if len(name) < 100 else f"{stream(name):x}"
+def rank_by_reward(scored: Iterable[ScoredStructure], count: int) -> list[ScoredStructure]:
+    """The `count` structures of the largest rewards."""
+    return sorted(scored, key=lambda item: -item.reward)[:count]
 
 
-def reward(accuracy: float, cut: float, target: float | None) -> float:
-    """accuracy - 0.16 * MACs / MACs0 (script), where going past the `target` cut earns nothing more."""
-    return accuracy - COMPLEXITY * max(1 - cut, 0.0 if target is None else 1 - target)
-
-
-def best_of(tried: dict, count: int) -> list[Candidate]:
-    """The `count` candidates of the largest rewards."""
-    return sorted(tried.values(), key=lambda c: -c.reward)[:count]
-
-
-def choose(candidates: Iterable[Candidate], target: float | None) -> Candidate:
-    """The best network: the largest reward, at or past the target where one got there, else the largest cut."""
-    there = [c for c in candidates if target is None or c.cut >= target]
-    return max(there, key=lambda c: c.reward) if there else max(candidates, key=lambda c: c.cut)
-
-
-def decide(policy: Policy, cells: torch.Tensor, seed: int, dice: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits (L, 2) of the policy, decisions (L,) sampled from them, or from even odds where dice decide): 0 keeps, 1 prunes."""
-    torch.manual_seed(seed)
-    logits = policy(cells)
-    odds = torch.full_like(logits, 0.5) if dice else logits.detach().softmax(1)
-    return logits, torch.multinomial(odds, 1)[:, 0]
-
-
-def learn(policy: Policy, adam, logits: torch.Tensor, scheme: torch.Tensor, advantage: float) -> None:
-    """One REINFORCE step: logits (L, 2), decisions (L,); the advantage is the child's reward less the parent's."""
-    chosen = F.log_softmax(logits, 1).gather(1, scheme[:, None])
-    adam.zero_grad()
-    (-ADVANTAGE * advantage * chosen.mean()).backward()
-    adam.step()
-
-
-class Search:
-    """The papers' search: a child of each of the nets with the largest rewards, decisions sampled, REINFORCE, an end after idle epochs.
-
-    `next()` names what to try, (parent, scheme, structure), until it is None; `tell()` takes how the structure did. `net` is
-    the baseline and `start` what is known of it, `cut` gives the cut of a structure; `dice` decide instead of the LSTM.
-    """
-
-    def __init__(self, net: Net, start: "Candidate", settings: "Settings", target: float | None, cut, name: str = "", dice: bool = False):
-        self.net, self.settings, self.target, self.cut, self.name, self.dice = net, settings, target, cut, name, dice
-        torch.manual_seed(stream(settings.seed, name, "policy"))
-        self.policy = self.new_policy()
-        self.adam = torch.optim.Adam(self.policy.parameters(), self.rate)
-        self.tried, self.start = {start.structure: start}, start.structure
-        self.epoch, self.idle, self.queue, self.bar, self.walks = 1, 0, [], start.reward, 0
-
-    new_policy, rate = Policy, POLICY_LR
-
-    def next(self):
-        if not self.queue:
-            if self.idle >= self.settings.patience:
-                return None
-            self.queue = [c.structure for c in best_of(self.tried, self.settings.parents)]
-            self.bar = max(c.reward for c in self.tried.values())
-        parent = self.queue[0]
-        seed = stream(self.settings.seed, self.name, "decisions", self.epoch, parent)
-        self.logits, self.scheme = decide(self.policy, cells(self.net, parent), seed, dice=self.dice)
-        return parent, tuple(self.scheme.tolist()), shrink(parent, self.scheme.tolist(), self.settings.rate)
-
-    def tell(self, candidate: "Candidate") -> None:
-        """What came of the structure that `next` named; its memory, where that had been tried before."""
-        self.tried[candidate.structure] = candidate
-        if not self.dice:
-            learn(self.policy, self.adam, self.logits, self.scheme, candidate.reward - self.tried[self.queue[0]].reward)
-        self.queue = self.queue[1:]
-        if not self.queue:
-            better = max(c.reward for c in self.tried.values()) > self.bar
-            self.epoch, self.idle = self.epoch + 1, 0 if better else self.idle + 1
-
-    @property
-    def best(self) -> "Candidate":
-        return choose(self.tried.values(), self.target)
-
-    def needed(self) -> set:
-        """The structures whose weights may still be asked for."""
-        return {c.structure for c in best_of(self.tried, self.settings.parents)} | {*self.queue, self.best.structure}
-
-    def told(self) -> str:
-        return f"{self.idle} of {self.settings.patience} epochs without a larger reward"
-
-    def state(self) -> dict:
-        found = dict(policy=self.policy.state_dict(), adam=self.adam.state_dict(), tried=[asdict(c) for c in self.tried.values()])
-        return found | {k: getattr(self, k) for k in ("epoch", "idle", "queue", "bar", "walks")}
-
-    def load(self, state: dict) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.adam.load_state_dict(state["adam"])
-        self.tried = {c["structure"]: Candidate(**c) for c in state["tried"]}
-        self.__dict__.update({k: state[k] for k in ("epoch", "idle", "queue", "bar", "walks")})
-
-
-class Guided(Search):
-    """ours, for `fast`: the LSTM learns from every candidate so far, and every candidate is a whole walk from the baseline to the target.
-
-    For a structure the LSTM says what a step costs in each layer. The steps of all layers together should cost the accuracy
-    that was lost: on this it is trained again after each LSTM epoch, on all candidates, so each layer gets its share of the credit.
-    The first candidate has the same share of every layer. On a walk, layers whose cost is small beside the MACs that they save are
-    pruned, with odds that sharpen as the search goes on.
-    """
-
-    rate, steps = 0.003, 60  # Adam's learning rate, and its steps after each LSTM epoch
-    heat = 0.5, 0.1  # first and last: a layer that is twice as good has 2^(1 / heat) times the odds
-    part = 0.25  # of the layers a step prunes, about
-
-    def new_policy(self) -> Policy:
-        return Policy(4 + len(self.net.widths), 1, dropout=0.0)  # it also reads which layer it is at: many have the same sizes
-
-    def read(self, structure) -> torch.Tensor:
-        return torch.cat([cells(self.net, structure), torch.eye(len(structure))], 1)
-
-    def taken(self, structure) -> torch.Tensor:
-        """(L,): how many steps lead from the baseline to the structure, in each layer."""
-        return (torch.tensor(self.net.widths) / torch.tensor(structure)).log() / -math.log1p(-self.settings.rate)
-
-    def next(self):
-        if len(self.tried) > self.settings.candidates or self.idle >= 5 * self.settings.patience:  # idle: walks to known structures
-            return None
-        g = torch.Generator().manual_seed(stream(self.settings.seed, self.name, "decisions", self.walks))
-        hot, cold = self.heat
-        heat = hot * (cold / hot) ** min(1, len(self.tried) / self.settings.candidates)
-        now = self.start if self.walks else uniform(self.net.widths, self.cut, self.target)  # the first: the same share everywhere
-        while self.cut(now) < self.target:
-            smaller = shrink(now, [1] * len(now), self.settings.rate)
-            alone = [now[:i] + smaller[i : i + 1] + now[i + 1 :] for i in range(len(now))]
-            saved = torch.tensor([self.cut(w) for w in alone]) - self.cut(now)
-            if not (saved > 0).any():
-                break
-            with torch.no_grad():
-                cost = F.softplus(self.policy(self.read(now))[:, 0]).clamp_min(1e-3) * (self.taken(smaller) - self.taken(now)).clamp_min(1e-3)
-            worth = saved.clamp_min(1e-9).log() - cost.log()
-            bar = worth[saved > 0].quantile(1 - self.part)
-            odds = torch.where(saved > 0, torch.full_like(worth, self.part) if self.dice else torch.sigmoid((worth - bar) / heat), 0)
-            now = trim(now, shrink(now, torch.bernoulli(odds, generator=g).tolist(), self.settings.rate), self.cut, self.target)
-        return self.start, tuple(int(a < b) for a, b in zip(now, self.start)), now
-
-    def tell(self, candidate: "Candidate") -> None:
-        self.walks, self.idle = self.walks + 1, self.idle + 1 if candidate.structure in self.tried else 0
-        self.tried[candidate.structure] = candidate
-        known = [c for c in self.tried.values() if c.structure != self.start]
-        if self.walks % self.settings.parents or not known:
-            return
-        self.epoch += 1
-        if self.dice:
-            return
-        inputs = torch.stack([self.read(c.structure) for c in known], 1)
-        steps = torch.stack([self.taken(c.structure) for c in known], 1)
-        found = torch.tensor([c.validation_accuracy for c in known])
-        lost = found.max() - found  # beside the best; and where the baseline is better than that (or than luck), beside the baseline
-        lost = lost + torch.maximum(self.tried[self.start].validation_accuracy - found.max(), lost.std(correction=0))
-        lost = lost / lost.mean().clamp_min(1e-6) * steps.sum(0).mean() * math.log(2)  # a fresh LSTM says softplus(0) for a step
-        for _ in range(self.steps):
-            said = (F.softplus(self.policy(inputs)[..., 0]) * steps).sum(0)
-            loss = (said - lost).square().mean() / lost.var(correction=0).clamp_min(1e-3)
-            self.adam.zero_grad()
-            loss.backward()
-            self.adam.step()
-
-    def needed(self) -> set:
-        return {self.best.structure}
-
-    def told(self) -> str:
-        return f"at most {self.settings.candidates} candidates"
-
-
-# ---- a run and its folder -----------------------------------------------------------------------------------------------
-
-
-class Watch:
-    """What a run tells while it works; the command line shows it. This one is silent."""
-
-    def say(self, text: str) -> None: ...
-
-    def stage(self, title: str, epochs: int, start: int) -> None: ...
-
-    def steps(self, steps):
-        return steps
-
-    def epoch(self, title: str, epoch: int, epochs: int, loss: float, accuracy: float | None, seconds: float) -> None: ...
+def choose_best(scored: Iterable[ScoredStructure], target: float | None) -> ScoredStructure:
+    """The largest reward, at or past the target where one got there; else the largest reduction."""
+    scored = list(scored)
+    reached = [item for item in scored if target is None or item.macs_reduction >= target]
+    if reached:
+        return max(reached, key=lambda item: item.reward)
+    return max(scored, key=lambda item: item.macs_reduction)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The numbers of a run. They are kept in its folder: other numbers are another run."""
 
-    baseline: Plan
-    recovery: Plan
-    final: Plan
-    rate: float
-    target: float | None
+    baseline: TrainingPlan
+    recovery: TrainingPlan
+    final: TrainingPlan
+    pruning_rate: float
+    target: float | None  # the MACs reduction that the user or the paper asks for
     parents: int
     patience: int
-    candidates: int | None  # of a search that learns from all of them (Guided), where there is a target
+    max_candidates: int | None  # of a RegressionSearch
     seed: int
 
-    def guided(self, target: float | None) -> bool:
-        """Whether a search for `target` learns from every candidate so far (Guided), and by the papers' rules (Search) else."""
-        return bool(self.candidates and target)
+    def searches_by_regression(self, target: float | None) -> bool:
+        """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch."""
+        return self.max_candidates is not None and target is not None
 
 
-class Run:
-    """A run folder, and the work that fills it. Every method picks up what the folder already holds."""
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A structure that a search wants tried: `parent` loses channels where `actions` is 1."""
 
-    def __init__(self, folder: Path, settings: Settings, head: dict, train: Images, test: Images, watch: Watch | None = None, fresh: bool = False,
-                 round_to: int | None = None, split_seed: int | None = None):
-        self.folder, self.settings, self.test, self.watch, self.round_to = Path(folder), settings, test, watch or Watch(), round_to
-        self.split_seed = settings.seed if split_seed is None else split_seed
-        self.all, (self.train, self.validation) = train, split(train, self.split_seed)
-        self.claim(fresh)
-        self.device, self.teachers, self.began = train.labels.device, {}, time.time()
-        head = head | dict(train_images=len(train), test_images=len(test), images=fingerprint(train, test), statistics=[train.mean, train.std],
-                           seed=settings.seed, round_to=round_to, device=describe(self.device), versions=versions(), seconds=0.0)
-        self.results = head | dict(settings=asdict(settings), rows=[], search={}, curves={})
-        if (found := read_results(self.folder, missing_ok=True)) is not None:
-            known = ("experiment", "schedule", "seed", "data", "train_images", "test_images", "images", "settings", "source", "statistics", "round_to")
-            ours = json.loads(json.dumps({k: self.results[k] for k in known if k in found}))
-            if differing := [k for k, v in ours.items() if said(found[k]) != said(v)]:
-                what = " and ".join("checkpoint (source)" if k == "source" else k for k in differing)
-                raise Failure(f"{self.folder} holds a run with other {what}; give another --out, or --fresh to start over", 2)
-            self.results = found
-        elif any((self.folder / f"{m}.pt").exists() for m in NETS):
-            self.watch.say(f"{self.folder} has lost its results.json: rows come from the checkpoints, what the searches tried is gone")
-        self.before = self.results["seconds"]
-        self.keep_results()
+    parent: tuple[int, ...]
+    actions: tuple[int, ...]
+    structure: tuple[int, ...]
+    logits: torch.Tensor | None = None  # (L, 2) of the LSTM, for REINFORCE
 
-    def claim(self, fresh: bool) -> None:
-        """Make the folder; if `fresh`, remove what a run left in it, and nothing else; keep other processes out of it."""
+
+class Search:
+    """What both searches share. `propose()` returns what to try next, None at the end; `record()`
+    takes the proposal and what came of it.
+
+    `baseline` is the whole net's score, `reduction_of` gives the MACs reduction of a structure.
+    With `is_random` dice decide instead of the LSTM, and nothing is learned.
+    """
+
+    rule = ""  # its name in results.json
+    policy_lr = POLICY_LR
+    layer_score = ""  # what `score_layers` says of each layer
+    progress_keys = ("lstm_epoch", "layer_scores")  # of the state, beside policy and candidates
+
+    def __init__(
+        self, net: Net, baseline, settings: Settings, target, reduction_of, *, name, is_random=False
+    ):
+        self.net = net
+        self.baseline = baseline
+        self.settings = settings
+        self.target = target
+        self.reduction_of = reduction_of
+        self.name = name
+        self.is_random = is_random
+        torch.manual_seed(seed_for(settings.seed, name, "policy"))
+        self.policy = self.make_policy()
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.policy_lr)
+        self.candidates: dict[tuple, Candidate] = {}
+        self.lstm_epoch = 1
+        # After each LSTM epoch what it thinks of each layer: for the report alone.
+        self.layer_scores: list[list[float]] = []
+
+    def make_policy(self) -> Policy:
+        return Policy()
+
+    def propose(self) -> Proposal | None:
+        raise NotImplementedError
+
+    def record(self, proposal: Proposal, score: ScoredStructure) -> None:
+        raise NotImplementedError
+
+    def score_layers(self) -> list[float]:
+        """What the LSTM thinks of each layer of the baseline, see `layer_score`."""
+        raise NotImplementedError
+
+    def structures_in_use(self) -> set:
+        """The structures whose weights may still be asked for."""
+        raise NotImplementedError
+
+    def describe_end(self) -> str:
+        """When the search ends, for the user."""
+        raise NotImplementedError
+
+    @property
+    def known(self) -> dict[tuple, ScoredStructure]:
+        """The baseline and all candidates, by structure."""
+        return {self.baseline.structure: self.baseline} | self.candidates
+
+    @property
+    def best(self) -> ScoredStructure:
+        return choose_best(self.known.values(), self.target)
+
+    def add_candidate(self, score: ScoredStructure) -> None:
+        if score.structure != self.baseline.structure:
+            self.candidates[score.structure] = score
+
+    def finish_lstm_epoch(self) -> None:
+        self.lstm_epoch += 1
+        if not self.is_random:
+            self.layer_scores.append([round(score, 5) for score in self.score_layers()])
+
+    def state_dict(self) -> dict:
+        """All that a later process goes on with."""
+        state = {key: getattr(self, key) for key in self.progress_keys}
+        return state | {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "candidates": [asdict(candidate) for candidate in self.candidates.values()],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        candidates = [Candidate(**values) for values in state["candidates"]]
+        self.candidates = {candidate.structure: candidate for candidate in candidates}
+        for key in self.progress_keys:
+            setattr(self, key, state[key])
+
+
+# ---- the LSTM: search by REINFORCE -------------------------------------------------------------
+
+
+class ReinforceSearch(Search):
+    """The papers' search: an LSTM epoch samples a child of each of the nets with the largest
+    rewards, and learns from its reward. It ends after some epochs without a better net."""
+
+    rule = "reinforce"
+    layer_score = "probability of pruning"
+    progress_keys = (*Search.progress_keys, "parents", "best_reward", "idle_epochs")
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.parents = []  # whose children this LSTM epoch still has to try
+        self.best_reward = self.baseline.reward  # before this LSTM epoch
+        self.idle_epochs = 0
+
+    def propose(self) -> Proposal | None:
+        if not self.parents:
+            if self.idle_epochs >= self.settings.patience:
+                return None
+            best = rank_by_reward(self.known.values(), self.settings.parents)
+            self.parents = [item.structure for item in best]
+            self.best_reward = best[0].reward
+        parent = self.parents[0]
+        logits, actions = sample_actions(
+            self.policy,
+            layer_features(self.net, parent),
+            seed_for(self.settings.seed, self.name, "decisions", self.lstm_epoch, parent),
+            is_random=self.is_random,
+        )
+        actions = tuple(actions.tolist())
+        structure = shrink(parent, actions, self.settings.pruning_rate)
+        return Proposal(parent, actions, structure, logits)
+
+    def record(self, proposal: Proposal, score: ScoredStructure) -> None:
+        self.add_candidate(score)
+        if not self.is_random:
+            actions = torch.tensor(proposal.actions)
+            advantage = score.reward - self.known[proposal.parent].reward
+            reinforce(self.policy, self.optimizer, proposal.logits, actions, advantage)
+        self.parents = [parent for parent in self.parents if parent != proposal.parent]
+        if not self.parents:
+            is_better = max(item.reward for item in self.known.values()) > self.best_reward
+            self.idle_epochs = 0 if is_better else self.idle_epochs + 1
+            self.finish_lstm_epoch()
+
+    @torch.no_grad()
+    def score_layers(self) -> list[float]:
+        self.policy.eval()  # without dropout, and so without a random number
+        logits = self.policy(layer_features(self.net, self.net.widths))
+        self.policy.train()
+        return logits.softmax(1)[:, 1].tolist()
+
+    def structures_in_use(self) -> set:
+        best = rank_by_reward(self.known.values(), self.settings.parents)
+        return {*(item.structure for item in best), *self.parents, self.best.structure}
+
+    def describe_end(self) -> str:
+        return f"{self.idle_epochs} of {self.settings.patience} epochs without a larger reward"
+
+
+# ---- the LSTM: search by regression ------------------------------------------------------------
+
+
+class RegressionSearch(Search):
+    """ours, for `fast`: the LSTM learns from every candidate so far, and every candidate is a whole
+    walk from the baseline to the target.
+
+    For a structure the LSTM predicts what a step costs in each layer. The steps of all layers
+    together should cost the accuracy that was lost: on this it is trained again after each LSTM
+    epoch, on all candidates, so each layer gets its share of the credit. The first candidate has
+    the same share of every layer. On a walk, layers whose cost is small beside the MACs that they
+    save are pruned, with odds that sharpen as the search goes on.
+    """
+
+    rule = "regression"
+    layer_score = "predicted cost of a step"
+    progress_keys = (*Search.progress_keys, "walks", "idle_walks")
+
+    policy_lr = 0.003  # of Adam
+    adam_steps = 60  # after each LSTM epoch
+    # First and last: a layer that is twice as good has 2^(1 / temperature) times the odds.
+    odds_temperatures = (0.5, 0.1)
+    step_share = 0.25  # of the layers a step of a walk prunes, about
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.walks = 0
+        self.idle_walks = 0  # that led to structures known before, in a row
+
+    def make_policy(self) -> Policy:
+        # It also reads which layer it is at, for many have the same sizes.
+        return Policy(4 + len(self.net.widths), 1, dropout=0.0)
+
+    def read_layers(self, structure) -> torch.Tensor:
+        """What the LSTM reads, (L, 4 + L)."""
+        which_layer = torch.eye(len(structure))
+        return torch.cat([layer_features(self.net, structure), which_layer], 1)
+
+    def count_steps(self, structure) -> torch.Tensor:
+        """(L,): how many pruning steps lead from the baseline to the structure, in each layer."""
+        ratio = torch.tensor(self.net.widths) / torch.tensor(structure)
+        return ratio.log() / -math.log1p(-self.settings.pruning_rate)
+
+    def predict_costs(self, features: torch.Tensor) -> torch.Tensor:
+        """What a step costs in each layer: (L, 4 + L) -> (L,), or (L, B, 4 + L) -> (L, B)."""
+        return F.softplus(self.policy(features)[..., 0])
+
+    def propose(self) -> Proposal | None:
+        most = self.settings.max_candidates
+        if len(self.candidates) >= most or self.idle_walks >= 5 * self.settings.patience:
+            return None
+        seed = seed_for(self.settings.seed, self.name, "decisions", self.walks)
+        generator = torch.Generator().manual_seed(seed)
+        structure = self.baseline.structure
+        if self.walks == 0:
+            structure = uniform_structure(self.net.widths, self.reduction_of, self.target)
+        while self.reduction_of(structure) < self.target:
+            smaller = self.take_step(structure, generator)
+            if smaller is None:
+                break
+            structure = smaller
+        parent = self.baseline.structure
+        actions = tuple(int(width < whole) for width, whole in zip(structure, parent))
+        return Proposal(parent, actions, structure)
+
+    def take_step(self, structure, generator) -> tuple[int, ...] | None:
+        """A smaller structure on the walk to the target; None where no layer can lose more."""
+        rate = self.settings.pruning_rate
+        smaller = shrink_all(structure, rate)
+        one_layer_smaller = [
+            structure[:i] + smaller[i : i + 1] + structure[i + 1 :] for i in range(len(structure))
+        ]
+        reductions = torch.tensor([self.reduction_of(widths) for widths in one_layer_smaller])
+        saved = reductions - self.reduction_of(structure)
+        if not (saved > 0).any():
+            return None
+        probabilities = self.step_probabilities(structure, smaller, saved)
+        actions = torch.bernoulli(probabilities, generator=generator).tolist()
+        child = shrink(structure, actions, rate)
+        return prune_to_target(structure, child, self.reduction_of, self.target)
+
+    def step_probabilities(self, structure, smaller, saved: torch.Tensor) -> torch.Tensor:
+        """(L,): how likely each layer is pruned in a step that would save `saved` (L,) in each."""
+        with torch.no_grad():
+            costs = self.predict_costs(self.read_layers(structure)).clamp_min(1e-3)
+            steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
+            costs = costs * steps
+        worth = saved.clamp_min(1e-9).log() - costs.log()
+        threshold = worth[saved > 0].quantile(1 - self.step_share)
+        if self.is_random:
+            probabilities = torch.full_like(worth, self.step_share)
+        else:
+            first, last = self.odds_temperatures
+            progress = min(1, (len(self.candidates) + 1) / self.settings.max_candidates)
+            temperature = first * (last / first) ** progress
+            probabilities = torch.sigmoid((worth - threshold) / temperature)
+        return torch.where(saved > 0, probabilities, 0)
+
+    def record(self, proposal: Proposal, score: ScoredStructure) -> None:
+        is_known = score.structure in self.known
+        self.walks += 1
+        self.idle_walks = self.idle_walks + 1 if is_known else 0
+        self.add_candidate(score)
+        if self.walks % self.settings.parents == 0 and self.candidates:
+            if not self.is_random:
+                self.fit_policy()
+            self.finish_lstm_epoch()
+
+    def fit_policy(self) -> None:
+        """Train the LSTM on all candidates: predicted costs of all steps against accuracy lost."""
+        candidates = self.candidates.values()
+        features = torch.stack([self.read_layers(c.structure) for c in candidates], 1)
+        steps = torch.stack([self.count_steps(c.structure) for c in candidates], 1)  # (L, B)
+        accuracies = torch.tensor([c.validation_accuracy for c in candidates])
+        losses = accuracies.max() - accuracies  # beside the best candidate
+        # Where the baseline is better than that, or than luck, beside the baseline.
+        margin = self.baseline.validation_accuracy - accuracies.max()
+        losses = losses + torch.maximum(margin, losses.std(correction=0))
+        # A fresh LSTM says softplus(0) = log 2 for a step.
+        unit = losses.mean().clamp_min(1e-6)
+        losses = losses / unit * steps.sum(0).mean() * math.log(2)
+        for _ in range(self.adam_steps):
+            predicted = (self.predict_costs(features) * steps).sum(0)
+            error = (predicted - losses).square().mean() / losses.var(correction=0).clamp_min(1e-3)
+            self.optimizer.zero_grad()
+            error.backward()
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def score_layers(self) -> list[float]:
+        return self.predict_costs(self.read_layers(self.net.widths)).tolist()
+
+    def structures_in_use(self) -> set:
+        return {self.best.structure}
+
+    def describe_end(self) -> str:
+        return f"at most {self.settings.max_candidates} candidates"
+
+
+# ---- the run: its folder -----------------------------------------------------------------------
+
+
+class Reporter:
+    """What a run tells while it works; the command line shows it. This one is silent."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+    def start_training(self, title: str, epochs: int, first_epoch: int) -> None:
+        """A training begins, or goes on at `first_epoch`."""
+
+    def wrap_steps(self, steps):
+        """The steps of an epoch, shown as they are taken."""
+        return steps
+
+    def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds) -> None:
+        """An epoch is done; `accuracy` is None where it is not measured."""
+
+
+# The methods that make a row, in the order of the work: `static` is made of `sep`, and `uniform`
+# goes to the cut of the rows before it.
+METHODS = ("lstm", "sep", "static", "random", "uniform")
+# Of a run folder: each has a checkpoint and a row in results.json.
+ROWS = ("baseline", *METHODS)
+# The other files of a run. results.json goes last: it tells whose all of them are.
+RUN_FILES = ("progress.pt", "report.svg", "results.json")
+# What must be equal where a run goes on.
+IDENTITY = (
+    "experiment",
+    "schedule",
+    "seed",
+    "data",
+    "train_images",
+    "test_images",
+    "images",
+    "settings",
+    "source",
+    "normalisation",
+    "round_to",
+)
+
+
+class RunFolder:
+    """The folder of a run: what is kept in it, how it goes on, and whose it is.
+
+    baseline.pt, lstm.pt, ...   a checkpoint per row
+    results.json                the rows, every candidate of every search, learning curves
+    progress.pt                 the training that is under way
+    METHOD-pool/                the weights of candidates, and search.pt, the state of the search
+    lock                        held by the process that works here
+    """
+
+    def __init__(self, path: Path, reporter: Reporter):
+        self.path = Path(path)
+        self.say = reporter.say
+        self.results: dict = {}
+        self.start_time = time.time()
+        self.seconds_before = 0.0
+
+    def checkpoint(self, row: str) -> Path:
+        return self.path / f"{row}.pt"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.pt"
+
+    def pool(self, method: str) -> Path:
+        return self.path / f"{method}-pool"
+
+    def claim(self, *, is_fresh: bool) -> None:
+        """Make the folder and keep other processes out of it. Raises UserError.
+
+        With `is_fresh` all that a run left in it is removed, and nothing else.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.folder / "lock").open("w")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.path / "lock").open("w")
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if gone := [m for m in NETS[1:] if fresh and (self.folder / f"{m}.pt").exists()]:
-                self.watch.say(f"{self.folder} starts over, without its rows {', '.join(gone)}")
-            for method in NETS if fresh else ():
-                self.drop_pool(method)
-                (self.folder / f"{method}.pt").unlink(missing_ok=True)
-            for name in FILES if fresh else ():
-                for path in (self.folder / f"{name}.part", self.folder / name):
-                    path.unlink(missing_ok=True)
-        except BlockingIOError as e:
-            raise Failure(f"{self.folder} is in use by another process") from e
-        except OSError as e:
-            raise Failure(f"cannot write {self.folder}: {e.strerror}") from e
+            if is_fresh:
+                self.remove_run()
+        except BlockingIOError as error:
+            raise UserError(f"{self.path} is in use by another process") from error
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def drop_pool(self, method: str) -> None:
-        pool = self.folder / f"{method}-pool"
-        for path in pool.glob("*.pt*"):  # and what a kill left half written
+    def remove_run(self) -> None:
+        rows = [method for method in METHODS if self.checkpoint(method).exists()]
+        if rows:
+            self.say(f"{self.path} starts over, without its rows {', '.join(rows)}")
+        for row in ROWS:
+            self.remove_pool(row)
+            self.checkpoint(row).unlink(missing_ok=True)
+        for name in RUN_FILES:
+            for path in (self.path / f"{name}.part", self.path / name):
+                path.unlink(missing_ok=True)
+
+    def remove_pool(self, method: str) -> None:
+        pool = self.pool(method)
+        for path in pool.glob("*.pt*"):  # also what a kill left half written
             path.unlink()
         if pool.is_dir() and not any(pool.iterdir()):
             pool.rmdir()
 
-    def keep_results(self) -> None:
-        self.results["seconds"] = round(self.before + time.time() - self.began, 1)
-        models.write_text(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
+    def open_results(self, description: dict) -> None:
+        """Go on with results.json, or begin it with the run's `description`.
 
-    def complete(self, title: str, net: Net, images: Images, plan: Plan, *, teacher: Net | None = None, choose_best: bool = False):
-        """Train `net` to the end of its plan, going on where an earlier run was stopped in it.
-
-        Returns (net, validation accuracy, seconds, curve): the last epoch's, or with `choose_best` the best epoch's by
-        validation accuracy; the curve has (loss, validation accuracy or None) of each epoch. Trainings are told apart by `title`.
+        Raises UserError where it is another run's, or not what a run writes.
         """
-        path, best, spent, start, curve = self.folder / "progress.pt", (-1.0, None), 0.0, 0, []
-        net = net.to(self.device).to(memory_format=torch.channels_last)
-        optimizer = sgd(net, plan.lr)
-        state = models.read_progress(path, title)
-        if state:
-            net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-            best, spent, start, curve = (state["accuracy"], state["best"]), state["seconds"], state["epoch"] + 1, state.get("curve", [])
-        self.watch.stage(title, plan.epochs, start)
-        began = time.time()
-        guide = self.teacher(teacher, images) if teacher else None
-        for epoch, loss in fit(net, images, plan, optimizer=optimizer, seed=self.settings.seed, teacher=guide, start=start, track=self.watch.steps):
-            found = accuracy(net, self.validation) if images is self.train else None
-            if not choose_best or found > best[0]:
-                best = (found if found is not None else -1.0, deepcopy(net.state_dict()) if choose_best else None)
-            seconds, curve = spent + time.time() - began, [*curve, [round(loss, 5), found]]
-            models.write(path, dict(title=title, epoch=epoch, net=net.state_dict(), optimizer=optimizer.state_dict(),
-                                    accuracy=best[0], best=best[1], seconds=seconds, curve=curve))
-            self.watch.epoch(title, epoch, plan.epochs, loss, found, (time.time() - began) / (epoch + 1 - start))
-        if best[1] is not None:
-            net.load_state_dict(best[1])
-        return net, best[0], spent + time.time() - began, curve
+        results = read_results(self.path, missing_ok=True)
+        if results is None:
+            if any(self.checkpoint(row).exists() for row in ROWS):
+                self.say(
+                    f"{self.path} has lost its results.json: rows come from the checkpoints, what "
+                    "the searches tried is gone"
+                )
+            results = description | {"rows": [], "search": {}, "curves": {}, "rounded": {}}
+        else:
+            self.check_identity(results, description)
+        self.results = results
+        self.seconds_before = results["seconds"]
+        self.save_results()
 
-    def teacher(self, net: Net, images: Images) -> Teacher:
-        if images not in self.teachers:
-            self.teachers[images] = Teacher(net, images, self.settings.seed)
-        return self.teachers[images]
+    def check_identity(self, results: dict, description: dict) -> None:
+        """Raise UserError (status 2) where `results` are of a run with another description."""
+        ours = json.loads(json.dumps(description))
+        different = [key for key in IDENTITY if results[key] != ours[key]]
+        if different:
+            names = ["checkpoint (source)" if key == "source" else key for key in different]
+            raise UserError(
+                f"{self.path} holds a run with other {' and '.join(names)}; give another --out, "
+                "or --fresh to start over",
+                2,
+            )
 
-    def baseline(self, fresh: Net | None = None, given: Net | None = None) -> Net:
-        """The trained baseline: from the folder, or `given` by the user, or the net `fresh` trained on the training part."""
-        path = self.folder / "baseline.pt"
-        if not path.exists():
-            net, seconds, curve = given, 0.0, []
-            if net is None:
-                net, _, seconds, curve = self.complete("baseline", fresh, self.train, self.settings.baseline)
-            net = net.to(self.device)
-            self.save(path, net, "baseline", accuracy(net, self.validation), seconds, curve)
-        net, facts = self.made("baseline", given or fresh)
-        if not self.row("baseline"):
-            self.report("baseline", net, facts)
-        return net
+    def save_results(self) -> None:
+        seconds = self.seconds_before + time.time() - self.start_time
+        self.results["seconds"] = round(seconds, 1)
+        models.write_text(self.path / "results.json", json.dumps(self.results, indent=1) + "\n")
 
-    def load(self, path: Path) -> tuple[Net, dict]:
-        """(net, facts) of a checkpoint. Nets go on from their files even where they are at hand, so that a stopped run and
-        an undisturbed one compute the same to the last bit."""
-        try:
-            net, facts = sep.load(path)
-        except Failure as e:
-            pool = path.parent != self.folder
-            raise Failure(f"{e}; {f'remove {path.parent} and that search begins anew' if pool else '--fresh starts the run over'}") from e
-        return net.to(self.device).to(memory_format=torch.channels_last), facts
+    def row(self, name: str) -> dict | None:
+        """The finished row of that name."""
+        for row in self.results["rows"]:
+            if row["method"] == name:
+                return row
+        return None
 
-    def made(self, method: str, baseline: Net) -> tuple[Net, dict]:
-        """`load` of a row's checkpoint, which must be one that this run made: another net that came to lie there would make a false row."""
-        path = self.folder / f"{method}.pt"
-        net, facts = self.load(path)
-        silent = [k for k in ("settings", "round_to") if method == "baseline" or k not in facts]  # it hangs on neither; older files do not say
-        same = net.arch == baseline.arch and {"validation_accuracy", "seconds"} <= facts.keys()
-        same &= all(said(facts.get(k)) == said(v) for k, v in self.facts_of(method, net).items() if k not in silent)
-        for other, found in {"baseline": facts.get("baseline") or {}, method: facts}.items():
-            same &= all(found.get(k) == v for k, v in (self.row(other) or {}).items() if k in ("validation_accuracy", "macs"))
-        if not same:
-            raise Failure(f"{path} is no net that this run made as its {method}; move it away to go on, or --fresh starts the run over without it")
-        return net, facts
+    def log_search(self, method: str, rule: str, candidates, **more) -> None:
+        """Put into the results what a search tried; `rule` says how it searched."""
+        log = {"rule": rule, "candidates": [asdict(candidate) for candidate in candidates]}
+        self.results["search"][method] = log | more
 
-    def facts_of(self, method: str, net: Net) -> dict:
-        """What the checkpoints of a run say of it and of their net."""
-        run = {k: self.results[k] for k in ("data", "schedule", "seed", "settings")}
-        return run | dict(method=method, round_to=self.round_to or 1, macs=sep.macs(net), parameters=models.parameters(net))
-
-    def save(self, path: Path, net: Net, method: str, validation_accuracy: float, seconds: float, curve: list) -> None:
-        facts = self.facts_of(method, net) | dict(
-            versions=self.results["versions"], mean=list(self.train.mean), std=list(self.train.std), names=self.train.names, split=self.split_seed,
-            test_images=len(self.test), validation_accuracy=validation_accuracy, seconds=round(seconds, 1), curve=curve, baseline=self.row("baseline"))
-        models.save(path, net, facts)
-
-    def row(self, method: str) -> dict | None:
-        return next((r for r in self.results["rows"] if r["method"] == method), None)
-
-    def report(self, method: str, net: Net, facts: dict) -> None:
-        """Add the row of a finished net. This alone reads the test images, once per row."""
-        cut = 1 - facts["macs"] / (self.row("baseline") or facts)["macs"]
-        self.results["rows"].append(dict(
-            method=method, test_accuracy=accuracy(net, self.test, exact=True), validation_accuracy=facts["validation_accuracy"],
-            macs=facts["macs"], params=facts["parameters"], cut=cut, widths=list(net.structure), seconds=facts["seconds"]))
-        self.results.setdefault("curves", {})[method] = facts.get("curve", [])
-        self.results["layers"] = [p.layer for p in net.prunable]
-        self.keep_results()
-
-    def cut(self, macs: int) -> float:
-        return 1 - macs / self.row("baseline")["macs"]
-
-    def cuts(self, method: str, baseline: Net):
-        """What a structure of `baseline` cuts as a net of that method: a function of the structure."""
-        return lambda structure: self.cut(METHODS[method][1](baseline, structure))
-
-    def there(self, method: str, baseline: Net) -> bool:
-        """Whether a row is there; then no other net may lie where its own was."""
-        path = self.folder / f"{method}.pt"
-        if self.row(method) and models.sound(path):
-            self.made(method, baseline)
-        elif self.row(method):
-            self.watch.say(f"{path} is gone or damaged; its row stays; only --fresh makes it anew, and all rows with it")
-        return bool(self.row(method))
-
-    def method(self, method: str, baseline: Net, target: float | None) -> None:
-        """The whole of a row: search (or the uniform steps), final training, test; nothing where the row is there."""
-        if method == "static":
-            self.method("sep", baseline, target)
-            return self.static(baseline)
-        path = self.folder / f"{method}.pt"
-        if self.there(method, baseline):
-            return
-        if not path.exists():
-            if target and not self.settings.target and (most := reach(baseline.widths, self.cuts(method, baseline))) < target:
-                self.watch.say(f"{method} cannot cut {target:.2%} as the rows before it do: {most:.2%} with one channel left in every layer, and goes there")
-                target = most  # nobody asked for that cut, so nobody is refused
-            shared = method == "sep" and self.settings.guided(target)
-            find = self.uniform if method == "uniform" else self.share if shared else partial(self.search, method)
-            found, chosen = find(baseline, target)
-            spent = sum(c["seconds"] for m in (method, *["lstm"] * bool(shared)) for c in self.results["search"][m])
-            if self.round_to:
-                found, chosen = self.round(method, baseline, found, chosen, target)
-                spent += self.results["rounded"][method]["seconds"]
-            net, _, seconds, curve = self.complete(f"{method}: final", found, self.all, self.settings.final, teacher=baseline)
-            self.save(path, net, method, chosen.validation_accuracy, seconds + spent, curve)
-        self.report(method, *self.made(method, baseline))
-        self.drop_pool(method)
-
-    def start(self, baseline: Net, target: float | None) -> Candidate:
-        """The baseline as the first candidate of a search."""
-        row = self.row("baseline")
-        return Candidate(baseline.structure, (), None, 0, row["validation_accuracy"], row["macs"], 0.0, reward(row["validation_accuracy"], 0.0, target), 0.0)
-
-    def recover(self, method: str, baseline: Net, parent: Net, structure, scheme, epoch: int, number: int, target) -> tuple[Net, Candidate]:
-        """Bring a parent to a structure, train it with the teacher, and say how good it is."""
-        torch.manual_seed(stream(self.settings.seed, method, structure))  # for the weights of fresh gates
-        child = METHODS[method][0](parent, structure)
-        title = f"{method}: candidate {number}, {name_of(structure)}"
-        net, found, seconds, _ = self.complete(title, child, self.train, self.settings.recovery, teacher=baseline, choose_best=True)
-        macs = sep.macs(net)
-        return net, Candidate(structure, scheme, parent.structure, epoch, found, macs, self.cut(macs), reward(found, self.cut(macs), target), round(seconds, 2))
-
-    def step(self, path: Path, method: str, baseline: Net, parent: Net, structure, epoch: int, number: int, target) -> tuple[Net, Candidate]:
-        """`parent` brought to a structure by `recover`, kept in a file of the pool: it is made where that is not there."""
-        if not path.exists():
-            scheme = tuple(int(a != b) for a, b in zip(structure, parent.structure))
-            net, candidate = self.recover(method, baseline, parent, structure, scheme, epoch, number, target)
-            models.save(path, net, asdict(candidate))
-        net, facts = self.load(path)
-        return net, Candidate(**facts)
-
-    def round(self, method: str, baseline: Net, found: Net, chosen: Candidate, target: float | None) -> tuple[Net, Candidate]:
-        """The chosen net with its widths at multiples (ours: as machines like them), made from the baseline with a recovery of its
-        own; tells cost and gain. The settings' target is kept; a cut to compare with another row only where that can be."""
-        cut = self.cuts(method, baseline)
-        goal = target if self.settings.target or (target and target <= reach(baseline.widths, cut, self.round_to)) else None
-        structure, candidate, net = rounded(chosen.structure, baseline.widths, cut, goal, self.round_to), chosen, found
-        if structure != chosen.structure:
-            path, log = self.folder / f"{method}-pool" / f"rounded-{name_of(structure)}.pt", self.results["search"][method]
-            net, candidate = self.step(path, method, baseline, self.load(self.folder / "baseline.pt")[0], structure, log[-1]["epoch"], len(log), target)
-        few = len(structure) <= 8  # else the widths would fill lines
-        one = lambda n: latency(tuned(n, self.validation) if self.device.type == "cpu" else n, self.validation, 1)
-        told = [f"{name_of(c.structure) + ', ' if few else ''}validation accuracy {c.validation_accuracy:.2%}, cut {c.cut:.1%}, "
-                f"{one(n) * 1e3:.2f} ms an image, {latency(n, self.validation, 128) * 1e3:.1f} ms for 128"
-                for n, c in ((found, chosen), (net, candidate))]
-        self.results.setdefault("rounded", {})[method] = dict(before=told[0], after=told[1], seconds=0.0 if candidate is chosen else candidate.seconds)
-        self.keep_results()
-        return net, candidate
-
-    def static(self, baseline: Net) -> None:
-        """ours: the row of `sep`'s net made plain: the kernels that its gates choose most often on the training images, and a recovery, on
-        all images as the final training before it, where that gets more of them right; the validation accuracy is that of `sep`'s candidate."""
-        path = self.folder / "static.pt"
-        if self.there("static", baseline):
-            return
-        if not path.exists():
-            gated, facts = self.load(self.folder / "sep.pt")
-            small = sep.harden(gated, (self.all.batch(i) for i in chunks(self.all))) if gated.gates else gated
-            net, _, seconds, curve = self.complete("static: recovery", deepcopy(small), self.all, self.settings.recovery, teacher=baseline)
-            if accuracy(net, self.all) <= accuracy(small, self.all):  # where choices hang on no image, nothing was lost that could be recovered
-                net, curve = small, []
-            self.save(path, net, "static", facts["validation_accuracy"], seconds + facts["seconds"], curve)
-        self.report("static", *self.made("static", baseline))
-
-    def uniform(self, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
-        """The same share of every layer, in steps of the pruning rate with a recovery each, as the search goes."""
-        if target is None:
-            raise Failure("uniform needs a cut to land on: run it with, or after, another method", 2)
-        end = uniform(baseline.widths, self.cuts("uniform", baseline), target)
-        folder, net, log = self.folder / "uniform-pool", self.load(self.folder / "baseline.pt")[0], [self.start(baseline, target)]
-        while net.structure != end:
-            structure = tuple(max(e, w) for e, w in zip(end, shrink(net.structure, [1] * len(end), self.settings.rate)))
-            if self.settings.guided(self.settings.target):
-                structure = end  # in one step, as the others go
-            net, candidate = self.step(folder / f"{name_of((len(log), *end))}.pt", "uniform", baseline, net, structure, len(log), len(log), target)
-            log.append(candidate)
-        self.results["search"]["uniform"] = [asdict(c) for c in log]
-        self.keep_results()
-        return net, log[-1]
-
-    def share(self, baseline: Net, target: float) -> tuple[Net, Candidate]:
-        """ours, for `fast`: `sep` gates the scheme of `lstm`'s search, for a fresh gate is what hard pruning is, and costs more to train."""
-        log = [Candidate(**c) for c in self.results["search"].get("lstm", ())] if self.row("lstm") else []
-        scheme = (choose(log, self.settings.target) if log else self.search("lstm", baseline, target)[1]).structure
-        structure = landed(tuple(scheme), baseline.widths, self.cuts("sep", baseline), target, self.settings.rate)
-        path, whole = self.folder / "sep-pool" / f"shared-{name_of(structure)}.pt", self.load(self.folder / "baseline.pt")[0]
-        net, candidate = self.step(path, "sep", baseline, whole, structure, 1, 1, target)
-        self.results["search"]["sep"] = [asdict(c) for c in (self.start(baseline, target), candidate)]
-        self.keep_results()
-        return net, candidate
-
-    def search(self, method: str, baseline: Net, target: float | None) -> tuple[Net, Candidate]:
-        """The search for where to prune: (best network, what is known of it).
-
-        A structure is trained once: who meets it again takes its reward from memory.
-        """
-        folder, cut = self.folder / f"{method}-pool", self.cuts(method, baseline)
-        check_reach(baseline.widths, cut, target)
-        kind = Guided if self.settings.guided(target) else Search
-        search = kind(baseline, self.start(baseline, target), self.settings, target, cut, method, dice=method == "random")
-        title = f"{method}, target {target}"  # rewards hang on the target: with another one, the search begins anew
-        if state := models.read_progress(folder / "search.pt", title):
-            search.load(state)
-        elif (folder / "search.pt").exists():
-            self.watch.say(f"{folder / 'search.pt'} is damaged, or was for another target: that search begins anew")
-        path_of = lambda w: self.folder / "baseline.pt" if w == baseline.structure else folder / f"{name_of(w)}.pt"
-        log = lambda: [asdict(c) for c in search.tried.values()]
-        self.results["search"][method] = log()
-        while (step := search.next()) is not None:
-            parent, scheme, structure = step
-            if structure not in search.tried:
-                net, child = self.recover(method, baseline, self.load(path_of(parent))[0], structure, scheme, search.epoch, len(search.tried), target)
-                models.save(path_of(structure), net, {})
-            before = search.epoch
-            search.tell(search.tried.get(structure) or child)
-            if search.epoch > before:
-                best = search.best
-                self.watch.say(f"{method}: LSTM epoch {before}, {len(search.tried) - 1} candidates, best by reward {best.validation_accuracy:.2%} at a cut "
-                               f"of {best.cut:.1%} ({name_of(best.structure)}); {search.told()}")
-            models.write(folder / "search.pt", search.state() | dict(title=title))
-            self.results["search"][method] = log()
-            self.keep_results()
-            for old in set(folder.glob("*.pt")) - {folder / "search.pt"} - set(map(path_of, search.needed())):
-                old.unlink()
-        return self.load(path_of(search.best.structure))[0], search.best
+    def searched_candidates(self, method: str) -> list[Candidate]:
+        """What `log_search` kept of a method's candidates."""
+        log = self.results["search"].get(method, {"candidates": []})
+        return [read_candidate(values) for values in log["candidates"]]
 
 
-def said(value):
-    """A setting without what is None in it: a run begun before a setting came to be has no word of it, and goes on."""
-    return {k: said(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+def read_candidate(values: dict) -> Candidate:
+    """A candidate of results.json, whose tuples JSON made lists."""
+    candidate = Candidate(**values)
+    candidate.structure = tuple(candidate.structure)
+    candidate.parent = tuple(candidate.parent)
+    candidate.actions = tuple(candidate.actions)
+    return candidate
 
 
-def read_results(folder: Path, missing_ok: bool = False, hint: str = "; --fresh starts the run over") -> dict | None:
-    """The results.json of a run folder. Raises Failure where it is not what a run writes."""
+def read_results(
+    folder: Path, *, missing_ok: bool = False, hint: str = "; --fresh starts the run over"
+) -> dict | None:
+    """The results.json of a run folder. Raises UserError where it is not what a run writes."""
     path = Path(folder) / "results.json"
     if missing_ok and not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
-        keys = ("test_accuracy", "validation_accuracy", "macs", "params", "cut", "seconds")
-        numbers = all(isinstance(r[k], int | float) for r in found["rows"] for k in keys)
-        widths = [Candidate(**c).structure for log in found["search"].values() for c in log] + [r["widths"] for r in found["rows"]]
-        whole = {"experiment", "schedule", "data", "seed", "device", "settings"} <= found.keys() and {"target", "parents"} <= found["settings"].keys()
-        named = all(r["method"] in NETS for r in found["rows"])
-        lists = all(isinstance(v, list) for v in (found["rows"], *found["search"].values()))
-        if not (numbers and whole and named and lists) or not all(isinstance(k, int) for w in widths for k in w) or len({len(w) for w in widths}) > 1:
-            raise ValueError
-        return found | dict(seconds=float(found["seconds"]))
-    except OSError as e:
-        raise Failure(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise Failure(f"{path} is damaged, or was edited: it is not what a run writes{hint}") from e
+        results = json.loads(path.read_text())
+        is_valid = follows_results_schema(results)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, AttributeError, KeyError, TypeError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(
+            f"{path} is damaged, or was edited, or is of another version: "
+            f"it is not what a run writes{hint}"
+        )
+    return results
 
 
-def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+ROW_NUMBERS = (
+    "test_accuracy",
+    "validation_accuracy",
+    "macs",
+    "params",
+    "macs_reduction",
+    "seconds",
+)
 
 
-def versions() -> dict:
-    return dict(python=platform.python_version(), torch=str(torch.__version__))
+def follows_results_schema(results: dict) -> bool:
+    """Whether these are the results of a run, as far as the commands read them.
+
+    May raise ValueError, AttributeError, KeyError or TypeError instead of returning False.
+    """
+    layers = results["layers"]
+    structures = [row["widths"] for row in results["rows"]]
+    for log in results["search"].values():
+        structures += [read_candidate(values).structure for values in log["candidates"]]
+        structures += log.get("layer_scores", [])
+    points = [point for curve in results["curves"].values() for point in curve]
+    sides = [side for both in results["rounded"].values() for side in both.values()]
+    return (
+        {*IDENTITY, "device", "versions", "seconds"} <= results.keys()
+        and {"target", "parents"} <= results["settings"].keys()
+        and isinstance(results["seconds"], int | float)
+        and isinstance(layers, list)
+        and isinstance(results["rows"], list)
+        and all(row["method"] in ROWS for row in results["rows"])
+        and all(are_numbers(row[key] for key in ROW_NUMBERS) for row in results["rows"])
+        and all(len(structure) == len(layers) for structure in structures)
+        and all(are_numbers(structure) for structure in structures)
+        and all(len(point) == 2 and are_numbers(v or 0 for v in point) for point in points)
+        and all(are_numbers(side["latencies"]) for side in sides)
+    )
+
+
+def are_numbers(values) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+# ---- the run: its trainer ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PruningKind:
+    """How a net is brought to a structure, and what that will cost."""
+
+    apply: Callable  # (net, structure) -> a new net
+    count_macs: Callable  # (net, structure) -> MACs
+
+
+HARD = PruningKind(models.prune_channels, models.count_macs)
+SOFT = PruningKind(sep.add_gates, sep.count_macs)
+KIND_OF = {"lstm": HARD, "random": HARD, "uniform": HARD, "sep": SOFT, "static": SOFT}
+
+
+def reduction_for(kind: PruningKind, net: Net) -> Callable:
+    """reduction_of(structure): the share of `net`'s MACs that a structure of it removes."""
+    whole = models.count_macs(net)
+
+    def reduction_of(structure) -> float:
+        return 1 - kind.count_macs(net, structure) / whole
+
+    return reduction_of
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The MACs reduction that a row has to reach, and whether it must.
+
+    None: as far as the reward finds worth it. It must where the user or the paper asks for it; it
+    need not where it is only the cut of another row, for comparison.
+    """
+
+    macs_reduction: float | None
+    is_required: bool = False
+
+
+@dataclass
+class TrainedNet:
+    """A net after its training; the curve has [loss, validation accuracy or None] of each epoch."""
+
+    net: Net
+    validation_accuracy: float | None
+    seconds: float
+    curve: list = field(default_factory=list)
+
+
+class Trainer:
+    """Trains the nets of a run, each from where it was stopped. The baseline is their teacher."""
+
+    def __init__(self, folder: RunFolder, settings: Settings, data: DataSplit, reporter: Reporter):
+        self.folder = folder
+        self.settings = settings
+        self.data = data
+        self.reporter = reporter
+        self.baseline: Net | None = None
+        self.teachers: dict[Images, Teacher] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.train.device
+
+    def teacher_for(self, images: Images) -> Teacher:
+        """The baseline's outputs on these images."""
+        if images not in self.teachers:
+            self.teachers[images] = Teacher(self.baseline, images, self.settings.seed)
+        return self.teachers[images]
+
+    def load(self, path: Path) -> tuple[Net, dict]:
+        """(net, facts) of a checkpoint in the run folder, on the device.
+
+        Nets go on from their files even where they are at hand, so that a stopped run and an
+        undisturbed one compute the same to the last bit. Raises UserError.
+        """
+        try:
+            net, facts = sep.load(path)
+        except UserError as error:
+            advice = "--fresh starts the run over"
+            if path.parent != self.folder.path:
+                advice = f"remove {path.parent} and that search begins anew"
+            raise UserError(f"{error}; {advice}") from error
+        return net.to(self.device).to(memory_format=torch.channels_last), facts
+
+    def load_baseline(self) -> Net:
+        """A fresh copy of the baseline."""
+        return self.load(self.folder.checkpoint("baseline"))[0]
+
+    def train(
+        self,
+        title: str,
+        net: Net,
+        images: Images,
+        plan: TrainingPlan,
+        *,
+        has_teacher: bool = True,
+        keeps_best: bool = False,
+    ) -> TrainedNet:
+        """Train `net` to the end of its plan, going on where an earlier process was stopped in it.
+
+        With `keeps_best` the weights are those of the best epoch by validation accuracy, else of
+        the last one. Trainings are told apart by `title`.
+        """
+        net = net.to(self.device).to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(net, plan.lr)
+        state = self.load_progress(title, net, optimizer)
+        first_epoch, seconds_before = state["epoch"] + 1, state["seconds"]
+        self.reporter.start_training(title, plan.epochs, first_epoch)
+        start = time.time()
+        epochs = fit(
+            net,
+            images,
+            plan,
+            optimizer=optimizer,
+            seed=self.settings.seed,
+            teacher=self.teacher_for(images) if has_teacher else None,
+            first_epoch=first_epoch,
+            progress=self.reporter.wrap_steps,
+        )
+        for epoch, loss in epochs:
+            accuracy = None
+            if images is self.data.train:
+                accuracy = measure_accuracy(net, self.data.validation)
+            if not keeps_best:
+                state["accuracy"] = accuracy
+            elif state["accuracy"] is None or accuracy > state["accuracy"]:
+                state["accuracy"] = accuracy
+                state["best_net"] = deepcopy(net.state_dict())
+            seconds = time.time() - start
+            state["curve"] = [*state["curve"], [round(loss, 5), accuracy]]
+            state |= {"epoch": epoch, "seconds": seconds_before + seconds}
+            self.save_progress(title, state, net, optimizer)
+            per_epoch = seconds / (epoch + 1 - first_epoch)
+            self.reporter.finish_epoch(title, epoch, plan.epochs, loss, accuracy, per_epoch)
+        if state["best_net"] is not None:
+            net.load_state_dict(state["best_net"])
+        seconds = seconds_before + time.time() - start
+        return TrainedNet(net, state["accuracy"], seconds, state["curve"])
+
+    def load_progress(self, title: str, net: Net, optimizer) -> dict:
+        """How far the training of that title is; `net` and `optimizer` go on from there."""
+        progress = models.read_unfinished_work(self.folder.progress, title)
+        if progress is None:
+            return {"epoch": -1, "accuracy": None, "best_net": None, "seconds": 0.0, "curve": []}
+        net.load_state_dict(progress.pop("net"))
+        optimizer.load_state_dict(progress.pop("optimizer"))
+        return progress
+
+    def save_progress(self, title: str, state: dict, net: Net, optimizer) -> None:
+        weights = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+        models.write_tensors(self.folder.progress, state | weights | {"title": title})
+
+    def reduction_of(self, method: str) -> Callable:
+        """What a structure of the baseline removes as a net of that method."""
+        return reduction_for(KIND_OF[method], self.baseline)
+
+    def score_baseline(self, target: float | None) -> ScoredStructure:
+        """The baseline as a search sees it."""
+        row = self.folder.row("baseline")
+        accuracy = row["validation_accuracy"]
+        reward = compute_reward(accuracy, 0.0, target)
+        return ScoredStructure(self.baseline.structure, accuracy, row["macs"], 0.0, reward)
+
+    def recover(
+        self,
+        method: str,
+        parent: Net,
+        structure,
+        *,
+        actions: tuple[int, ...],
+        target: float | None,
+        lstm_epoch: int,
+        number: int,
+    ) -> tuple[Net, Candidate]:
+        """Bring a parent to a structure, train it with the teacher, and score it."""
+        # For the weights of fresh gates.
+        torch.manual_seed(seed_for(self.settings.seed, method, structure))
+        child = KIND_OF[method].apply(parent, structure)
+        trained = self.train(
+            f"{method}: candidate {number}, {structure_name(structure)}",
+            child,
+            self.data.train,
+            self.settings.recovery,
+            keeps_best=True,
+        )
+        macs = sep.count_macs(trained.net)
+        macs_reduction = 1 - macs / models.count_macs(self.baseline)
+        accuracy = trained.validation_accuracy
+        candidate = Candidate(
+            structure=structure,
+            validation_accuracy=accuracy,
+            macs=macs,
+            macs_reduction=macs_reduction,
+            reward=compute_reward(accuracy, macs_reduction, target),
+            parent=parent.structure,
+            actions=actions,
+            lstm_epoch=lstm_epoch,
+            seconds=round(trained.seconds, 2),
+        )
+        return trained.net, candidate
+
+    def recover_once(self, path: Path, method: str, parent: Net, structure, **where):
+        """`recover`, kept in a file of the pool: (net, candidate) come from there if it exists."""
+        if not path.exists():
+            actions = tuple(int(a != b) for a, b in zip(structure, parent.structure))
+            net, candidate = self.recover(method, parent, structure, actions=actions, **where)
+            models.save_checkpoint(path, net, asdict(candidate))
+        net, facts = self.load(path)
+        return net, Candidate(**facts)
+
+
+# ---- the run: the search loop ------------------------------------------------------------------
+
+
+def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net, ScoredStructure]:
+    """The search for where to prune: (best net, its score).
+
+    A structure is trained once: who meets it again takes its score from memory. Raises UserError
+    where the target is out of reach.
+    """
+    folder = trainer.folder
+    search = make_search(trainer, method, target)
+    pool = folder.pool(method)
+    # Rewards depend on the target: with another one the search begins anew.
+    title = f"{method}, target {target}"
+    state = models.read_unfinished_work(pool / "search.pt", title)
+    if state:
+        search.load_state_dict(state)
+    elif (pool / "search.pt").exists():
+        folder.say(
+            f"{pool / 'search.pt'} is damaged, or was for another target: that search begins anew"
+        )
+
+    def weights_of(structure) -> Path:
+        if structure == search.baseline.structure:
+            return folder.checkpoint("baseline")
+        return pool / f"{structure_name(structure)}.pt"
+
+    log_search(folder, search)
+    while (proposal := search.propose()) is not None:
+        score = search.known.get(proposal.structure)
+        if score is None:
+            net, score = trainer.recover(
+                method,
+                trainer.load(weights_of(proposal.parent))[0],
+                proposal.structure,
+                actions=proposal.actions,
+                target=target,
+                lstm_epoch=search.lstm_epoch,
+                number=len(search.candidates) + 1,
+            )
+            models.save_checkpoint(weights_of(proposal.structure), net, {})
+        lstm_epoch = search.lstm_epoch
+        search.record(proposal, score)
+        if search.lstm_epoch > lstm_epoch:
+            folder.say(describe_search(search, lstm_epoch))
+        models.write_tensors(pool / "search.pt", search.state_dict() | {"title": title})
+        log_search(folder, search)
+        folder.save_results()
+        in_use = {weights_of(structure) for structure in search.structures_in_use()}
+        for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
+            path.unlink()
+    return trainer.load(weights_of(search.best.structure))[0], search.best
+
+
+def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
+    """The search that the settings ask for. Raises UserError where the target is out of reach."""
+    baseline = trainer.baseline
+    reduction_of = trainer.reduction_of(method)
+    check_reachable(baseline.widths, reduction_of, target)
+    by_regression = trainer.settings.searches_by_regression(target)
+    search_class = RegressionSearch if by_regression else ReinforceSearch
+    return search_class(
+        baseline,
+        trainer.score_baseline(target),
+        trainer.settings,
+        target,
+        reduction_of,
+        name=method,
+        is_random=method == "random",
+    )
+
+
+def log_search(folder: RunFolder, search: Search) -> None:
+    folder.log_search(
+        search.name,
+        search.rule,
+        search.candidates.values(),
+        layer_score=search.layer_score,
+        layer_scores=search.layer_scores,
+    )
+
+
+def describe_search(search: Search, lstm_epoch: int) -> str:
+    """How far a search is, in one line for the user."""
+    best = search.best
+    return (
+        f"{search.name}: LSTM epoch {lstm_epoch}, {len(search.candidates)} candidates, best by "
+        f"reward {best.validation_accuracy:.2%} at a cut of {best.macs_reduction:.1%} "
+        f"({structure_name(best.structure)}); {search.describe_end()}"
+    )
+
+
+# ---- the run: its rows -------------------------------------------------------------------------
+
+
+@dataclass
+class StaticNet:
+    """A gated net made plain, and the shares of images that it gets right on the way."""
+
+    net: Net
+    accuracy_before: float  # before the recovery
+    accuracy_after: float
+    keeps_recovery: bool
+
+
+def make_static(gated: Net, images: Images, recover: Callable) -> StaticNet:
+    """ours: a plain small net of a gated one: the kernels that its gates choose most often on
+    `images`, and a recovery where that gets more of the images right.
+
+    `recover(net)` trains a copy and returns it.
+    """
+    batches = (images.batch(index) for index in split_into_chunks(images))
+    plain = sep.to_static(gated, batches) if gated.gates else gated
+    recovered = recover(deepcopy(plain))
+    before = measure_accuracy(plain, images)
+    after = measure_accuracy(recovered, images)
+    # Where the choice depends on no image, nothing was lost that could be recovered.
+    keeps_recovery = after > before
+    return StaticNet(recovered if keeps_recovery else plain, before, after, keeps_recovery)
+
+
+class Run:
+    """A run folder, and the rows that fill it. Every step picks up what the folder holds already.
+
+    `make_baseline` comes first, then `make_row(method, goal_for(method))` for each row.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        description: dict,
+        data: DataSplit,
+        reporter: Reporter | None = None,
+        *,
+        is_fresh: bool = False,
+        round_to: int | None = None,
+    ):
+        """`description`: experiment, schedule, data and source (of a given checkpoint).
+
+        Raises UserError where the folder is in use, is another run's, or cannot be written.
+        """
+        self.settings = settings
+        self.data = data
+        self.reporter = reporter or Reporter()
+        self.round_to = round_to
+        self.folder = RunFolder(path, self.reporter)
+        self.folder.claim(is_fresh=is_fresh)
+        self.trainer = Trainer(self.folder, settings, data, self.reporter)
+        self.folder.open_results(description | self.describe())
+
+    def describe(self) -> dict:
+        """What results.json says of a run before it begins."""
+        return {
+            "train_images": len(self.data.all),
+            "test_images": len(self.data.test),
+            "images": fingerprint(self.data.all, self.data.test),
+            "normalisation": [self.data.all.mean, self.data.all.std],
+            "seed": self.settings.seed,
+            "round_to": self.round_to,
+            "device": describe_device(self.trainer.device),
+            "versions": describe_versions(),
+            "seconds": 0.0,
+            "settings": asdict(self.settings),
+            "layers": [],
+        }
+
+    @property
+    def results(self) -> dict:
+        return self.folder.results
+
+    def row(self, name: str) -> dict | None:
+        return self.folder.row(name)
+
+    def goal_for(self, method: str) -> Goal:
+        """The cut that a row has to reach; this is the one place that decides it.
+
+        It is the target that the user or the paper asks for. Where there is none, and for
+        `uniform`, it is the cut of the first row before it: all rows of a table are compared at one
+        cut. Without either, a search goes as far as the reward finds worth it.
+        """
+        finished = [name for name in METHODS if self.row(name)]
+        target = self.settings.target
+        if target is not None and (method != "uniform" or not finished):
+            return Goal(target, is_required=True)
+        if finished:
+            return Goal(self.row(finished[0])["macs_reduction"])
+        return Goal(None)
+
+    # -- the nets of rows
+
+    def make_baseline(self, *, untrained: Net | None = None, given: Net | None = None) -> Net:
+        """The trained baseline: from the folder, or `given` by the user, or `untrained` trained."""
+        self.trainer.baseline = given or untrained
+        path = self.folder.checkpoint("baseline")
+        if not path.exists():
+            trained = TrainedNet(given, None, 0.0)
+            if given is None:
+                plan = self.settings.baseline
+                trained = self.trainer.train(
+                    "baseline", untrained, self.data.train, plan, has_teacher=False
+                )
+            net = trained.net.to(self.trainer.device)
+            accuracy = measure_accuracy(net, self.data.validation)
+            self.save_net("baseline", net, accuracy, trained.seconds, trained.curve)
+        net, facts = self.load_row_net("baseline")
+        self.trainer.baseline = net
+        if not self.row("baseline"):
+            self.add_row("baseline", net, facts)
+        return net
+
+    def make_row(self, method: str, goal: Goal) -> None:
+        """The whole of a row: search or uniform steps, final training, test accuracy."""
+        if method == "static":
+            self.make_row("sep", goal)
+        if self.row(method):
+            self.check_finished_row(method)
+            return
+        if not self.folder.checkpoint(method).exists():
+            if method == "static":
+                self.make_static_net()
+            else:
+                self.make_pruned_net(method, goal)
+        self.add_row(method, *self.load_row_net(method))
+        self.folder.remove_pool(method)
+
+    def make_pruned_net(self, method: str, goal: Goal) -> None:
+        """Find the structure, round it if asked to, and train it to the end."""
+        target = self.lower_goal(method, goal)
+        net, score, seconds = self.find_structure(method, target)
+        if self.round_to:
+            net, score, more_seconds = self.round_widths(method, net, score, target, goal)
+            seconds += more_seconds
+        trained = self.trainer.train(f"{method}: final", net, self.data.all, self.settings.final)
+        self.save_net(
+            method, trained.net, score.validation_accuracy, trained.seconds + seconds, trained.curve
+        )
+
+    def lower_goal(self, method: str, goal: Goal) -> float | None:
+        """The goal, or as much as this method can remove where another row alone asks for it."""
+        target = goal.macs_reduction
+        if target is None or goal.is_required:
+            return target
+        widths = self.trainer.baseline.widths
+        most = largest_reduction(widths, self.trainer.reduction_of(method))
+        if most >= target:
+            return target
+        self.reporter.say(
+            f"{method} cannot cut {target:.2%} as the rows before it do: {most:.2%} with one "
+            "channel left in every layer, and goes there"
+        )
+        return most
+
+    def find_structure(self, method: str, target: float | None):
+        """(recovered net, its score, seconds spent) of the structure that a method finds."""
+        searches = [method]
+        if method == "uniform":
+            net, score = self.find_uniform(target)
+        elif method == "sep" and self.settings.searches_by_regression(target):
+            net, score = self.share_search(target)
+            searches.append("lstm")
+        else:
+            net, score = run_search(self.trainer, method, target)
+        seconds = sum(
+            candidate.seconds
+            for name in searches
+            for candidate in self.folder.searched_candidates(name)
+        )
+        return net, score, seconds
+
+    def find_uniform(self, target: float | None) -> tuple[Net, ScoredStructure]:
+        """The same share of every layer, in steps of the pruning rate with a recovery each, as the
+        papers' search goes; in one step where the search of the other rows goes in one."""
+        if target is None:
+            raise UserError(
+                "uniform needs a cut to land on: run it with, or after, another method", 2
+            )
+        end = uniform_structure(
+            self.trainer.baseline.widths, self.trainer.reduction_of("uniform"), target
+        )
+        net = self.trainer.load_baseline()
+        score = self.trainer.score_baseline(target)
+        candidates = []
+        while net.structure != end:
+            structure = shrink_all(net.structure, self.settings.pruning_rate)
+            structure = tuple(max(width, last) for width, last in zip(structure, end))
+            if self.settings.searches_by_regression(self.settings.target):
+                structure = end
+            number = len(candidates) + 1
+            path = self.folder.pool("uniform") / f"{structure_name((number, *end))}.pt"
+            net, score = self.trainer.recover_once(
+                path, "uniform", net, structure, target=target, lstm_epoch=number, number=number
+            )
+            candidates.append(score)
+        self.folder.log_search("uniform", "uniform", candidates)
+        self.folder.save_results()
+        return net, score
+
+    def share_search(self, target: float) -> tuple[Net, ScoredStructure]:
+        """ours, for `fast`: `sep` gates the structure that `lstm`'s search finds.
+
+        A fresh gate computes what hard pruning does, so a search of its own would try the same
+        again, and gated nets cost more to train.
+        """
+        trainer = self.trainer
+        candidates = self.folder.searched_candidates("lstm") if self.row("lstm") else []
+        if candidates:
+            baseline_score = trainer.score_baseline(self.settings.target)
+            chosen = choose_best([baseline_score, *candidates], self.settings.target)
+        else:
+            _, chosen = run_search(trainer, "lstm", target)
+        structure = prune_further(
+            chosen.structure,
+            trainer.baseline.widths,
+            trainer.reduction_of("sep"),
+            target,
+            self.settings.pruning_rate,
+        )
+        path = self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt"
+        net, candidate = trainer.recover_once(
+            path,
+            "sep",
+            trainer.load_baseline(),
+            structure,
+            target=target,
+            lstm_epoch=1,
+            number=1,
+        )
+        self.folder.log_search("sep", "shared", [candidate])
+        self.folder.save_results()
+        return net, candidate
+
+    def round_widths(self, method: str, net: Net, score, target: float | None, goal: Goal):
+        """(net, score, seconds) with widths at multiples (ours: as machines like them).
+
+        The net is made from the baseline, with a recovery of its own. Kept in the results is what
+        that costs and gains. Another row's cut is kept only where that can be.
+        """
+        trainer = self.trainer
+        widths = trainer.baseline.widths
+        reduction_of = trainer.reduction_of(method)
+        most = largest_reduction(widths, reduction_of, self.round_to)
+        kept_target = target
+        if target is not None and target > most and not goal.is_required:
+            kept_target = None
+        structure = round_structure(
+            score.structure, widths, reduction_of, kept_target, self.round_to
+        )
+        rounded_net, rounded_score, seconds = net, score, 0.0
+        if structure != score.structure:
+            candidates = self.folder.searched_candidates(method)
+            path = self.folder.pool(method) / f"rounded-{structure_name(structure)}.pt"
+            rounded_net, rounded_score = trainer.recover_once(
+                path,
+                method,
+                trainer.load_baseline(),
+                structure,
+                target=target,
+                lstm_epoch=candidates[-1].lstm_epoch if candidates else 0,
+                number=len(candidates) + 1,
+            )
+            seconds = rounded_score.seconds
+        self.results["rounded"][method] = {
+            "before": self.describe_rounding(net, score),
+            "after": self.describe_rounding(rounded_net, rounded_score),
+        }
+        self.folder.save_results()
+        return rounded_net, rounded_score, seconds
+
+    def describe_rounding(self, net: Net, score: ScoredStructure) -> dict:
+        """What the report says of a net before or after rounding; latencies of 1 and 128 images."""
+        images = self.data.validation
+        single = tune_on(net, images) if self.trainer.device.type == "cpu" else net
+        return {
+            "widths": list(score.structure),
+            "validation_accuracy": score.validation_accuracy,
+            "macs_reduction": score.macs_reduction,
+            "latencies": [
+                *measure_latencies([single], images, 1),
+                *measure_latencies([net], images, 128),
+            ],
+        }
+
+    def make_static_net(self) -> None:
+        """`sep`'s net made plain. Its validation accuracy is that of `sep`'s candidate."""
+        gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
+        trained = None
+
+        def recover(net):
+            nonlocal trained
+            plan = self.settings.recovery
+            trained = self.trainer.train("static: recovery", net, self.data.all, plan)
+            return trained.net
+
+        static = make_static(gated, self.data.all, recover)
+        curve = trained.curve if static.keeps_recovery else []
+        seconds = trained.seconds + facts["seconds"]
+        self.save_net("static", static.net, facts["validation_accuracy"], seconds, curve)
+
+    # -- their checkpoints and rows
+
+    def identity_facts(self, row: str, net: Net) -> dict:
+        """What the checkpoint of a row says of its run and its net; nothing else may be a row."""
+        facts = {key: self.results[key] for key in ("data", "schedule", "seed", "settings")}
+        return facts | {
+            "method": row,
+            "round_to": self.round_to or 1,
+            "macs": sep.count_macs(net),
+            "parameters": models.count_parameters(net),
+        }
+
+    def save_net(self, row: str, net: Net, validation_accuracy, seconds, curve) -> None:
+        """Write the checkpoint of a row."""
+        images = self.data.train
+        facts = self.identity_facts(row, net) | {
+            "versions": self.results["versions"],
+            "mean": list(images.mean),
+            "std": list(images.std),
+            "names": images.class_names,
+            "split": self.data.seed,
+            "test_images": len(self.data.test),
+            "validation_accuracy": validation_accuracy,
+            "seconds": round(seconds, 1),
+            "curve": curve,
+            "baseline": self.row("baseline"),
+        }
+        models.save_checkpoint(self.folder.checkpoint(row), net, facts)
+
+    def load_row_net(self, row: str) -> tuple[Net, dict]:
+        """(net, facts) of a row's checkpoint. Raises UserError unless this run made it: another net
+        that came to lie there would make a false row."""
+        path = self.folder.checkpoint(row)
+        net, facts = self.trainer.load(path)
+        if not self.made_net(row, net, facts):
+            raise UserError(
+                f"{path} is no net that this run made as its {row}; move it away to go on, "
+                "or --fresh starts the run over without it"
+            )
+        return net, facts
+
+    def made_net(self, row: str, net: Net, facts: dict) -> bool:
+        """Whether a checkpoint is the one that this run made as that row."""
+        if net.arch != self.trainer.baseline.arch:
+            return False
+        if not {"validation_accuracy", "seconds"} <= facts.keys():
+            return False
+        identity = self.identity_facts(row, net)
+        if any(facts.get(key) != value for key, value in identity.items()):
+            return False
+        # The numbers of a finished row, and of the baseline, are those that the checkpoint says.
+        for name, numbers in {"baseline": facts.get("baseline") or {}, row: facts}.items():
+            finished_row = self.row(name)
+            for key in ("validation_accuracy", "macs"):
+                if finished_row and numbers.get(key) != finished_row[key]:
+                    return False
+        return True
+
+    def check_finished_row(self, row: str) -> None:
+        """Raise UserError where another net lies in the place of a finished row's."""
+        path = self.folder.checkpoint(row)
+        if models.is_intact(path):
+            self.load_row_net(row)
+        else:
+            self.reporter.say(
+                f"{path} is gone or damaged; its row stays; only --fresh makes it anew, and all "
+                "rows with it"
+            )
+
+    def add_row(self, row: str, net: Net, facts: dict) -> None:
+        """Add the row of a finished net. This alone reads the test images, once per row."""
+        baseline = self.row("baseline") or facts
+        numbers = {
+            "method": row,
+            "test_accuracy": measure_accuracy(net, self.data.test, in_float32=True),
+            "validation_accuracy": facts["validation_accuracy"],
+            "macs": facts["macs"],
+            "params": facts["parameters"],
+            "macs_reduction": 1 - facts["macs"] / baseline["macs"],
+            "widths": list(net.structure),
+            "seconds": facts["seconds"],
+        }
+        self.results["rows"].append(numbers)
+        self.results["curves"][row] = facts["curve"]
+        self.results["layers"] = [prunable.layer for prunable in net.prunable]
+        self.folder.save_results()
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread" if threads == 1 else f"cpu, {threads} threads"
+
+
+def describe_versions() -> dict:
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}

@@ -1,9 +1,14 @@
-"""Soft pruning (SEP, IEEE TIP 2021): a squeeze-and-excitation gate per layer chooses, image by image, which kernels run.
+"""Soft pruning (SEP, IEEE TIP 2021): gates that switch kernels off, image by image. In this order:
 
-Nothing is removed: all C filters of a layer keep their weights, and the k of them that a gate scores highest for an
-image take part in that image's forward and backward pass. What the paper does not give (the gate's inner size, how it
-starts) is marked `ours`.
+the gate              squeeze-and-excitation, a choice of channels, batch norm of the chosen ones
+gated nets            putting gates on, what they use, what they cost, making a gated net plain
+fast single images    `tune`: a copy of a net that is quick at one image at a time on a CPU
+
+Nothing is removed: all C filters of a layer keep their weights. The k of them that its gate scores
+highest for an image take part in the forward and backward pass of that image. What the paper does
+not give (the gate's inner size, how it starts) is marked `ours`.
 """
+
 import time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,341 +21,609 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import Net
+from models import Net, PrunableLayer, UserError
 
-REDUCTION, LEAST = 16, 4  # ours: the bottleneck of a gate is C_in / 16 as in SENet, at least 4
-SPREAD = 1.0  # ours: a fresh gate's logits lie in [-SPREAD, SPREAD], in the order of importance
-GRAIN = 8  # ours: kernels are gathered in multiples of 8, so that few distinct shapes occur
+# ours: the bottleneck of a gate is C_in / 16 as in SENet, but at least 4.
+REDUCTION = 16
+SMALLEST_BOTTLENECK = 4
+# ours: a fresh gate's logits lie in [-1, 1], in the order of the channels' importance.
+INITIAL_LOGIT_RANGE = 1.0
+# ours: kernels are gathered in multiples of 8, so that few distinct shapes occur.
+GATHER_MULTIPLE = 8
+# ours: where more than three quarters of the channels are used, gathering them does not pay.
+GATHER_LIMIT = 0.75
 
 
-class Gate(nn.Module):
-    """Chooses `keep` of `outputs` channels from the mean of each of the `inputs` channels that the layer reads."""
+# ---- the gate ----------------------------------------------------------------------------------
 
-    def __init__(self, inputs: int, outputs: int, keep: int):
+
+def bottleneck_width(inputs: int) -> int:
+    return max(SMALLEST_BOTTLENECK, inputs // REDUCTION)
+
+
+class SEGate(nn.Module):
+    """Selects k of `outputs` channels from the mean of each of the `inputs` channels that the layer
+    reads (section 3 of the paper)."""
+
+    def __init__(self, inputs: int, outputs: int, k: int):
         super().__init__()
-        self.keep = keep
-        hidden = max(LEAST, inputs // REDUCTION)
-        self.squeeze, self.excite = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+        self.k = k
+        hidden = bottleneck_width(inputs)
+        self.squeeze = nn.Linear(inputs, hidden)
+        self.excite = nn.Linear(hidden, outputs)
         nn.init.zeros_(self.excite.weight)
         nn.init.zeros_(self.excite.bias)
-        self.register_buffer("unit", torch.full((outputs,), 0.5))  # scales are s / unit
-        self.used: torch.Tensor | None = None  # (2, C) for how many images each channel was chosen, and its scales' sum, where somebody counts
+        # Scales are sigmoid(logits) over these: 1 for a fresh gate.
+        self.register_buffer("initial_scale", torch.full((outputs,), 0.5))
+        # (2, C) while `record_usage` lasts: how many images chose each channel, and the sum of its
+        # scales.
+        self.usage: torch.Tensor | None = None
 
     @torch.no_grad()
-    def start(self, importance: torch.Tensor) -> None:
-        """Prefer channels by `importance` (C,), as hard pruning would, and leave the scales as they are: 1 for a fresh gate."""
-        scale = torch.sigmoid(self.excite.bias) / self.unit
+    def prefer(self, importance: torch.Tensor) -> None:
+        """Prefer channels by `importance` (C,), as hard pruning would; scales stay as they are."""
+        scale = torch.sigmoid(self.excite.bias) / self.initial_scale
         rank = importance.argsort().argsort().float()
-        self.excite.bias.copy_(SPREAD * (2 * rank / max(1, len(rank) - 1) - 1))
-        self.unit.copy_(torch.sigmoid(self.excite.bias) / scale)
+        position = 2 * rank / max(1, len(rank) - 1) - 1  # in [-1, 1]
+        self.excite.bias.copy_(INITIAL_LOGIT_RANGE * position)
+        self.initial_scale.copy_(torch.sigmoid(self.excite.bias) / scale)
 
     @property
-    def first_choice(self) -> torch.Tensor:
-        """The `keep` channels (ascending indices) that the gate prefers before it sees an image."""
-        return self.excite.bias.detach().topk(self.keep).indices.sort().values
+    def preferred_channels(self) -> torch.Tensor:
+        """The k channels (ascending indices) that the gate prefers before it sees an image."""
+        return self.excite.bias.detach().topk(self.k).indices.sort().values
 
     @property
     def macs(self) -> int:
         return self.squeeze.weight.numel() + self.excite.weight.numel()
 
-    def scale(self, z: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
-        """s * m: (B, C_in) means, of the channels `at` alone if there are such -> (B, C); 0 for an excluded channel, else its
-        scale, which averages 1."""
-        logits = self.excite(torch.relu(models.apply(self.squeeze, z, at)))
-        mask = torch.zeros_like(logits).scatter_(1, logits.topk(self.keep, 1).indices, 1.0)
-        s = torch.sigmoid(logits) / self.unit * mask
-        # ours: over the mean of the chosen, so that a gate cannot turn all of its channels down together, below the excluded
-        # ones, which no gradient moves: then choices flip to kernels that were never trained
-        s = s * (self.keep / s.sum(1, keepdim=True))
-        if self.used is not None:
-            self.used += torch.stack([mask.sum(0), s.sum(0)])
-        return s
+    def channel_scales(self, channel_means: torch.Tensor, input_channels=None) -> torch.Tensor:
+        """Scale of every channel per image, 0 where not selected: (B, C_in') -> (B, C).
 
-    def forward(self, x, at, layer, norm, pool: bool):
-        """(B, C_in', H, W) -> (B, C', H', W'), outputs: s * m * relu(norm(layer(x))), pooled where the net pools.
-
-        x holds the channels `at` of what the layer reads, the result the channels `outputs` (indices; None: all).
+        `channel_means` are those of the `input_channels`, of all of them if that is None.
         """
-        with torch.autocast(x.device.type, enabled=False):  # the choice must not hang on bfloat16's three digits
-            # permuted: else the gradient comes back channels-first, and to add it to the other one takes thrice the time of a layer
-            kind = self.squeeze.weight.dtype
-            scale = self.scale(x.permute(0, 2, 3, 1).mean((1, 2), dtype=kind) if x.dim() == 4 else x.to(kind), at)
-        masks = x.is_cuda or torch.compiler.is_exporting() or len(x) == 1  # kernels gathered for one image alone seldom pay
-        outputs = None if masks else gather(scale != 0)
-        scale = scale if outputs is None else scale.index_select(1, outputs)
-        y = models.apply(layer, x, at, outputs)
+        hidden = torch.relu(models.run_layer(self.squeeze, channel_means, input_channels))
+        logits = self.excite(hidden)
+        selected = logits.topk(self.k, 1).indices
+        mask = torch.zeros_like(logits).scatter_(1, selected, 1.0)
+        scales = torch.sigmoid(logits) / self.initial_scale * mask
+        # ours: the selected scales average 1. Without this a gate can turn all its channels down
+        # together, below those that it never selects. These get no gradient, so choices would flip
+        # to kernels that were never trained.
+        scales = scales * (self.k / scales.sum(1, keepdim=True))
+        if self.usage is not None:
+            self.usage += torch.stack([mask.sum(0), scales.sum(0)])
+        return scales
+
+    def forward(self, x, input_channels, layer, norm, is_pooled: bool):
+        """scales * relu(norm(layer(x))), pooled where the net pools.
+
+        x (B, C_in', H, W) holds the `input_channels` of what the layer reads. Returns y
+        (B, C', H', W') and the indices of its channels, None for all.
+        """
+        # The choice must not depend on bfloat16's three digits.
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = self.squeeze.weight.dtype
+            if x.dim() == 4:
+                # Permuted: else the gradient comes back channels-first, and adding it to the
+                # layer's takes three times as long as the layer.
+                channel_means = x.permute(0, 2, 3, 1).mean((1, 2), dtype=dtype)
+            else:
+                channel_means = x.to(dtype)
+            scales = self.channel_scales(channel_means, input_channels)
+        # Kernels gathered for one image alone seldom pay: `tune` measures where they do.
+        runs_all = x.is_cuda or torch.compiler.is_exporting() or len(x) == 1
+        output_channels = None if runs_all else channels_to_gather(scales != 0)
+        if output_channels is not None:
+            scales = scales.index_select(1, output_channels)
+        y = models.run_layer(layer, x, input_channels, output_channels)
         if norm is not None:
-            y = masked_norm(y, scale.detach(), norm, outputs)
-        y = models.activate(y, pool)
-        return y * scale.reshape(*scale.shape, *[1] * (y.dim() - 2)).to(y.dtype), outputs
+            y = masked_batch_norm(y, scales.detach(), norm, output_channels)
+        y = models.pool_and_relu(y, is_pooled)
+        places = [1] * (y.dim() - 2)
+        return y * scales.reshape(*scales.shape, *places).to(y.dtype), output_channels
 
 
-class Single:
-    """A prunable layer with its gate as it runs on one image on a CPU, to the same result by few and cheap operators: they take longer than
-    many a layer."""
+def channels_to_gather(is_used: torch.Tensor) -> torch.Tensor | None:
+    """The channels (ascending indices) that some image of the batch uses, (B, C) -> (C',).
 
-    def __init__(self, layer: models.Kernels, pool: bool, gate: Gate | None):
-        self.layer, self.pool, self.gated, self.skip, self.share = layer, pool, gate is not None, False, None
-        if gate is not None:
-            self.keep, self.factor, self.even = gate.keep, 1 / gate.unit, torch.full_like(gate.unit[: gate.keep], 1 / gate.keep)
-            self.squeeze, self.excite = ((m.bias.detach(), m.weight.detach()) for m in (gate.squeeze, gate.excite))
-            self.ready(True)
-
-    def ready(self, skip: bool) -> None:
-        """From now on compute only the chosen kernels, or all of them, masked."""
-        self.skip, self.read, self.last = skip, (None, self.squeeze[1]), (None,)  # and forget what the image before read and chose
-
-    def __call__(self, x: torch.Tensor, at: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What Net.unit says of one image."""
-        if not self.gated:
-            return models.activate(self.layer(x, at), self.pool), None
-        if at is not None and not self.skip:  # gathering inputs alone takes longer than computing them all
-            x, at = x.new_zeros(1, self.squeeze[1].shape[1], *x.shape[2:]).index_copy_(1, at, x), None
-        places = x.reshape(x.shape[1], -1)  # (C_in', H W)
-        share, read, last = self.share, self.read, self.last  # looked up once: another thread may set them
-        if share is None or len(share) != places.shape[1]:
-            self.share = share = torch.full((places.shape[1],), 1 / places.shape[1], dtype=self.even.dtype)
-        if read[0] is not at:
-            self.read = read = at, self.squeeze[1].index_select(1, at)
-        logits = torch.addmv(*self.excite, torch.addmv(self.squeeze[0], read[1], torch.mv(places, share)).relu_())
-        picked = logits.topk(self.keep, sorted=False).indices
-        if self.skip:
-            chosen = sorted(picked.tolist())
-            if chosen != last[0]:
-                outputs = picked.sort().values
-                self.last = last = chosen, outputs, self.factor.index_select(0, outputs)
-            _, picked, factor = last  # the same tensor for the same choice: by it layers know the kernels gathered before
-        else:
-            factor = self.factor.index_select(0, picked)
-        s = torch.sigmoid(logits.index_select(0, picked)).mul_(factor)
-        s = s.div_(torch.dot(s, self.even))
-        outputs, s = (picked, s) if self.skip else (None, torch.zeros_like(logits).index_copy_(0, picked, s))
-        y = self.layer(x, at, outputs)
-        y = (torch.max_pool2d(y, 2) if self.pool else y).relu_()
-        return y.mul_(s if y.dim() == 2 else s.view(-1, 1, 1)), outputs
-
-
-def gather(used: torch.Tensor) -> torch.Tensor | None:
-    """The channels (ascending indices) that some image of the batch uses, filled up to whole grains; None: nearly all."""
-    used = used.any(0)
-    count = -(-max(1, int(used.sum())) // GRAIN) * GRAIN
-    return used.float().topk(count).indices.sort().values if count <= 0.75 * len(used) else None
-
-
-def masked_norm(y, scale, norm, outputs) -> torch.Tensor:
-    """Batch norm whose statistics count only the images that use a channel: excluded ones take no part, forward or backward.
-
-    y (B, C', H, W), scale (B, C'), 0 where an image excludes a channel; `outputs` are the C' channels of `norm` that y holds, None for all.
+    Filled up to a multiple of GATHER_MULTIPLE; None where nearly all are used.
     """
-    if outputs is None and not norm.training:
+    is_used = is_used.any(0)
+    used = max(1, int(is_used.sum()))
+    count = -(-used // GATHER_MULTIPLE) * GATHER_MULTIPLE  # rounded up
+    if count > GATHER_LIMIT * len(is_used):
+        return None
+    return is_used.float().topk(count).indices.sort().values
+
+
+def masked_batch_norm(y, scales, norm: nn.BatchNorm2d, channels) -> torch.Tensor:
+    """Batch norm whose statistics count only the images that use a channel.
+
+    y (B, C', H, W); scales (B, C'), 0 where an image excludes a channel; `channels` are the C' of
+    `norm` that y holds, None for all. Excluded channels take no part, forward or backward.
+    """
+    if channels is None and not norm.training:
         return norm(y)
-    pick = slice(None) if outputs is None else outputs
-    gamma, beta, mean, var = (v[pick] for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    index = slice(None) if channels is None else channels
+    gamma, beta = norm.weight[index], norm.bias[index]
+    old_mean, old_var = norm.running_mean[index], norm.running_var[index]
     if not norm.training:
-        return F.batch_norm(y, mean, var, gamma, beta, eps=norm.eps)
-    mask = (scale != 0).float()
-    images, place = mask.sum(0), y.shape[2] * y.shape[3]
-    new = mean.clone(), var.clone()
-    if not y.is_cuda and bool(((images == 0) | (images == len(y))).all()):  # all images choose alike: an ordinary batch norm
-        out = F.batch_norm(y, *new, gamma, beta, True, norm.momentum, norm.eps)
+        return F.batch_norm(y, old_mean, old_var, gamma, beta, eps=norm.eps)
+    mask = (scales != 0).float()
+    images = mask.sum(0)  # (C',) that use a channel
+    places = y.shape[2] * y.shape[3]
+    all_choose_alike = not y.is_cuda and bool(((images == 0) | (images == len(y))).all())
+    if all_choose_alike:
+        new_mean, new_var = old_mean.clone(), old_var.clone()
+        out = F.batch_norm(y, new_mean, new_var, gamma, beta, True, norm.momentum, norm.eps)
     else:
-        n = (images * place).clamp_min(1)
-        batch_mean = (mask * y.mean((2, 3), dtype=torch.float)).sum(0) * place / n
-        square = torch.linalg.vector_norm(y, dim=(2, 3), dtype=torch.float).square()  # (B, C')
-        batch_var = ((mask * square).sum(0) / n - batch_mean.square()).clamp_min(0)
+        count = (images * places).clamp_min(1)
+        mean, var = masked_statistics(y, mask, places, count)
         with torch.no_grad():
-            new = mean.lerp(batch_mean, norm.momentum), var.lerp(batch_var * n / (n - 1).clamp_min(1), norm.momentum)
-        factor = gamma * (batch_var + norm.eps).rsqrt()
-        shift = beta - batch_mean * factor
+            unbiased_var = var * count / (count - 1).clamp_min(1)
+            new_mean = old_mean.lerp(mean, norm.momentum)
+            new_var = old_var.lerp(unbiased_var, norm.momentum)
+        factor = gamma * (var + norm.eps).rsqrt()
+        shift = beta - mean * factor
         out = torch.addcmul(shift[:, None, None], y, factor[:, None, None]).to(y.dtype)
     with torch.no_grad():
-        norm.running_mean[pick], norm.running_var[pick] = (torch.where(images * place > 1, a, b) for a, b in zip(new, (mean, var)))
+        has_variance = images * places > 1
+        norm.running_mean[index] = torch.where(has_variance, new_mean, old_mean)
+        norm.running_var[index] = torch.where(has_variance, new_var, old_var)
         norm.num_batches_tracked += 1
     return out
 
 
-def same(y):
-    return y
+def masked_statistics(y, mask, places: int, count):
+    """(mean, biased variance), each (C',), of y (B, C', H, W) over the images with mask (B, C') 1.
+
+    `count` (C',) is how many numbers that are: images times places.
+    """
+    mean = (mask * y.mean((2, 3), dtype=torch.float)).sum(0) * places / count
+    squares = torch.linalg.vector_norm(y, dim=(2, 3), dtype=torch.float).square()  # (B, C')
+    var = ((mask * squares).sum(0) / count - mean.square()).clamp_min(0)
+    return mean, var
 
 
-def alone(net: Net) -> Net:
-    """A net without batch norms as it runs on single images: of the same weights, with layers that are no modules."""
-    net = deepcopy(net, {id(v): v for v in (*net.parameters(), *net.buffers())})
-    gates, net.gates = net.gates or [None] * len(net.prunable), None
-    for name, layer in list(net.named_modules()):
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Identity):
-            holder, _, own = name.rpartition(".")
-            delattr(net.get_submodule(holder), own)
-            setattr(net.get_submodule(holder), own, same if isinstance(layer, nn.Identity) else models.Kernels(layer))
-    net.quick = [Single(attrgetter(p.layer)(net), p.pool, g) for p, g in zip(net.prunable, gates)]
+# ---- gated nets --------------------------------------------------------------------------------
+
+
+def gates_of(net: Net) -> list[SEGate | None]:
+    """The gate of each prunable layer, None where there is none."""
+    return list(net.gates) if net.gates is not None else [None] * len(net.widths)
+
+
+def input_channels_of(net: Net, index: int) -> int:
+    """The number of channels (of a linear layer: not of inputs) that a prunable layer reads."""
+    name = net.prunable[index].layer
+    for prunable, width in zip(net.prunable, net.widths):
+        if prunable.next_layer == name:
+            return width
+    return net.get_submodule(name).weight.shape[1]
+
+
+def attach_gates(net: Net, ks) -> None:
+    """Put fresh gates on `net`, in place: one that selects k channels for every k of `ks`.
+
+    A layer with k = None, or with a gate already, stays as it is. Raises UserError where a k is no
+    number of channels.
+    """
+    if not isinstance(ks, list | tuple) or len(ks) != len(net.widths):
+        raise UserError(f"a {net.arch} of {len(net.widths)} prunable layers has no gates {ks}")
+    if net.gates is None:
+        net.gates = nn.ModuleList([None] * len(net.widths))
+    device = next(net.parameters()).device
+    for i, (prunable, width, k) in enumerate(zip(net.prunable, net.widths, ks)):
+        if k is None or net.gates[i] is not None:
+            continue
+        if type(k) is not int or not 1 <= k <= width:
+            raise UserError(f"a gate of {prunable.layer} keeps {k} of {width} channels")
+        net.gates[i] = SEGate(input_channels_of(net, i), width, k).to(device)
+
+
+def preferred_channels(net: Net) -> list[torch.Tensor]:
+    """Per prunable layer the channels (ascending indices) at work before an image is seen."""
+    return [
+        torch.arange(width) if gate is None else gate.preferred_channels
+        for gate, width in zip(gates_of(net), net.widths)
+    ]
+
+
+def add_gates(net: Net, structure) -> Net:
+    """Soft pruning (TIP 2021): a new net of the same weights whose gates keep `structure`.
+
+    A layer gets its gate when it is first pruned. The gate begins with hard pruning's choice, and
+    the filters that read the layer are compensated like those of a hard-pruned net.
+    """
+    net = deepcopy(net)
+    previous_channels = preferred_channels(net)
+    importance = models.channel_importance(net, previous_channels)
+    attach_gates(net, [k if k < width else None for k, width in zip(structure, net.widths)])
+    for gate, k, scores, previous in zip(net.gates, structure, importance, previous_channels):
+        if gate is not None and k < len(previous):
+            # Channels that were excluded before stay behind the others.
+            scores[previous] += scores.max() + 1
+            gate.prefer(scores)
+            gate.k = k
+    models.compensate(net, preferred_channels(net), previous_channels)
     return net
 
 
-class Tuned:
-    """A net for inference alone on a CPU, as `tune` makes it: images (B, C, H, W), normalised -> logits (B, classes). No module: it has no
-    other device, precision or weights."""
+@contextmanager
+def record_usage(net: Net):
+    """Within it, per prunable layer (2, C): for how many images each channel was selected, and the
+    sum of its scales; None where there is no gate."""
+    gates = [gate for gate in gates_of(net) if gate is not None]
+    for gate in gates:
+        scale = gate.initial_scale
+        gate.usage = torch.zeros(2, len(scale), device=scale.device)
+    try:
+        yield [None if gate is None else gate.usage for gate in gates_of(net)]
+    finally:
+        for gate in gates:
+            gate.usage = None
+
+
+@torch.no_grad()
+def measure_usage(net: Net, batches) -> list[torch.Tensor | None]:
+    """What `record_usage` says after the images in `batches`, each (B, C, H, W), normalised."""
+    net.eval()
+    with record_usage(net) as usage:
+        for x in batches:
+            net(x)
+    return usage
+
+
+@torch.no_grad()
+def to_static(net: Net, batches) -> Net:
+    """ours: a gated net as a plain small one.
+
+    The kernels that are selected most often on `batches`, each (B, C, H, W), stay, each with its
+    mean scale.
+    """
+    usage = measure_usage(net, batches)
+    structure = net.structure
+    net = deepcopy(net)
+    kept_channels = []
+    for i, (prunable, width, gate) in enumerate(zip(net.prunable, net.widths, gates_of(net))):
+        if gate is None:
+            kept_channels.append(torch.arange(width))
+            continue
+        selections, scale_sums = usage[i]
+        # A tie goes to the channel that the gate prefers.
+        scores = selections + torch.sigmoid(gate.excite.bias)
+        kept_channels.append(scores.topk(structure[i]).indices.sort().values.cpu())
+        weight = net.get_submodule(prunable.next_layer).weight
+        mean_scales = scale_sums / selections.clamp_min(1)
+        factors = mean_scales.repeat_interleave(weight.shape[1] // width)
+        weight.mul_(factors.reshape(-1, *[1] * (weight.dim() - 2)))
+    return models.remove_channels(net, kept_channels)
+
+
+def count_macs(net: Net, structure=None) -> int:
+    """models.count_macs and the MACs of the gates.
+
+    Counted are the gates that `net` has or, for a `structure`, one for every layer below its width.
+    Excluded kernels cost nothing, nor do the next layer's kernels on excluded channels.
+    """
+    if structure is None:
+        gates = [gate for gate in gates_of(net) if gate is not None]
+        return models.count_macs(net) + sum(gate.macs for gate in gates)
+    gate_macs = 0
+    for i, (k, width) in enumerate(zip(structure, net.widths)):
+        if k < width:
+            inputs = input_channels_of(net, i)
+            gate_macs += bottleneck_width(inputs) * (inputs + width)
+    return models.count_macs(net, structure) + gate_macs
+
+
+def load(path) -> tuple[Net, dict]:
+    """(net, facts) of a checkpoint or of anybody's state dict, gates included; on the CPU.
+
+    Raises UserError, naming the file.
+    """
+    checkpoint = models.read_checkpoint(path)
+    try:
+        net = models.build_from_checkpoint(checkpoint)
+        if checkpoint["gates"] is not None:
+            attach_gates(net, checkpoint["gates"])
+        # Gated nets of before December 2026 call the initial scales of a gate `unit`.
+        state = {
+            key.replace(".unit", ".initial_scale"): value
+            for key, value in checkpoint["state"].items()
+        }
+        models.load_weights(net, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}", error.status) from error
+    return net, checkpoint["facts"]
+
+
+# ---- fast single images ------------------------------------------------------------------------
+#
+# One image at a time, starting an operator takes as long as many a layer's arithmetic. So here
+# layers are no modules (a module's call costs as much as a small operator), the gate has a third of
+# the operators of SEGate, and kernels once gathered are used again while the choice stays the same.
+
+
+class GatheringLayer:
+    """A convolution or linear layer for inference on one image: it gathers the kernels between
+    the channels at work, and keeps them while these are the very same index tensors."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear):
+        self.all_weights = layer.weight.detach()
+        self.bias = None if layer.bias is None else layer.bias.detach()
+        self.is_linear = isinstance(layer, nn.Linear)
+        if not self.is_linear:
+            self.stride, self.padding = layer.stride, layer.padding
+        self.reset(False)
+
+    def reset(self, gathers: bool) -> None:
+        """Forget the kernels kept. Those that are to be gathered from lie together in memory."""
+        self.weight = self.all_weights.contiguous() if gathers else self.all_weights
+        # (input channels, output channels, weight, bias, whether the layout is still to be chosen)
+        self.kept = None
+
+    def __call__(self, x, input_channels=None, output_channels=None) -> torch.Tensor:
+        """(1, C_in', H, W) -> (1, C', H', W'); of a linear layer (1, C_in', ...) -> (1, C')."""
+        kept = self.kept  # looked up once: another thread may set it
+        is_new = kept is None or kept[0] is not input_channels or kept[1] is not output_channels
+        if is_new:
+            features = x.numel() if self.is_linear else x.shape[1]
+            weight, bias = models.select_weight_and_bias(
+                self, features, input_channels, output_channels
+            )
+            kept = [input_channels, output_channels, weight, bias, not self.is_linear]
+            self.kept = kept
+            # The image in the layout of the kernels, this time: else they would be laid out anew.
+            is_channels_last = x.dim() == 4 and weight is self.all_weights
+            layout = torch.channels_last if is_channels_last else torch.contiguous_format
+            x = x.contiguous(memory_format=layout)
+        elif kept[4]:
+            # Met again: from now on in the fastest layout, which takes as long as the gathering.
+            kept[2] = kept[2].contiguous(memory_format=torch.channels_last)
+            kept[4] = False
+        weight, bias = kept[2], kept[3]
+        if self.is_linear:
+            return torch.addmv(bias, weight, x.flatten())[None]
+        return torch.conv2d(x, weight, bias, self.stride, self.padding)
+
+
+class PlainRunner:
+    """A prunable layer without a gate, on one image."""
+
+    def __init__(self, layer: GatheringLayer, is_pooled: bool):
+        self.layer = layer
+        self.is_pooled = is_pooled
+
+    def __call__(self, x, input_channels):
+        """As Net.run_prunable, for a batch of one."""
+        return models.pool_and_relu(self.layer(x, input_channels), self.is_pooled), None
+
+
+class GatedRunner:
+    """A prunable layer with its gate, on one image: SEGate.forward in few and cheap operators."""
+
+    def __init__(self, layer: GatheringLayer, is_pooled: bool, gate: SEGate):
+        self.layer = layer
+        self.is_pooled = is_pooled
+        self.k = gate.k
+        self.inverse_initial_scale = 1 / gate.initial_scale
+        self.mean_of_k = torch.full_like(gate.initial_scale[: gate.k], 1 / gate.k)
+        self.squeeze_bias = gate.squeeze.bias.detach()
+        self.squeeze_weight = gate.squeeze.weight.detach()
+        self.excite_bias = gate.excite.bias.detach()
+        self.excite_weight = gate.excite.weight.detach()
+        self.mean_of_places = None
+        self.set_skipping(True)
+
+    def set_skipping(self, is_skipping: bool) -> None:
+        """From now on compute only the selected kernels; else all of them, masked."""
+        self.is_skipping = is_skipping
+        # Of the image before: (input channels, the squeeze's weights on them) and
+        # (sorted channels, the same as a tensor, their inverse initial scales).
+        self.kept_squeeze = (None, self.squeeze_weight)
+        self.kept_choice = (None,)
+
+    def __call__(self, x, input_channels):
+        """As Net.run_prunable, for a batch of one."""
+        if input_channels is not None and not self.is_skipping:
+            # Gathering the inputs alone takes longer than computing with all of them.
+            all_inputs = x.new_zeros(1, self.squeeze_weight.shape[1], *x.shape[2:])
+            x = all_inputs.index_copy_(1, input_channels, x)
+            input_channels = None
+        logits = self.score_channels(x, input_channels)
+        selected = logits.topk(self.k, sorted=False).indices
+        if self.is_skipping:
+            selected, inverse_scale = self.reuse_choice(selected)
+        else:
+            inverse_scale = self.inverse_initial_scale.index_select(0, selected)
+        scales = torch.sigmoid(logits.index_select(0, selected)).mul_(inverse_scale)
+        scales = scales.div_(torch.dot(scales, self.mean_of_k))
+        output_channels = selected if self.is_skipping else None
+        if not self.is_skipping:
+            scales = torch.zeros_like(logits).index_copy_(0, selected, scales)
+        y = self.layer(x, input_channels, output_channels)
+        y = (torch.max_pool2d(y, 2) if self.is_pooled else y).relu_()
+        if y.dim() == 4:
+            scales = scales.view(-1, 1, 1)
+        return y.mul_(scales), output_channels
+
+    def score_channels(self, x, input_channels) -> torch.Tensor:
+        """The gate's logits (C,) for an image (1, C_in', H, W)."""
+        places = x.reshape(x.shape[1], -1)  # (C_in', H W)
+        # Looked up once: another thread may set them.
+        mean_of_places, kept_squeeze = self.mean_of_places, self.kept_squeeze
+        count = places.shape[1]
+        if mean_of_places is None or len(mean_of_places) != count:
+            mean_of_places = torch.full((count,), 1 / count, dtype=self.mean_of_k.dtype)
+            self.mean_of_places = mean_of_places
+        if kept_squeeze[0] is not input_channels:
+            weight = self.squeeze_weight.index_select(1, input_channels)
+            self.kept_squeeze = kept_squeeze = (input_channels, weight)
+        means = torch.mv(places, mean_of_places)
+        hidden = torch.addmv(self.squeeze_bias, kept_squeeze[1], means).relu_()
+        return torch.addmv(self.excite_bias, self.excite_weight, hidden)
+
+    def reuse_choice(self, selected: torch.Tensor):
+        """(channels ascending, their inverse initial scales): the very same tensors for the same
+        choice as before, by which layers know the kernels that they gathered."""
+        kept_choice = self.kept_choice  # looked up once: another thread may set it
+        channels = sorted(selected.tolist())
+        if channels != kept_choice[0]:
+            ascending = selected.sort().values
+            inverse_scale = self.inverse_initial_scale.index_select(0, ascending)
+            self.kept_choice = kept_choice = (channels, ascending, inverse_scale)
+        return kept_choice[1], kept_choice[2]
+
+
+def return_unchanged(x):
+    return x
+
+
+def make_single_image_net(net: Net) -> Net:
+    """A net without batch norms as it runs on single images: the same weights, no modules."""
+    shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    net = deepcopy(net, shared)
+    gates = gates_of(net)
+    net.gates = None
+    for name, module in list(net.named_modules()):
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.Identity):
+            continue
+        is_identity = isinstance(module, nn.Identity)
+        parent_name, _, own_name = name.rpartition(".")
+        parent = net.get_submodule(parent_name)
+        delattr(parent, own_name)
+        setattr(parent, own_name, return_unchanged if is_identity else GatheringLayer(module))
+    net.layer_runners = [
+        make_runner(attrgetter(prunable.layer)(net), prunable, gate)
+        for prunable, gate in zip(net.prunable, gates)
+    ]
+    return net
+
+
+def make_runner(layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate | None):
+    if gate is None:
+        return PlainRunner(layer, prunable.is_pooled)
+    return GatedRunner(layer, prunable.is_pooled, gate)
+
+
+class TunedNet:
+    """A net for inference alone on a CPU, as `tune` makes it: normalised images (B, C, H, W) ->
+    logits (B, classes). It is no module: it has no other device, precision or weights."""
 
     def __init__(self, net: Net):
-        self.many = models.folded(net).to(memory_format=torch.channels_last).requires_grad_(False)  # reads batches
-        self.one = alone(self.many)  # reads single images
-        self.gated = [(s, p) for s, p in zip(self.one.quick, self.one.prunable) if s.gated]
+        folded = models.fold_batch_norms(net).to(memory_format=torch.channels_last)
+        self.batch_net = folded.requires_grad_(False)
+        self.single_net = make_single_image_net(self.batch_net)
+        self.gated_runners = [
+            (runner, prunable)
+            for runner, prunable in zip(self.single_net.layer_runners, self.single_net.prunable)
+            if isinstance(runner, GatedRunner)
+        ]
 
     @property
-    def skips(self) -> list[bool]:
+    def skipping_gates(self) -> list[bool]:
         """Of each gate whether it skips the kernels that it excludes; else it masks them."""
-        return [single.skip for single, _ in self.gated]
+        return [runner.is_skipping for runner, _ in self.gated_runners]
 
-    def switch(self, skips) -> None:
-        """Let gates skip or mask."""
-        own = {p.layer for _, p in self.gated}
-        for (single, p), skip in zip(self.gated, skips, strict=True):
-            for m in (single, *(attrgetter(name)(self.one) for name in {p.layer, *({p.next} - own)})):
-                m.ready(skip)
+    def set_skipping(self, skipping_gates) -> None:
+        """Let each gate skip or mask."""
+        gated_layers = {prunable.layer for _, prunable in self.gated_runners}
+        for (runner, prunable), is_skipping in zip(self.gated_runners, skipping_gates, strict=True):
+            runner.set_skipping(is_skipping)
+            readers = {prunable.layer, prunable.next_layer}
+            for name in readers:
+                # A layer with a gate of its own is reset with that gate.
+                if name == prunable.layer or name not in gated_layers:
+                    attrgetter(name)(self.single_net).reset(is_skipping)
 
     def eval(self):
+        """As nn.Module.eval; a tuned net is always ready for inference."""
         return self
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            return (self.one if len(x) == 1 else self.many)(x)
+            return (self.single_net if len(x) == 1 else self.batch_net)(x)
 
 
 @torch.no_grad()
-def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> Tuned:
-    """A copy of `net`, batch norms folded, that is quick at one image at a time on this CPU: a gate skips the kernels that it excludes
-    where that is measured to be faster than masking them. x (N, C, H, W), N > 0, are such images. Raises Failure where they are not.
+def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> TunedNet:
+    """A copy of `net` that is quick at one image at a time on this CPU.
 
-    What a layer takes hangs on its own gate and the one before (are its inputs gathered, too?): all four are measured, and the
-    quickest of all combinations is found along the chain.
+    A gate skips the kernels that it excludes where that is measured to be faster than masking
+    them. x (N, C, H, W), N > 0, are normalised images to measure on, each choice in three times
+    `rounds` of them. Raises UserError where x are no images of the net.
     """
+    check_tunable(net, x)
+    tuned = TunedNet(net)
+    if tuned.gated_runners:
+        times = measure_gates(tuned, x, rounds)
+        tuned.set_skipping(find_quickest_choice(times))
+    return tuned
+
+
+def check_tunable(net: Net, x: torch.Tensor) -> None:
     if not isinstance(net, Net):
-        raise models.Failure(f"tune needs a net of this tool, not a {type(net).__name__}")
-    kind = next(net.parameters()).dtype
-    if not (isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) and x.shape[1] == net.channels and (x.dtype, x.device.type) == (kind, "cpu")):
-        raise models.Failure(f"tune needs images (N, {net.channels}, H, W), at least one, of {kind} on the CPU")
-    fast = Tuned(net)
-    if not fast.gated:
-        return fast
-    one, singles, count = fast.one, fast.one.quick, len(fast.gated)
-    times, begins = [{} for _ in fast.gated], []  # (does the gate before skip, does this one): seconds until the next one begins
-    timed = lambda single: lambda x, at: begins.append(time.perf_counter()) or single(x, at)
-    one.quick = [timed(s) if s.gated else s for s in singles]
+        raise UserError(f"tune needs a net of this tool, not a {type(net).__name__}")
+    dtype = next(net.parameters()).dtype
+    is_batch = isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) > 0
+    if not is_batch or x.shape[1] != net.channels or (x.dtype, x.device.type) != (dtype, "cpu"):
+        raise UserError(
+            f"tune needs images (N, {net.channels}, H, W), at least one, of {dtype} on the CPU"
+        )
+
+
+def measure_gates(tuned: TunedNet, x: torch.Tensor, rounds: int) -> list[dict]:
+    """Per gate {(whether the gate before skips, whether this one does): [seconds, ...]}.
+
+    The seconds are those until the next gate begins. What a layer takes depends on its own gate
+    and on the one before, for its inputs may be gathered, too. So all four pairs are measured, by
+    letting every second gate do the same.
+    """
+    runners = tuned.single_net.layer_runners
+    gates = len(tuned.gated_runners)
+    times = [{} for _ in range(gates)]
+    starts = []
+
+    def record_start(runner):
+        def run(x, input_channels):
+            starts.append(time.perf_counter())
+            return runner(x, input_channels)
+
+        return run
+
+    tuned.single_net.layer_runners = [
+        record_start(runner) if isinstance(runner, GatedRunner) else runner for runner in runners
+    ]
+    warm_up = 2
     for pair in list(product((True, False), repeat=2)) * 3:
-        fast.switch([pair[i % 2] for i in range(count)])
-        for n in range(rounds + 2):
-            begins.clear()
-            fast(x[n % len(x)][None])
-            begins.append(time.perf_counter())
-            for i, took in enumerate(b - a for a, b in pairwise(begins)):
-                if n > 1:
-                    times[i].setdefault((pair[(i - 1) % 2], pair[i % 2]), []).append(took)
-    best = {True: (0.0, []), False: (0.0, [])}  # by what the last gate does: seconds so far, what each gate does
-    for took in times:
-        best = {skip: min((sum_ + median(took[before, skip]), [*skips, skip]) for before, (sum_, skips) in best.items()) for skip in best}
-    fast.switch(min(best.values())[1])
-    one.quick = singles
-    return fast
+        tuned.set_skipping([pair[i % 2] for i in range(gates)])
+        for n in range(rounds + warm_up):
+            starts.clear()
+            tuned(x[n % len(x)][None])
+            starts.append(time.perf_counter())
+            if n < warm_up:
+                continue
+            for i, (start, end) in enumerate(pairwise(starts)):
+                key = (pair[(i - 1) % 2], pair[i % 2])
+                times[i].setdefault(key, []).append(end - start)
+    tuned.single_net.layer_runners = runners
+    return times
 
 
-def attach(net: Net, keeps) -> None:
-    """Put gates on `net`, in place: one that keeps k channels for every k in `keeps`, none where k is None."""
-    net.gates = net.gates if net.gates is not None else nn.ModuleList([None] * len(net.widths))
-    for i, (p, width, k) in enumerate(zip(net.prunable, net.widths, keeps, strict=True)):
-        if k is None or net.gates[i] is not None:
-            continue
-        if type(k) is not int or not 1 <= k <= width:
-            raise models.Failure(f"a gate of {p.layer} keeps {k} of {width} channels")
-        net.gates[i] = Gate(reads(net, i), width, k).to(next(net.parameters()).device)
-
-
-def reads(net: Net, i: int) -> int:
-    """The number of input channels of prunable layer i (a linear layer reads several numbers of each)."""
-    name = net.prunable[i].layer
-    before = [w for p, w in zip(net.prunable, net.widths) if p.next == name]
-    return before[0] if before else net.get_submodule(name).weight.shape[1]
-
-
-def soften(net: Net, structure) -> Net:
-    """Soft pruning (TIP 2021): a new net of the same weights whose gates keep as many channels as `structure` says.
-
-    A layer gets its gate when it is first pruned; the gate begins with hard pruning's choice, and the filters that read
-    the layer are compensated like those of a hard-pruned net.
-    """
-    net = deepcopy(net)
-    had = preferred(net)
-    importance = models.importance(net, had)
-    attach(net, [k if k < w else None for k, w in zip(structure, net.widths)])
-    for gate, k, score, at_work in zip(net.gates, structure, importance, had):
-        if gate is not None and k < len(at_work):
-            score[at_work] += score.max() + 1  # who was excluded stays behind
-            gate.start(score)
-            gate.keep = k
-    models.compensate(net, preferred(net), had)
-    return net
-
-
-def preferred(net: Net) -> list[torch.Tensor]:
-    """Per prunable layer the channels (ascending indices) at work before an image is seen."""
-    return [torch.arange(w) if g is None else g.first_choice for g, w in zip(net.gates or [None] * len(net.widths), net.widths)]
-
-
-@contextmanager
-def counting(net: Net):
-    """While it lasts, per prunable layer (2, C): for how many images each channel was chosen, and the sum of its scales; None without a gate."""
-    gates = [g for g in net.gates or () if g is not None]
-    for gate in gates:
-        gate.used = torch.zeros(2, len(gate.unit), device=gate.unit.device)
-    try:
-        yield [g.used if g is not None else None for g in net.gates or [None] * len(net.widths)]
-    finally:
-        for gate in gates:
-            gate.used = None
-
-
-@torch.no_grad()
-def count(net: Net, batches) -> list[torch.Tensor | None]:
-    """What `counting` says of the images in `batches`, each (B, C, H, W), normalised."""
-    net.eval()
-    with counting(net) as found:
-        for x in batches:
-            net(x)
-    return found
-
-
-@torch.no_grad()
-def harden(net: Net, batches) -> Net:
-    """ours: a gated net as a plain small one. The kernels that are chosen most often on `batches` stay, each with its mean scale."""
-    counts, kept, net = count(net, batches), [], deepcopy(net)
-    for p, width, k, gate, used in zip(net.prunable, net.widths, net.structure, net.gates, counts):
-        if gate is None:
-            kept.append(torch.arange(width))
-            continue
-        chosen, scales = used
-        stay = (chosen + torch.sigmoid(gate.excite.bias)).topk(k).indices.sort().values.cpu()  # a tie goes to whom the gate prefers
-        weight = net.get_submodule(p.next).weight
-        factor = (scales / chosen.clamp_min(1)).repeat_interleave(weight.shape[1] // width)
-        weight.mul_(factor.reshape(-1, *[1] * (weight.dim() - 2)))
-        kept.append(stay)
-    return models.remove(net, kept)
-
-
-def macs(net: Net, structure=None) -> int:
-    """models.macs with the gates counted: those that `net` has or, for a `structure`, a gate for every layer below its width.
-
-    Excluded kernels cost nothing, nor do the next layer's kernels on excluded channels.
-    """
-    if structure is None:
-        return models.macs(net) + sum(g.macs for g in net.gates or () if g is not None)
-    gates = 0
-    for i, (k, w) in enumerate(zip(structure, net.widths)):
-        if k < w:
-            inputs = reads(net, i)
-            gates += max(LEAST, inputs // REDUCTION) * (inputs + w)
-    return models.macs(net, structure) + gates
-
-
-def load(path) -> tuple[Net, dict]:
-    """The net in a checkpoint, gates and all, and the facts saved with it. Raises Failure."""
-    checkpoint = models.read(path)
-    return models.restore(checkpoint, path, attach), checkpoint["facts"]
+def find_quickest_choice(times: list[dict]) -> list[bool]:
+    """Of each gate whether it should skip, by the times of `measure_gates`: dynamic programming
+    along the chain of gates."""
+    # By what the last gate does: (seconds so far, what each gate does).
+    best = {True: (0.0, []), False: (0.0, [])}
+    for seconds in times:
+        longer = {}
+        for skips in (True, False):
+            longer[skips] = min(
+                (total + median(seconds[before, skips]), [*choice, skips])
+                for before, (total, choice) in best.items()
+            )
+        best = longer
+    return min(best.values())[1]

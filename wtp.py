@@ -1,40 +1,58 @@
 #!/usr/bin/env python3
-"""Where to prune: an LSTM decides which layers of a CNN lose channels (IJCAI 2018; SEP, IEEE TIP 2021).
+"""Where to prune: an LSTM decides which layers of a CNN lose channels (IJCAI 2018; SEP, TIP 2021).
 
     python wtp.py reproduce mnist            every row of an experiment's table
     python wtp.py train mnist                the baseline alone
     python wtp.py prune --rate 0.2 net.pt    a smaller net from your own checkpoint
     python wtp.py evaluate net.pt            accuracy, MACs, parameters, size, latency
     python wtp.py export net.pt net.onnx     for use without this project, .pt2 or .onnx
-    python wtp.py report RUN                 the tables again, and report.svg
+    python wtp.py report RUN                 the tables again, and pictures
 
-Here: the table of experiments and schedules, the commands, what they show. PyTorch is imported inside the commands, so
-that --help is quick.
+In this order:
+
+experiments        the table of experiments, the table of schedules, the numbers of a run
+on the screen      progress on standard error, the tables on standard output
+pictures           what `report` draws with matplotlib
+opening a run      device, data, a user's net, the run folder
+commands           reproduce, train, prune, evaluate, report, export
+errors             one line and an exit status for whatever goes wrong
+
+PyTorch is imported inside the functions, so that --help is quick.
 """
+
 import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def exit_at_once(number, _):
+    os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":  # a Ctrl-C while the rest is imported gets one line, too
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (os.write(2, b"stopped\n"), os._exit(128 + n)))
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, exit_at_once)
 
 try:
     import typer
 except ImportError:
     sys.exit("wtp: typer is missing; pip install -r requirements.txt")
 
-# ---- experiments --------------------------------------------------------------------------------------------------------
+# ---- experiments -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is pruned, on which data, how long; the defaults are the CIFAR numbers."""
+    """What is pruned, on which data, and how long it is trained. The defaults are CIFAR's."""
 
     arch: str
     data: str
@@ -43,108 +61,280 @@ class Experiment:
     size: int = 32
     crop: int = 4  # pixels (script)
     flip: bool = True  # (script)
-    target: float | None = None  # the cut to reach (the published one); None: as far as the published reward goes
-    recovery: int = 30  # epochs of a candidate (paper)
-    final: int = 250  # epochs of the final training (paper)
-    baseline: int = 200  # ours: no source gives the baseline's training
+    train_images: int = 50_000
+    # The cut to reach, the published one; None: as far as the published reward goes.
+    target: float | None = None
+    recovery_epochs: int = 30  # of a candidate (paper)
+    final_epochs: int = 250  # of the final training (paper)
+    baseline_epochs: int = 200  # ours: no source gives the baseline's training
     baseline_lr: float = 0.1  # ours
-    cycle_final: int = 20  # ours: epochs of a final training in one cycle (see SCHEDULES), and its peak
-    cycle_lr: float = 0.005
-    images: int = 50_000  # that train
+    # ours: a final training in one cycle, for the schedules that have such (see RESULTS.md).
+    one_cycle_final_epochs: int = 20
+    one_cycle_final_lr: float = 0.005
 
 
-# ours: MNIST is neither cropped nor flipped (a mirrored digit is another sign), as the papers say nothing of it
-GRAY = dict(channels=1, size=28, crop=0, flip=False, baseline_lr=0.05, cycle_final=10, cycle_lr=0.02)
-EXPERIMENTS = {
-    "mnist": Experiment("lenet5", "mnist", **GRAY, images=60_000, recovery=10, final=100, baseline=20),  # 10, 100: paper
-    "vgg-cifar10": Experiment("vgg19", "cifar10", target=0.701, cycle_lr=0.01),  # 70.1 %: IJCAI 2018
-    "vgg16-cifar10": Experiment("vgg16", "cifar10", target=0.701, cycle_lr=0.01),
-    "vgg-cifar100": Experiment("vgg19", "cifar100", classes=100, target=0.701, cycle_lr=0.01),
-    "resnet56-cifar10": Experiment("resnet56", "cifar10", target=0.475),  # 47.5 %: IJCAI 2018
-    "resnet56-cifar100": Experiment("resnet56", "cifar100", classes=100, target=0.475),
-    "digits": Experiment("lenet5", "digits", **GRAY, images=6_000, recovery=10, final=100, baseline=20),
+# ours: MNIST is neither cropped nor flipped, for a mirrored digit is another sign.
+GRAY = {
+    "channels": 1,
+    "size": 28,
+    "crop": 0,
+    "flip": False,
+    "recovery_epochs": 10,  # (paper)
+    "final_epochs": 100,  # (paper)
+    "baseline_epochs": 20,
+    "baseline_lr": 0.05,
+    "one_cycle_final_epochs": 10,
+    "one_cycle_final_lr": 0.02,
 }
+VGG_CUT = 0.701  # (IJCAI 2018)
+RESNET_CUT = 0.475  # (IJCAI 2018)
+VGG = {"target": VGG_CUT, "one_cycle_final_lr": 0.01}
+
+# fmt: off
+EXPERIMENTS = {
+    "mnist": Experiment("lenet5", "mnist", train_images=60_000, **GRAY),
+    "vgg-cifar10": Experiment("vgg19", "cifar10", **VGG),
+    "vgg16-cifar10": Experiment("vgg16", "cifar10", **VGG),
+    "vgg-cifar100": Experiment("vgg19", "cifar100", classes=100, **VGG),
+    "resnet56-cifar10": Experiment("resnet56", "cifar10", target=RESNET_CUT),
+    "resnet56-cifar100": Experiment("resnet56", "cifar100", classes=100, target=RESNET_CUT),
+    "digits": Experiment("lenet5", "digits", train_images=6_000, **GRAY),
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much is spent; `published` is the papers' and the default, the others state their differences."""
+    """How much is spent. The defaults are the papers'. None: the experiment's own number."""
 
-    rate: float = 0.2  # R_prune (paper)
-    lr: float = 0.001  # of recoveries and final training (script)
-    cycle: bool = False  # one cycle up to it (final training: to the experiment's own peak); False: a fixed learning rate (script)
-    temperature: float | None = None  # of the final training's distillation; None: the papers' MSE
+    pruning_rate: float = 0.2  # R_prune (paper)
+    lr: float = 0.001  # of recoveries and of the final training (script)
+    # Recoveries in one cycle up to `lr`, the final training in one up to the experiment's own peak.
+    is_one_cycle: bool = False
+    temperature: float | None = None  # of the final training; None: the papers' MSE
     parents: int = 5  # (paper)
     patience: int = 10  # LSTM epochs without a better network (paper)
-    candidates: int | None = None  # of a search for a target that learns from all of them; None: the papers' rules
-    recovery: int | None = None  # epochs of a candidate; None: the experiment's
-    steps: int | None = None  # instead: of a candidate's recovery, about
-    final: int | None = None  # epochs; None: the experiment's
-    baseline: int | None = None
-    images: int | None = None  # training images at most; as many test images
+    # Of a search by regression, where there is a target; None: the papers' REINFORCE.
+    max_candidates: int | None = None
+    baseline_epochs: int | None = None
+    recovery_epochs: int | None = None
+    recovery_steps: int | None = None  # instead of epochs, about
+    final_epochs: int | None = None
+    max_images: int | None = None  # that train; as many test
 
 
 SCHEDULES = {
     "published": Schedule(),
-    # measured on ResNet-56 at a cut of 47.5 %: 25, 100 and 400 steps at 0.02 put six structures in one order; four epochs of final training
-    # end at 89.5 / 89.6 % of the validation images with the papers' MSE up to 0.1 / 0.03, at 89.8 % with temperature 4 up to 0.02 or 0.006
-    # (the lower one, for gradients grow with a teacher's logits); LeNet-5, ten epochs: 98.7 % with MSE up to 0.05, 98.8 % with temperature 4 up to 0.02;
-    # twelve epochs on ResNet-56 end alike with 0.005, 0.01 and 0.02; twenty epochs end `uniform` 0.2 points of the test images above ten; temperature 2
-    # is better than 4 from a baseline of 50 epochs and worse from a public checkpoint
-    "fast": Schedule(lr=0.02, cycle=True, temperature=4.0, parents=3, patience=3, candidates=60, steps=50, baseline=20),
-    "smoke": Schedule(lr=0.1, cycle=True, temperature=4.0, parents=2, patience=2, candidates=4, recovery=1, final=1, baseline=6, images=3000),
+    # ours; RESULTS.md says how these numbers were chosen.
+    "fast": Schedule(
+        lr=0.02,
+        is_one_cycle=True,
+        temperature=4.0,
+        parents=3,
+        patience=3,
+        max_candidates=60,
+        baseline_epochs=20,
+        recovery_steps=50,
+    ),
+    "smoke": Schedule(
+        lr=0.1,
+        is_one_cycle=True,
+        temperature=4.0,
+        parents=2,
+        patience=2,
+        max_candidates=4,
+        baseline_epochs=6,
+        recovery_epochs=1,
+        final_epochs=1,
+        max_images=3000,
+    ),
 }
-ROWS = ("lstm", "sep", "static", "random", "uniform")  # the order of the work: `static` comes from `sep`, `uniform` lands where `lstm` landed
 
-Name = StrEnum("Name", list(SCHEDULES))
-Method = StrEnum("Method", ["uniform", "lstm", "sep", "static", "random"])
-
-
-def epochs_for(steps: int, images: int) -> int:
-    """How many epochs of the images that do not validate come nearest to so many steps."""
-    from controller import BATCH, VALIDATION
-
-    return max(1, round(steps * BATCH / ((1 - VALIDATION) * images)))
+ScheduleName = StrEnum("ScheduleName", list(SCHEDULES))
+MethodName = StrEnum("MethodName", ["uniform", "lstm", "sep", "static", "random"])
+# The rows of a table, in the order in which they are shown.
+SHOWN_ROWS = ("baseline", "uniform", "random", "lstm", "sep", "static")
+DEFAULT_METHODS = ("uniform", "lstm", "sep")
 
 
-def settings_of(experiment: Experiment, schedule: Schedule, seed: int, *, rate: float | None = None):
+def build_net(experiment: Experiment, *, classes: int | None = None, size: int | None = None):
+    """The untrained net of an experiment, by default for its own data."""
+    from models import build
+
+    return build(
+        experiment.arch,
+        classes=classes or experiment.classes,
+        channels=experiment.channels,
+        size=size or experiment.size,
+    )
+
+
+def epochs_for_steps(steps: int, images: int) -> int:
+    """How many epochs come nearest to so many steps, on the images that do not validate."""
+    from controller import BATCH_SIZE, VALIDATION_SHARE
+
+    return max(1, round(steps * BATCH_SIZE / ((1 - VALIDATION_SHARE) * images)))
+
+
+def settings_for(
+    experiment: Experiment,
+    schedule: Schedule,
+    seed: int,
+    *,
+    pruning_rate: float | None = None,
+    train_images: int | None = None,
+):
     """The numbers of a run: the experiment's, where the schedule does not say otherwise."""
-    from controller import Plan, Settings
+    from controller import Settings, TrainingPlan
 
-    e, s = experiment, schedule
-    short = epochs_for(s.steps, e.images) if s.steps else s.recovery or e.recovery
-    return Settings(baseline=Plan(s.baseline or e.baseline, e.baseline_lr, True), recovery=Plan(short, s.lr, s.cycle, s.steps),
-                    final=Plan(s.final or (e.cycle_final if s.cycle else e.final), e.cycle_lr if s.cycle else s.lr, s.cycle, temperature=s.temperature),
-                    rate=rate or s.rate, target=e.target, parents=s.parents, patience=s.patience, candidates=s.candidates, seed=seed)
+    if schedule.recovery_steps:
+        images = train_images or experiment.train_images
+        recovery_epochs = epochs_for_steps(schedule.recovery_steps, images)
+    else:
+        recovery_epochs = schedule.recovery_epochs or experiment.recovery_epochs
+    final_epochs, final_lr = experiment.final_epochs, schedule.lr
+    if schedule.is_one_cycle:
+        final_epochs = experiment.one_cycle_final_epochs
+        final_lr = experiment.one_cycle_final_lr
+    return Settings(
+        baseline=TrainingPlan(
+            schedule.baseline_epochs or experiment.baseline_epochs,
+            experiment.baseline_lr,
+            is_one_cycle=True,
+        ),
+        recovery=TrainingPlan(
+            recovery_epochs,
+            schedule.lr,
+            is_one_cycle=schedule.is_one_cycle,
+            max_steps=schedule.recovery_steps,
+        ),
+        final=TrainingPlan(
+            schedule.final_epochs or final_epochs,
+            final_lr,
+            is_one_cycle=schedule.is_one_cycle,
+            temperature=schedule.temperature,
+        ),
+        pruning_rate=pruning_rate or schedule.pruning_rate,
+        target=experiment.target,
+        parents=schedule.parents,
+        patience=schedule.patience,
+        max_candidates=schedule.max_candidates,
+        seed=seed,
+    )
 
 
-# ---- what the user sees -------------------------------------------------------------------------------------------------
+def estimate_epochs(
+    settings, methods, images: int, *, trains_baseline: bool = True, has_row: bool = False
+) -> float:
+    """How many epochs of so many training images the rows of `methods` may take.
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0])
+    `has_row`: another row is there already, and says what to cut. ours: under the papers' rules
+    rewards grow for about ten LSTM epochs; `uniform` then takes about ten steps.
+    """
+    from controller import BATCH_SIZE, VALIDATION_SHARE
+
+    max_steps = settings.recovery.max_steps or images
+    recovery = settings.recovery.epochs * min(1, max_steps * BATCH_SIZE / images)
+    final = settings.final.epochs / (1 - VALIDATION_SHARE)  # on all images
+    total = settings.baseline.epochs if trains_baseline else 0
+    for method in methods:
+        if method == "static":
+            total += recovery
+            continue
+        total += recovery * estimate_candidates(settings, method, has_row=has_row) + final
+        has_row = True
+    return total
 
 
-def console(stderr: bool = False):
+def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
+    """How many recoveries a row may take."""
+    by_regression = settings.max_candidates is not None
+    has_cut = settings.target is not None or has_row
+    if method == "uniform":
+        return 1 if settings.searches_by_regression(settings.target) else 10
+    if method == "sep" and by_regression and has_row:
+        return 1  # `lstm`'s search serves it
+    if by_regression and has_cut:
+        return settings.max_candidates
+    return (settings.patience + 10) * settings.parents
+
+
+# ---- on the screen -----------------------------------------------------------------------------
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=__doc__.split("\n\n")[0],
+)
+
+
+def make_console(*, is_stderr: bool = False):
     from rich.console import Console
 
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, emoji=False, width=None if terminal else 120, soft_wrap=not terminal)
+    is_terminal = (sys.stderr if is_stderr else sys.stdout).isatty()
+    return Console(
+        stderr=is_stderr,
+        highlight=False,
+        emoji=False,
+        width=None if is_terminal else 120,
+        soft_wrap=not is_terminal,
+    )
 
 
-SILENCE = 10  # seconds of an epoch until a run says how long it may take
+def print_line(text: str) -> None:
+    """A line of result."""
+    make_console().print(text, markup=False)
 
 
-class Screen:
-    """Shows a run on standard error: a bar with the time left on a terminal, one plain line per epoch elsewhere."""
+def print_note(text: str) -> None:
+    """A line that is no result."""
+    make_console(is_stderr=True).print(text, markup=False)
+
+
+def format_duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            digits = 1 if unit == "h" else 0
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# Seconds of an epoch until a run says how long it may take.
+SECONDS_UNTIL_ESTIMATE = 10
+# From this share of an epoch on, a training says how long the others take.
+LONG_EPOCH_SHARE = 0.9
+
+
+class ScreenReporter:
+    """A controller.Reporter on standard error: a bar with the time left on a terminal, one plain
+    line per epoch elsewhere."""
 
     def __init__(self):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich import progress
 
-        self.console, self.planned, self.full, self.part, self.warm, self.measured = console(stderr=True), 0.0, 1, 1.0, False, False
-        self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]},"),
-                             TimeElapsedColumn(), TextColumn("gone, left"), TimeRemainingColumn(), console=self.console, transient=True,
-                             disable=not self.console.is_terminal)
-        self.run = self.bars.add_task("the run", unit="epochs", total=None)
-        self.task, self.epochs, self.done = self.run, 0, 0
+        self.console = make_console(is_stderr=True)
+        self.planned_epochs = 0.0
+        self.steps_per_epoch = 1  # of a whole epoch
+        self.epoch_share = 1.0  # that an epoch of the training under way is of a whole one
+        self.has_finished_epoch = False
+        self.has_estimated = False
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[unit]},"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("gone, left"),
+            progress.TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.run_bar = self.bars.add_task("the run", unit="epochs", total=None)
+        self.training_bar = None
+        self.epochs = 0  # of the training under way
+        self.epochs_done = 0
 
     def __enter__(self):
         self.bars.start()
@@ -156,219 +346,392 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def plan(self, epochs: float, steps: int) -> None:
+    def plan(self, epochs: float, steps_per_epoch: int) -> None:
         """The run may take so many epochs, of so many steps each."""
-        self.planned, self.full = epochs, max(1, steps)
-        self.bars.update(self.run, total=epochs)
+        self.planned_epochs = epochs
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.bars.update(self.run_bar, total=epochs)
 
-    def stage(self, title: str, epochs: int, start: int) -> None:
-        if self.task != self.run:
-            self.bars.remove_task(self.task)
-        self.task, self.epochs, self.done = self.bars.add_task(title, unit="steps", total=None), epochs, start
-        if start:
-            self.say(f"{title}: goes on after epoch {start} of {epochs}")
+    def start_training(self, title: str, epochs: int, first_epoch: int) -> None:
+        if self.training_bar is not None:
+            self.bars.remove_task(self.training_bar)
+        self.training_bar = self.bars.add_task(title, unit="steps", total=None)
+        self.epochs = epochs
+        self.epochs_done = first_epoch
+        if first_epoch:
+            self.say(f"{title}: goes on after epoch {first_epoch} of {epochs}")
 
-    def steps(self, steps):
-        self.part = len(steps) / self.full
-        self.bars.update(self.task, total=self.epochs * len(steps), completed=self.done * len(steps))
-        began = time.monotonic()
-        for n, step in enumerate(steps, 1):
+    def wrap_steps(self, steps):
+        self.epoch_share = len(steps) / self.steps_per_epoch
+        self.bars.update(
+            self.training_bar,
+            total=self.epochs * len(steps),
+            completed=self.epochs_done * len(steps),
+        )
+        start = time.monotonic()
+        for number, step in enumerate(steps, 1):
             yield step
-            self.bars.advance(self.task)
-            if (gone := time.monotonic() - began) > SILENCE:
-                self.estimate(gone / n * len(steps))
-        self.done += 1
+            self.bars.advance(self.training_bar)
+            seconds = time.monotonic() - start
+            if seconds > SECONDS_UNTIL_ESTIMATE:
+                self.say_estimate(seconds / number * len(steps))
+        self.epochs_done += 1
 
-    def epoch(self, title: str, epoch: int, epochs: int, loss: float, accuracy: float | None, seconds: float) -> None:
-        self.bars.advance(self.run, self.part)
-        found = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
+    def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds) -> None:
+        self.bars.advance(self.run_bar, self.epoch_share)
         if not self.console.is_terminal:
-            self.say(f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{found}, {seconds:.1f} s an epoch")
-        if self.warm or self.part > 0.9:  # the first of several short trainings has more to do than the others
-            self.estimate(seconds)
-        self.warm = True
+            accuracy = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
+            self.say(
+                f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{accuracy}, "
+                f"{seconds:.1f} s an epoch"
+            )
+        # The first of several short trainings has more to do than the others.
+        if self.has_finished_epoch or self.epoch_share > LONG_EPOCH_SHARE:
+            self.say_estimate(seconds)
+        self.has_finished_epoch = True
 
-    def estimate(self, seconds: float) -> None:
+    def say_estimate(self, seconds: float) -> None:
         """Say once how long the run may take, by what an epoch takes."""
-        if not self.measured:
-            self.measured = True
-            took = f"{seconds:.1f} s for this epoch" if self.part > 0.9 else f"{seconds:.1f} s for {self.part:.0%} of an epoch"
-            self.say(f"{took}: {span(self.planned * seconds / self.part)} for all, less as the nets get smaller")
+        if self.has_estimated:
+            return
+        self.has_estimated = True
+        part = "this epoch"
+        if self.epoch_share <= LONG_EPOCH_SHARE:
+            part = f"{self.epoch_share:.0%} of an epoch"
+        whole = format_duration(self.planned_epochs * seconds / self.epoch_share)
+        self.say(f"{seconds:.1f} s for {part}: {whole} for all, less as the nets get smaller")
 
 
-def span(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{int(unit == 'h')}f} {unit}"
-    return f"{seconds:.0f} s"
+# ---- on the screen: tables ---------------------------------------------------------------------
+
+# Up to so many layers are named one by one; more would fill lines.
+FEW_LAYERS = 8
 
 
-def in_order(results: dict) -> list[dict]:
-    order = ["baseline", "uniform", "random", "lstm", "sep", "static"]
-    return sorted(results["rows"], key=lambda row: order.index(row["method"]))
+def rows_in_order(results: dict) -> list[dict]:
+    return sorted(results["rows"], key=lambda row: SHOWN_ROWS.index(row["method"]))
 
 
-def layers_of(results: dict) -> list:
-    """The names of the prunable layers; their numbers in a run begun before names were kept."""
-    return [str(name) for name in results.get("layers") or range(1, len(results["rows"][0]["widths"]) + 1)]
-
-
-def show_results(results: dict, out) -> None:
-    """The table of a run, a row per method; below, what is left of each layer and how often each search pruned it."""
+def make_table(title: str, columns, **options):
+    """A Rich table; the first column is for names, the others for numbers."""
     from rich.table import Table
     from rich.text import Text
 
-    rows = in_order(results)
-    read = f" ({results['test_images']:,} test images)" if "test_images" in results else ""
-    title = f"{{experiment}}, {{schedule}} schedule, data {{data}}{read}, seed {{seed}}, {{device}}".format_map(results)
-    table = Table(title=Text(title), title_justify="left", padding=(0, int(out.width > 75)))  # a Text, for a user's [name] is no markup
-    for name in ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time"):
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")  # nothing is cut off where the terminal is narrow
-    for r in rows:
-        table.add_row(r["method"], f"{r['test_accuracy']:.2%}", f"{r['validation_accuracy']:.2%}", f"{r['macs'] / 1e6:.3f} M", f"{r['cut']:.1%}",
-                      f"{r['params']:,}", span(r["seconds"]))
-    out.print(table)
-    say = lambda text: out.print(text, markup=False)
+    # A Text, for a user's [name] is no markup.
+    table = Table(title=Text(title), title_justify="left", **options)
+    for number, column in enumerate(columns):
+        # fold: nothing is cut off where the terminal is narrow.
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def show_results(results: dict) -> None:
+    """The table of a run, a row per method; below, what the rows keep and what searches did."""
+    console = make_console()
+    rows = rows_in_order(results)
+    console.print(results_table(results, rows, is_wide=console.width > 75))
+    for line in describe_results(results, rows):
+        console.print(line, markup=False)
+
+
+def results_table(results: dict, rows: list[dict], *, is_wide: bool):
+    title = (
+        f"{results['experiment']}, {results['schedule']} schedule, data {results['data']} "
+        f"({results['test_images']:,} test images), seed {results['seed']}, {results['device']}"
+    )
+    columns = ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time")
+    table = make_table(title, columns, padding=(0, 1 if is_wide else 0))
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['test_accuracy']:.2%}",
+            f"{row['validation_accuracy']:.2%}",
+            f"{row['macs'] / 1e6:.3f} M",
+            f"{row['macs_reduction']:.1%}",
+            f"{row['params']:,}",
+            format_duration(row["seconds"]),
+        )
+    return table
+
+
+def describe_results(results: dict, rows: list[dict]):
+    """The lines below the table."""
     if results["schedule"] == "smoke":
-        say("smoke: a test of the machinery; these accuracies are no result")
+        yield "smoke: a test of the machinery; these accuracies are no result"
     if not rows:
-        say("no row is finished yet")
+        yield "no row is finished yet"
     if len(rows) > 1:
-        say("validation: of what the search chose, before its final training")
-    for r in rows[1:]:
-        few = len(r["widths"]) <= 8
-        kept = [f"{name} " * few + f"{k}/{w}" for name, k, w in zip(layers_of(results), r["widths"], rows[0]["widths"], strict=True)]
-        say(f"{r['method']} keeps " + (", " if few else " ").join(kept))
-    done, tried = {r["method"] for r in rows}, {m: len(log) for m, log in results["search"].items()}
-    if "sep" in done and tried.get("sep") == 2 and tried.get("lstm", 0) > 2:
-        say("sep has the scheme of lstm's search; its time includes that search")
-    if "static" in done:
-        say("static begins with sep's net; its time includes sep's")
+        yield "validation: of what the search chose, before its final training"
+    for row in rows[1:]:
+        yield f"{row['method']} keeps {describe_widths(results, rows[0]['widths'], row['widths'])}"
+    finished = {row["method"] for row in rows}
+    if "sep" in finished and has_shared_search(results):
+        yield "sep has the scheme of lstm's search; its time includes that search"
+    if "static" in finished:
+        yield "static begins with sep's net; its time includes sep's"
     for method, log in results["search"].items():
-        if method != "uniform" and len(log) > 2:
-            what, *halves = habits(log)
-            few = f"; {what} each layer: {{}} (first half), {{}} (second half)".format(*(" ".join(f"{v:.0%}" for v in half) for half in halves))
-            ended = method in done or (method == "lstm" and "sep" in done and tried.get("sep") == 2)
-            say(f"{method} tried {len(log) - 1} candidates{'' if ended else ' so far'}{few if len(rows[0]['widths']) <= 8 else ''}")
-    for method, told in results.get("rounded", {}).items():
-        say(f"{method}, widths at multiples of {results['round_to']}: {told['before']} -> {told['after']}")
-    target = results["settings"]["target"]
-    for r in rows[1:]:
-        if target and r["cut"] < target - 0.005:  # `uniform` lands within half a point
-            say(f"{r['method']} did not reach the target: a cut of {r['cut']:.1%}, not {target:.1%}; its search found nothing smaller")
-        elif r["cut"] == 0 and r["method"] != "uniform":
-            say(f"{r['method']} kept the whole net: by the reward, nothing smaller was better")
+        if log["rule"] in ("reinforce", "regression") and len(log["candidates"]) > 1:
+            has_ended = method in finished
+            if method == "lstm" and "sep" in finished and has_shared_search(results):
+                has_ended = True
+            yield describe_search(results, method, has_ended=has_ended)
+    for method, sides in results["rounded"].items():
+        before, after = describe_net(sides["before"]), describe_net(sides["after"])
+        yield f"{method}, widths at multiples of {results['round_to']}: {before} -> {after}"
+    for row in rows[1:]:
+        yield from describe_shortfall(row, results["settings"]["target"])
 
 
-def habits(log) -> tuple[str, list, list]:
-    """What a search did to each layer: (what the shares are, those of its first half, those of its second half)."""
-    start, tried = log[0]["structure"], log[1:]
-    walks = all(c["parent"] == start for c in tried)  # then a scheme says little: nearly every layer loses something
-    share = lambda c: [1 - k / w for k, w in zip(c["structure"], start)] if walks else c["scheme"]
-    halves = tried[: len(tried) // 2], tried[len(tried) // 2 :]
-    return "mean share removed of" if walks else "how often it pruned", *([sum(v) / len(half) for v in zip(*map(share, half))] for half in halves)
+def describe_widths(results: dict, whole_widths, widths) -> str:
+    """What is left of each layer."""
+    if len(widths) > FEW_LAYERS:
+        return " ".join(f"{width}/{whole}" for width, whole in zip(widths, whole_widths))
+    return ", ".join(
+        f"{layer} {width}/{whole}"
+        for layer, width, whole in zip(results["layers"], widths, whole_widths)
+    )
 
 
-KEPT, GONE, OTHER, MARK = "#0072b2", "#808080", "#009e73", "#d55e00"  # Okabe and Ito's colours: told apart by colour-blind eyes
+def has_shared_search(results: dict) -> bool:
+    """Whether `sep` gated what `lstm`'s search found."""
+    return results["search"].get("sep", {}).get("rule") == "shared"
 
 
-def bar(share: float, width: int, colour: str = KEPT):
-    """A bar of `width` characters, to an eighth of a character."""
-    from rich.text import Text
-
-    full, part = divmod(round(share * width * 8), 8)
-    return Text("█" * full + " ▏▎▍▌▋▊▉"[part] * (part > 0), colour) + Text("·" * (width - full - (part > 0)), GONE)
-
-
-def show_layers(results: dict, rows: list, out) -> None:
-    """Per layer what each row keeps, as bars, and what the search of `lstm`, or else of another, did to it."""
-    from rich.table import Table
-
-    method = next((m for m in ("lstm", "sep", "random") if len(results["search"].get(m, ())) > 2), None)
-    what, early, late = habits(results["search"][method]) if method else ("", (), ())
-    table = Table(title="channels kept in each layer" + (f"; right: {what} it, {method}'s search, early and late" if method else ""), title_justify="left")
-    for name in ("layer", "width", *(r["method"] for r in rows[1:]), *(("early", "late") if method else ())):
-        table.add_column(name, justify="right" if name in ("width", "early", "late") else "left")
-    for i, (name, width) in enumerate(zip(layers_of(results), rows[0]["widths"], strict=True)):
-        kept = [bar(r["widths"][i] / width, max(8, 48 // len(rows))) + f" {r['widths'][i]}" for r in rows[1:]]
-        table.add_row(name, str(width), *kept, *(f"{half[i]:.0%}" for half in (early, late) if method))
-    out.print(table)
+def describe_search(results: dict, method: str, *, has_ended: bool) -> str:
+    candidates = results["search"][method]["candidates"]
+    line = f"{method} tried {len(candidates)} candidates"
+    if not has_ended:
+        line += " so far"
+    if len(results["layers"]) > FEW_LAYERS:
+        return line
+    measure, first, second = summarise_search(results, method)
+    first, second = (" ".join(f"{share:.0%}" for share in half) for half in (first, second))
+    return f"{line}; {measure} each layer: {first} (first half), {second} (second half)"
 
 
-def show_candidates(results: dict, rows: list, out, width: int = 72, height: int = 14) -> None:
-    """Validation accuracy against the cut of every candidate of every search; where all cut alike, in the order they were tried."""
-    from rich.text import Text
+def summarise_search(results: dict, method: str) -> tuple[str, list, list]:
+    """What a search did to each layer: (what the shares are, those of its first half, those of its
+    second half)."""
+    log = results["search"][method]
+    candidates = log["candidates"]
+    whole_widths = rows_in_order(results)[0]["widths"]
 
+    def shares(candidate):
+        if log["rule"] == "reinforce":
+            return candidate["actions"]
+        # On a whole walk nearly every layer loses something: how much says more.
+        return [1 - width / whole for width, whole in zip(candidate["structure"], whole_widths)]
+
+    middle = len(candidates) // 2
+    means = [
+        [sum(layer) / len(half) for layer in zip(*map(shares, half))]
+        for half in (candidates[:middle], candidates[middle:])
+    ]
+    measure = "how often it pruned" if log["rule"] == "reinforce" else "mean share removed of"
+    return measure, *means
+
+
+def describe_net(side: dict) -> str:
+    """A net before or after its widths were rounded."""
+    single, batch = side["latencies"]
+    text = (
+        f"validation accuracy {side['validation_accuracy']:.2%}, cut {side['macs_reduction']:.1%}, "
+        f"{single * 1e3:.2f} ms an image, {batch * 1e3:.1f} ms for 128"
+    )
+    if len(side["widths"]) > FEW_LAYERS:
+        return text
+    return f"{'-'.join(map(str, side['widths']))}, {text}"
+
+
+def describe_shortfall(row: dict, target: float | None):
+    """A line for a row that did not get where it should."""
+    method, cut = row["method"], row["macs_reduction"]
+    # `uniform` lands within half a point.
+    if target and cut < target - 0.005:
+        yield (
+            f"{method} did not reach the target: a cut of {cut:.1%}, not {target:.1%}; "
+            "its search found nothing smaller"
+        )
+    elif cut == 0 and method != "uniform":
+        yield f"{method} kept the whole net: by the reward, nothing smaller was better"
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which colour-blind eyes tell apart, and a marker for each row.
+ROW_STYLES = {
+    "baseline": ("#000000", "x"),
+    "uniform": ("#999999", "s"),
+    "random": ("#e69f00", "v"),
+    "lstm": ("#0072b2", "o"),
+    "sep": ("#d55e00", "^"),
+    "static": ("#009e73", "D"),
+}
+PICTURE_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1,
+    "lines.markersize": 4,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "wtp",  # the same picture is the same file
+    "pdf.fonttype": 42,
+}
+PICTURE_WIDTH = 7.0  # inches: the text width of a two-column paper
+PANEL_HEIGHT = 2.4
+PICTURE_ENDINGS = (".svg", ".png", ".pdf")
+
+
+def draw_report(results: dict, path: Path) -> None:
+    """The pictures of a run, at `path`. Raises UserError where matplotlib is missing."""
+    from models import UserError, write_atomically
+
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from error
+
+    panels = list_panels(results)
+    with matplotlib.rc_context(PICTURE_STYLE):
+        lines = max(1, -(-len(panels) // 2))  # two panels a line
+        figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
+        axes = figure.subplots(lines, 2, squeeze=False).flatten()
+        for (draw, method), axis in zip(panels, axes):
+            draw(axis, results, method)
+        for axis in axes[len(panels) :]:
+            axis.axis("off")
+        ending = path.suffix.lower().removeprefix(".")
+        metadata = {"Date": None} if ending == "svg" else None
+        write_atomically(
+            path,
+            lambda temporary: figure.savefig(temporary, format=ending, dpi=300, metadata=metadata),
+        )
+
+
+def list_panels(results: dict) -> list[tuple]:
+    """(function that draws it, method or None) of each panel."""
+    panels = []
+    if len(results["rows"]) > 1:
+        panels.append((draw_kept_channels, None))
     for method, log in results["search"].items():
-        tried, chosen = log[1:], next((r["widths"] for r in rows if r["method"] == method), None)
-        if method == "uniform" or len(tried) < 2:
+        if log["rule"] in ("reinforce", "regression") and len(log["candidates"]) > 1:
+            panels.append((draw_candidates, method))
+            if log["layer_scores"]:
+                panels.append((draw_layer_scores, method))
+    if has_curve(results, LOSS_COLUMN):
+        panels.append((draw_losses, None))
+    if has_curve(results, ACCURACY_COLUMN):
+        panels.append((draw_validation_curves, None))
+    return panels
+
+
+def draw_kept_channels(axis, results: dict, _) -> None:
+    """For each layer the share of its channels that each row keeps."""
+    rows = rows_in_order(results)
+    whole_widths = rows[0]["widths"]
+    bar_width = 0.8 / (len(rows) - 1)
+    for number, row in enumerate(rows[1:]):
+        offset = (number - (len(rows) - 2) / 2) * bar_width
+        places = [layer + offset for layer in range(len(whole_widths))]
+        shares = [100 * width / whole for width, whole in zip(row["widths"], whole_widths)]
+        colour = ROW_STYLES[row["method"]][0]
+        axis.bar(places, shares, bar_width, color=colour, label=row["method"])
+    # Room for the legend above 100 %.
+    axis.set(title="channels kept in each layer", ylabel="channels kept (%)", ylim=(0, 135))
+    axis.set_yticks(range(0, 101, 20))
+    label_layers(axis.xaxis, results["layers"])
+    axis.legend(ncols=3, loc="upper center")
+
+
+def label_layers(axis, layers: list[str]) -> None:
+    """Ticks for the layers: their names, or only some of them where they are many."""
+    step = -(-len(layers) // 28)
+    places = range(0, len(layers), step)
+    is_many = len(layers) > FEW_LAYERS
+    rotation = 90 if is_many and axis.axis_name == "x" else 0
+    labels = [layers[place] for place in places]
+    axis.set_ticks(list(places), labels, rotation=rotation, fontsize=5 if is_many else 7)
+
+
+def draw_candidates(axis, results: dict, method: str) -> None:
+    """Every candidate's validation accuracy against its cut; in order where all cut alike."""
+    candidates = results["search"][method]["candidates"]
+    cuts = [100 * candidate["macs_reduction"] for candidate in candidates]
+    accuracies = [100 * candidate["validation_accuracy"] for candidate in candidates]
+    is_in_order = max(cuts) - min(cuts) < 2
+    places = list(range(1, len(candidates) + 1)) if is_in_order else cuts
+    colour, marker = ROW_STYLES[method]
+    axis.plot(places, accuracies, marker, color=colour, alpha=0.5, label="candidate")
+    chosen_widths = [row["widths"] for row in results["rows"] if row["method"] == method]
+    for place, accuracy, candidate in zip(places, accuracies, candidates):
+        if candidate["structure"] in chosen_widths:
+            axis.plot(place, accuracy, "*", color="#000000", markersize=9, label="chosen")
+    if is_in_order:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(
+        title=f"{method}: each candidate after its recovery",
+        xlabel="candidate, in the order tried" if is_in_order else "cut (% of MACs removed)",
+        ylabel="validation accuracy (%)",
+    )
+    axis.legend()
+
+
+def draw_layer_scores(axis, results: dict, method: str) -> None:
+    """What the LSTM thinks of each layer of the baseline, over the search."""
+    log = results["search"][method]
+    by_layer = list(zip(*log["layer_scores"]))
+    image = axis.imshow(by_layer, aspect="auto", cmap="cividis", interpolation="nearest")
+    axis.figure.colorbar(image, ax=axis, label=log["layer_score"])
+    axis.set(title=f"{method}: what the LSTM thinks of each layer", xlabel="LSTM epoch")
+    epochs = len(log["layer_scores"])
+    places = range(0, epochs, max(1, epochs // 6))
+    axis.set_xticks(list(places), [str(place + 1) for place in places])
+    label_layers(axis.yaxis, results["layers"])
+
+
+# Of a learning curve's points.
+LOSS_COLUMN, ACCURACY_COLUMN = 0, 1
+
+
+def has_curve(results: dict, column: int) -> bool:
+    points = [point for curve in results["curves"].values() for point in curve]
+    return any(point[column] is not None for point in points)
+
+
+def draw_losses(axis, results: dict, _) -> None:
+    """The training loss of the baseline and of each final training."""
+    draw_curves(axis, results, LOSS_COLUMN, unit=1)
+    axis.set(title="training loss", xlabel="epoch", ylabel="loss", yscale="log")
+
+
+def draw_validation_curves(axis, results: dict, _) -> None:
+    """The validation accuracy over the epochs, of trainings that leave validation images out."""
+    draw_curves(axis, results, ACCURACY_COLUMN, unit=100)
+    axis.set(title="learning curve", xlabel="epoch", ylabel="validation accuracy (%)")
+
+
+def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
+    """A line per row through one column of its learning curve."""
+    for method, curve in results["curves"].items():
+        points = [(epoch, point[column]) for epoch, point in enumerate(curve, 1)]
+        points = [(epoch, unit * value) for epoch, value in points if value is not None]
+        if not points:
             continue
-        alike = max(c["cut"] for c in tried) - min(c["cut"] for c in tried) < 0.02
-        points = [(n if alike else c["cut"], c["validation_accuracy"], c) for n, c in enumerate(tried, 1)]
-        pool = sorted(tried, key=lambda c: -c["reward"])[: results["settings"]["parents"]]
-        is_chosen = lambda c, widths=chosen: list(c["structure"]) == widths
-        (left, right), (lowest, high) = ((min(v), max(v)) for v in list(zip(*points))[:2])
-        low = min(sorted(p[1] for p in points)[len(points) // 10], *(c["validation_accuracy"] for c in pool))  # few bad ones would press the others together
-        grid = [[(" ", "")] * width for _ in range(height)]
-        for x, y, c in sorted(points, key=lambda p: (is_chosen(p[2]), p[2] in pool)):  # the marked ones last, on top
-            column, line = (x - left) / ((right - left) or 1) * (width - 1), min(1, (high - y) / ((high - low) or 1)) * (height - 1)
-            grid[round(line)][round(column)] = ("◆", MARK) if is_chosen(c) else ("o", KEPT) if c in pool else ("•", GONE)
-        known = "◆ chosen, " * any(map(is_chosen, tried))
-        out.print(Text(f"{method}: validation accuracy of each candidate; {known}o among the {len(pool)} largest rewards, • the others"
-                       + f"; {sum(p[1] < low for p in points)} lower ones at the bottom" * (lowest < low)))
-        for n, line in enumerate(grid):
-            label = f"{high - n / (height - 1) * (high - low):8.2%} " if n % 4 == 0 or n == height - 1 else " " * 9
-            out.print(Text(label + "│") + Text.assemble(*line), no_wrap=True)
-        ends = (f"candidate {left}", f"{right}") if alike else (f"cut {left:.1%}", f"{right:.1%}")
-        out.print(Text(" " * 9 + "└" + "─" * width + "\n" + " " * 10 + ends[0] + ends[1].rjust(width - len(ends[0]))))
+        colour, marker = ROW_STYLES[method]
+        epochs, values = zip(*points)
+        axis.plot(epochs, values, color=colour, marker=marker, markersize=2, label=method)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
 
 
-def show_curves(results: dict, out) -> None:
-    """The loss, and where there is one the validation accuracy, over the epochs of the baseline's and each row's final training."""
-    import math
-
-    from rich.text import Text
-
-    for method, curve in results.get("curves", {}).items():
-        for what, n, text in (("loss", 0, "{:.4f}"), ("validation accuracy", 1, "{:.2%}")):
-            values = [p[n] for p in curve if p[n] is not None and math.isfinite(p[n])]
-            if len(values) < 2:
-                continue
-            shown = [values[n * (len(values) - 1) // min(59, len(values) - 1)] for n in range(min(60, len(values)))]
-            low, high = min(values), max(values)
-            line = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / ((high - low) or 1))] for v in shown)
-            ends = [text.format(v) for v in (values[0], values[-1])]
-            out.print(Text(f"{f'{method}, {what}':<29} {ends[0]:>8} ") + Text(line, OTHER) + Text(f" {ends[1]}, {len(values)} epochs"))
+# ---- opening a run -----------------------------------------------------------------------------
 
 
-def draw(results: dict, path: Path) -> None:
-    """report.svg: the tables and pictures of a run, in a fixed-width font that every machine has."""
-    import io
-    import re
-
-    from rich.console import Console
-    from rich.terminal_theme import DEFAULT_TERMINAL_THEME
-
-    from models import write_text
-
-    out = Console(record=True, file=io.StringIO(), width=112, highlight=False, emoji=False, force_terminal=True, color_system="truecolor", legacy_windows=False)
-    show_results(results, out)
-    rows = in_order(results)
-    for show in (show_layers, show_candidates) if len(rows) > 1 else ():
-        out.print()
-        show(results, rows, out)
-    out.print()
-    show_curves(results, out)
-    out.print()  # the picture's edge would cut into the last line
-    svg = out.export_svg(title="{experiment}, {schedule}".format_map(results), theme=DEFAULT_TERMINAL_THEME, unique_id="report")
-    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
-    write_text(path, svg.replace("Fira Code, monospace", "Menlo, DejaVu Sans Mono, Consolas, monospace"))
-
-
-# ---- commands -----------------------------------------------------------------------------------------------------------
-
-
-def share(value: float | None) -> float | None:
+def check_share(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
         raise typer.BadParameter(f"{value} is not between 0 and 1")
     return value
@@ -379,178 +742,389 @@ Out = Annotated[Path, typer.Option(help="where run folders are made")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over instead of going on")]
-Effort = Annotated[Name, typer.Option(help="published: the papers' numbers; fast: a verdict in minutes to hours on a CPU; smoke: a test")]
-Rate = Annotated[float, typer.Option(callback=share, help="share of a chosen layer's channels that one step removes")]
-RoundTo = Annotated[int | None, typer.Option(min=1, help="keep widths at multiples of this, as machines like them")]
-Target = Annotated[float | None, typer.Option(callback=share, help="share of the MACs to remove; default: as far as the papers' reward goes")]
+ScheduleOption = Annotated[
+    ScheduleName,
+    typer.Option(
+        help="published: the papers' numbers; fast: a verdict in minutes to hours on a CPU; "
+        "smoke: a test"
+    ),
+]
+Rate = Annotated[
+    float,
+    typer.Option(
+        callback=check_share, help="share of a chosen layer's channels that one step removes"
+    ),
+]
+RoundTo = Annotated[
+    int | None, typer.Option(min=1, help="keep widths at multiples of this, as machines like them")
+]
+Target = Annotated[
+    float | None,
+    typer.Option(
+        callback=check_share,
+        help="share of the MACs to remove; default: as far as the papers' reward goes",
+    ),
+]
 
 
-def experiment_of(name: str) -> Experiment:
-    from models import Failure
+@dataclass(frozen=True)
+class RunOptions:
+    """The options that all commands with a run folder have, and those that some have."""
+
+    schedule: str
+    data_dir: Path
+    out: Path
+    device: str
+    seed: int
+    fresh: bool
+    pruning_rate: float | None = None
+    round_to: int | None = None
+
+    def folder(self, name: str) -> Path:
+        """The run folder of that name; it says which images of the user's own are used."""
+        return self.out / f"{name}-{self.schedule}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class GivenNet:
+    """A net of the user's, from a checkpoint, and the facts in it."""
+
+    path: Path
+    net: object
+    facts: dict
+
+    def describe_source(self) -> str:
+        """Name and content of the file: another file is another run."""
+        import hashlib
+
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return f"{self.path.name}, sha256 {digest[:16]}"
+
+
+def load_given(path: Path) -> GivenNet:
+    """A user's checkpoint. Raises UserError."""
+    import sep
+
+    return GivenNet(path, *sep.load(path))
+
+
+def find_experiment(name: str) -> Experiment:
+    from models import UserError
 
     if name not in EXPERIMENTS:
-        raise Failure(f"unknown experiment '{name}'; there are {', '.join(EXPERIMENTS)}", 2)
+        raise UserError(f"unknown experiment '{name}'; there are {', '.join(EXPERIMENTS)}", 2)
     return EXPERIMENTS[name]
 
 
-def on(data_dir: Path) -> str:
+def find_experiment_for(given: GivenNet, data_dir: Path) -> Experiment:
+    """The experiment whose data a net is for: what its checkpoint says, else the data set with its
+    input and classes; of several the one of its kind. Raises UserError."""
+    from controller import OWN_IMAGES, is_image_folder
+    from models import UserError
+
+    net, facts = given.net, given.facts
+    has_own_images = is_image_folder(data_dir)
+    if not has_own_images and str(facts.get("data")).startswith(OWN_IMAGES):
+        raise UserError(
+            f"the net was trained on {facts['data']}; name that folder, wherever it is now, with "
+            "--data-dir",
+            2,
+        )
+    fitting = [
+        experiment
+        for experiment in EXPERIMENTS.values()
+        if experiment.channels == net.channels
+        and (has_own_images or experiment.classes == net.classes)
+    ]
+    if not fitting:
+        channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
+        raise UserError(
+            f"no data set here has {channels} and {net.classes} classes; "
+            "--data-dir can name a folder with train/CLASS and test/CLASS"
+        )
+
+    def likeness(experiment):
+        family, own_family = (arch.rstrip("0123456789") for arch in (experiment.arch, net.arch))
+        return experiment.data == facts.get("data"), family == own_family
+
+    return max(fitting, key=likeness)
+
+
+def own_images_suffix(data_dir: Path) -> str:
     """What a run folder's name says of the data, where they are the user's own."""
-    from controller import is_own
+    from controller import is_image_folder
 
-    return f"-on-{data_dir.absolute().name}" if is_own(data_dir) else ""
+    return f"-on-{data_dir.absolute().name}" if is_image_folder(data_dir) else ""
 
 
-def device_of(name: str):
+def select_device(name: str):
+    """The torch.device of that name. Raises UserError (status 2) where it cannot be used."""
     import torch
 
-    from models import Failure
+    from models import UserError
 
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise ValueError
         torch.zeros(1, device=device)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs are the current device's
-    except Exception as e:
-        raise Failure(f"device '{name}' cannot be used here; try cpu or auto", 2) from e
+    except Exception as error:
+        raise UserError(f"device '{name}' cannot be used here; try cpu or auto", 2) from error
     return device
 
 
-def epochs_of(settings, methods, images: int, baseline: bool = True, landed: bool = False) -> float:
-    """How many epochs of so many training images the rows of `methods` may take; `landed`: another row says what to cut.
+def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, device, seed, say):
+    """(training images, test images, what they are) for a user's net, on the device.
 
-    ours: under the papers' rules rewards grow for about ten LSTM epochs; `uniform` then takes about ten steps.
+    They are normalised as the net is used to. A net from a state dict takes the images' size.
+    Raises UserError where it cannot read the images or has other classes.
     """
-    from controller import BATCH, VALIDATION
+    from controller import find_normalisation, load_data
+    from models import UserError, build_like
 
-    recovery = settings.recovery.epochs * min(1, (settings.recovery.steps or images) * BATCH / images)
-    final = settings.final.epochs / (1 - VALIDATION)  # on all images
-    total, count = baseline * settings.baseline.epochs, settings.candidates
-    for method in methods:
-        if method == "static":
-            total += recovery
-            continue
-        if method == "uniform":
-            tries = 1 if settings.guided(settings.target) else 10
-        elif method == "sep" and count and landed:
-            tries = 1  # `lstm`'s search serves it
-        else:
-            tries = count if count and (settings.target or landed) else (settings.patience + 10) * settings.parents
-        total, landed = total + tries * recovery + final, True
-    return total
-
-
-def data_for(net, facts: dict, e: Experiment, data_dir: Path, where, say, seed: int = 0):
-    """(training, test, what it is) for the user's net: checked against it, normalised as it is used to, on the device. Raises Failure."""
-    from controller import load_data, statistics_of
-    from models import Failure
-
+    net, facts = given.net, given.facts
     try:
-        train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
-    except Failure as failure:
-        guess = f"; a net of {net.channels} x {net.size} x {net.size} images of {net.classes} classes is taken to be for {e.data}"
-        raise Failure(f"{failure}{guess if facts.get('data') is None else ''}", failure.status) from failure
-    fits(net, facts, train, what)
-    train, test, (mean, std) = train.to(where), test.to(where), told(net, facts)
-    if mean is None:
-        say("how the net's images were normalised is not known: tries the usual ways on the validation images")
-        text, mean, std = statistics_of(net.to(where), train, seed)
-        say(text)
-    return train.normalised(mean, std), test.normalised(mean, std), what
+        train, test, description = load_data(
+            experiment.data, data_dir, crop=experiment.crop, flip=experiment.flip
+        )
+    except UserError as error:
+        guess = ""
+        if facts.get("data") is None:
+            guess = (
+                f"; a net of {net.channels} x {net.size} x {net.size} images of {net.classes} "
+                f"classes is taken to be for {experiment.data}"
+            )
+        raise UserError(f"{error}{guess}", error.status) from error
+    if not facts and net.arch != "lenet5":
+        # A state dict does not tell the images' size, and these nets average over places.
+        net.size = build_like(net, net.widths, train.size).size
+    check_net_fits(net, facts, train, description)
+    train, test = train.to(device), test.to(device)
+    mean, std = find_normalisation(net.to(device), facts, train, seed, say)
+    return train.normalised_by(mean, std), test.normalised_by(mean, std), description
 
 
-def check_target(net, methods, target, round_to: int | None) -> None:
-    """Refuse a target that `net` cannot reach, with that --round-to, before anything is trained."""
-    from controller import METHODS, check_reach
+def check_net_fits(net, facts: dict, images, description: str) -> None:
+    """Raise UserError where a net cannot read the images or tell their classes apart."""
+    from models import UserError
+
+    channels, size, classes = images.pixels.shape[3], images.size, images.classes
+    if (size, channels, classes) != (net.size, net.channels, net.classes):
+        raise UserError(
+            f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} "
+            f"classes; {description} has {channels} x {size} x {size} images of {classes} classes"
+        )
+    known, names = facts.get("names"), images.class_names
+    if not names or not isinstance(known, list) or not known or known == names:
+        return
+    others = [str(name) for name in names if name not in known]
+    others += [str(name) for name in known if name not in names]
+    raise UserError(
+        f"{description}: not the classes that the net was trained on "
+        f"({', '.join(others[:10])} in one of the two alone)"
+    )
+
+
+def check_target(net, methods, target: float | None, round_to: int | None) -> None:
+    """Refuse a target that `net` cannot reach, before anything is trained."""
+    from controller import KIND_OF, check_reachable, reduction_for
 
     for method in methods:
-        cost = METHODS["sep" if method == "static" else method][1]
-        check_reach(net.widths, lambda w, cost=cost: 1 - cost(net, w) / cost(net, net.widths), target, round_to or 1)
+        reduction_of = reduction_for(KIND_OF[method], net)
+        check_reachable(net.widths, reduction_of, target, round_to or 1)
 
 
-def begin(folder: Path, name: str, schedule: str, settings, *, data_dir, device, fresh, e: Experiment, given=None, source=None, methods=(), round_to=None):
-    """The run of a folder with its data loaded, and the screen that shows it; `given` are the user's net and its facts."""
-    import torch
+def split_seed_for(given: GivenNet | None, description: str, seed: int) -> int:
+    """The seed of the split: what validated a baseline validates it again."""
+    if given is not None and given.facts.get("data") == description:
+        given_seed = given.facts.get("split")
+        if isinstance(given_seed, int):
+            return given_seed
+    return seed
 
-    from controller import BATCH, Run, load_data, stream
 
-    where, screen = device_of(device), Screen()
-    if given:
-        train, test, what = data_for(*given, e, data_dir, where, screen.say, settings.seed)
-        if (before := given[1].get("data")) not in (None, what):
-            screen.say(f"the net was trained on {before}, and is pruned on {what}")
+def open_run(
+    folder: Path, name: str, experiment: Experiment, options: RunOptions, reporter, given=None
+):
+    """The controller.Run of a folder, with its data loaded; `given` is the user's net.
+
+    Raises UserError.
+    """
+    from controller import Run, load_data, make_data_split
+
+    device = select_device(options.device)
+    if given is not None:
+        train, test, description = load_images_for(
+            given, experiment, options.data_dir, device, options.seed, reporter.say
+        )
+        if given.facts.get("data") not in (None, description):
+            reporter.say(
+                f"the net was trained on {given.facts['data']}, and is pruned on {description}"
+            )
     else:
-        train, test, what = load_data(e.data, data_dir, crop=e.crop, flip=e.flip)
-    if limit := SCHEDULES[schedule].images:
-        few = lambda images: images.part(torch.randperm(len(images), generator=torch.Generator().manual_seed(stream("few")))[:limit])
-        train, test = few(train), few(test)
-    if steps := SCHEDULES[schedule].steps:  # of the data at hand
-        settings = replace(settings, recovery=replace(settings.recovery, epochs=epochs_for(steps, len(train))))
-    head = dict(experiment=name, schedule=str(schedule), data=what, source=source)
-    seen = given[1].get("split", given[1].get("seed")) if given and given[1].get("data") == what else None  # what validated a baseline validates again
-    run = Run(folder, settings, head, train.to(where), test.to(where), screen, fresh, round_to, seen if isinstance(seen, int) else None)
-    Stopped.hint = "; the run goes on where it was with the same command (without --fresh)"
-    methods = [m for m in methods if not run.row(m)]
-    count = len(run.train)
-    screen.plan(epochs_of(settings, methods, count, not (run.row("baseline") or given), len(run.results["rows"]) > 1), count // BATCH)
-    finals = len([m for m in methods if m != "static"])
-    final = f", {finals} x {settings.final.epochs} of them final training" if finals else ""
-    if screen.planned >= 0.5:
-        screen.say(f"{folder}: up to about {screen.planned:,.0f} epochs{final}; stop it when you like, the same command goes on")
-    return run, screen
+        train, test, description = load_data(
+            experiment.data, options.data_dir, crop=experiment.crop, flip=experiment.flip
+        )
+    schedule = SCHEDULES[options.schedule]
+    split_seed = split_seed_for(given, description, options.seed)
+    data = make_data_split(train, test, split_seed, max_images=schedule.max_images)
+    settings = settings_for(
+        experiment,
+        schedule,
+        options.seed,
+        pruning_rate=options.pruning_rate,
+        train_images=len(data.all),
+    )
+    return Run(
+        folder,
+        settings,
+        {
+            "experiment": name,
+            "schedule": str(options.schedule),
+            "data": description,
+            "source": None if given is None else given.describe_source(),
+        },
+        data.to(device),
+        reporter,
+        is_fresh=options.fresh,
+        round_to=options.round_to,
+    )
 
 
-def fits(net, facts: dict, images, what: str) -> None:
-    """Raise Failure where a net cannot read the images or tell their classes apart; a stranger's takes the images' size."""
-    from models import Failure, like
+def announce(run, reporter, methods, *, is_given: bool) -> None:
+    """Say how many epochs the rows that are not there yet may take."""
+    from controller import BATCH_SIZE
 
-    size, channels = images.pixels.shape[2:]  # load_data takes square images alone
-    if not facts and net.arch != "lenet5":
-        net.size = like(net, net.widths, size).size  # the other nets average over places, and a state dict does not tell the images' size
-    if (size, channels) != (net.size, net.channels) or images.classes != net.classes:
-        raise Failure(f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} classes; "
-                      f"{what} has {channels} x {size} x {size} images of {images.classes} classes")
-    known = facts.get("names")
-    if images.names and known and isinstance(known, list) and known != images.names:
-        others = [str(n) for n in (*images.names, *known) if n not in images.names or n not in known]
-        raise Failure(f"{what}: not the classes that the net was trained on ({', '.join(others[:10])} in one of the two alone)")
+    methods = [method for method in methods if not run.row(method)]
+    images = len(run.data.train)
+    epochs = estimate_epochs(
+        run.settings,
+        methods,
+        images,
+        trains_baseline=not is_given and not run.row("baseline"),
+        has_row=len(run.results["rows"]) > 1,
+    )
+    reporter.plan(epochs, images // BATCH_SIZE)
+    if epochs < 0.5:
+        return
+    final = ""
+    final_trainings = len([method for method in methods if method != "static"])
+    if final_trainings:
+        final = f", {final_trainings} x {run.settings.final.epochs} of them final training"
+    reporter.say(
+        f"{run.folder.path}: up to about {epochs:,.0f} epochs{final}; stop it when you like, "
+        "the same command goes on"
+    )
 
 
-def fresh_net(e: Experiment, run):
+@contextmanager
+def resumable(reporter):
+    """Shows the work of a run. Where it is stopped, the user learns that it goes on."""
+    try:
+        with reporter:
+            yield
+    except Stopped as stopped:
+        stopped.advice = "; the run goes on where it was with the same command (without --fresh)"
+        raise
+
+
+def build_untrained(experiment: Experiment, run):
     """The untrained net of an experiment, for the data of a run (its own, or the user's)."""
     import torch
 
-    from controller import stream
-    from models import build
+    from controller import seed_for
 
-    torch.manual_seed(stream(run.settings.seed, "net"))
-    own = run.results["data"] != e.data
-    return build(e.arch, classes=run.all.classes if own else e.classes, channels=e.channels, size=run.all.pixels.shape[1])
-
-
-def show_run(results: dict, folder: Path) -> None:
-    """The tables of a run, and its report.svg. Raises Failure where its results.json was edited to what cannot be shown."""
-    from models import Failure
-
-    try:
-        show_results(results, console())
-        draw(results, folder / "report.svg")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-        raise Failure(f"{folder / 'results.json'} is damaged ({type(e).__name__}: {e})") from e
+    torch.manual_seed(seed_for(run.settings.seed, "net"))
+    has_own_images = run.results["data"] != experiment.data
+    classes = run.data.all.classes if has_own_images else experiment.classes
+    return build_net(experiment, classes=classes, size=run.data.all.size)
 
 
-def finish(run) -> None:
-    show_run(run.results, run.folder)
-    console().print(f"{run.folder / 'results.json'}, report.svg; {span(run.results['seconds'])} in all", markup=False)
+def finish_run(run) -> None:
+    """Show what came of a run."""
+    show_results(run.results)
+    print_line(
+        f"{run.folder.path / 'results.json'}; {format_duration(run.results['seconds'])} in all; "
+        f"python wtp.py report {run.folder.path} draws it"
+    )
+
+
+# ---- opening a run: the user's own files -------------------------------------------------------
+
+KEEP_ADVICE = "give another --output"
+FORCE_ADVICE = "--force overwrites it"
+
+
+def check_output(path: Path, *, advice: str = KEEP_ADVICE, run_folder: Path | None = None) -> None:
+    """Raise UserError (status 2) unless a new file can be written at `path`.
+
+    It must not lie over another, nor be taken for a run's own file: in `run_folder`, where a run
+    will work, or in another's.
+    """
+    from controller import ROWS, RUN_FILES
+    from models import UserError, refuse_existing
+
+    own_names = (*(f"{row}.pt" for row in ROWS), *RUN_FILES, "lock")
+    parent = path.absolute().parent
+    is_in_run = run_folder is not None and parent == run_folder.absolute()
+    is_in_run = is_in_run or (path.parent / "results.json").exists()
+    if is_in_run and path.name in own_names:
+        raise UserError(f"{path} is a run's own file; {advice}", 2)
+    refuse_existing(path, advice)
+    if not parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}", 2)
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder is read-only", 2)
+
+
+def check_checkpoint_output(path: Path, run_folder: Path) -> None:
+    """`check_output` of a checkpoint, which must not look like an export."""
+    from models import UserError
+
+    check_output(path, run_folder=run_folder)
+    if path.suffix in (".pt2", ".onnx"):
+        raise UserError(
+            f"{path} would be a checkpoint under an export's ending; call it NAME.pt", 2
+        )
+
+
+def deliver(checkpoint: Path, output: Path) -> None:
+    """Copy a finished checkpoint to where the user wants it; never over a file that came there
+    meanwhile. Raises UserError."""
+    import shutil
+
+    from models import UserError, is_intact, temporary_path, write_atomically
+
+    if not is_intact(checkpoint):
+        raise UserError(
+            f"{checkpoint} is gone or damaged; --fresh makes it anew, and all rows beside it"
+        )
+    check_output(output)
+    write_atomically(
+        output,
+        lambda temporary: shutil.copyfile(checkpoint, temporary),
+        temporary_path(output),
+        f"; the net is in {checkpoint}",
+    )
+
+
+# ---- commands: reproduce and train -------------------------------------------------------------
 
 
 @app.command()
 def reproduce(
     experiment: Annotated[str, typer.Argument(help="without it: the list of them")] = "",
-    method: Annotated[list[Method] | None, typer.Option(help="the rows; default: uniform, lstm, sep")] = None,
-    schedule: Effort = Name.published,
-    baseline: Annotated[Path | None, typer.Option(help="a checkpoint to start from, instead of training one")] = None,
+    method: Annotated[
+        list[MethodName] | None, typer.Option(help="the rows; default: uniform, lstm, sep")
+    ] = None,
+    schedule: ScheduleOption = ScheduleName.published,
+    baseline: Annotated[
+        Path | None, typer.Option(help="a checkpoint to start from, instead of training one")
+    ] = None,
     round_to: RoundTo = None,
     data_dir: DataDir = Path("data"),
     out: Out = Path("runs"),
@@ -559,65 +1133,120 @@ def reproduce(
     fresh: Fresh = False,
 ):
     """All rows of an experiment's table."""
-    import sep
-    from controller import read_results
-    from models import Failure, build, default_widths
+    from models import UserError
 
     if not experiment:
         if method or baseline or round_to or fresh:
-            raise Failure(f"name an experiment: {', '.join(EXPERIMENTS)}; without any option, `reproduce` tells how long each takes", 2)
-        return show_experiments(device_of(device))
-    e = experiment_of(experiment)
-    given = sep.load(baseline) if baseline else None
-    if given and (given[0].arch, given[0].structure) != (e.arch, default_widths(e.arch)):
-        raise Failure(f"{baseline} is a {given[0].arch} of widths {given[0].structure}, not the whole {e.arch} of {experiment}; `prune` takes any net", 2)
-    settings = settings_of(e, SCHEDULES[schedule], seed)
-    rows = [r for r in ROWS if r in (method or ("uniform", "lstm", "sep"))]
-    check_target(build(e.arch, classes=e.classes, channels=e.channels, size=e.size), rows, settings.target, round_to)
-    more = (f"-from-{baseline.stem}" if baseline else "") + (f"-round{round_to}" if round_to else "")
-    folder = out / f"{experiment}{on(data_dir)}-{schedule}-s{seed}{more}"
-    landed = lambda rows: next((r["cut"] for m in ROWS for r in rows if r["method"] == m), None)  # all rows of a table are compared at one cut
-    known = None if fresh else read_results(folder, missing_ok=True)
-    if rows == ["uniform"] and settings.target is None and landed(known["rows"] if known else []) is None:
-        raise Failure("uniform needs a cut to land on; add --method lstm", 2)
-    run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e, given=given,
-                        source=digest(baseline) if baseline else None,
-                        methods=dict.fromkeys(m for row in rows for m in (("sep", row) if row == "static" else (row,))), round_to=round_to)
-    with screen:
-        teacher = run.baseline(given=given[0]) if given else run.baseline(fresh=fresh_net(e, run))
-        for row in rows:
-            cut = landed(run.results["rows"])
-            run.method(row, teacher, settings.target if settings.target and (row != "uniform" or cut is None) else cut)
-    finish(run)
+            names = ", ".join(EXPERIMENTS)
+            raise UserError(
+                f"name an experiment: {names}; without any option, `reproduce` tells how long "
+                "each takes",
+                2,
+            )
+        show_experiments(select_device(device))
+        return
+    options = RunOptions(schedule, data_dir, out, device, seed, fresh, round_to=round_to)
+    given = load_given(baseline) if baseline else None
+    methods = order_methods(method or DEFAULT_METHODS)
+    run_experiment(experiment, methods, options, given)
+
+
+def order_methods(methods) -> list[str]:
+    """The methods in the order of the work."""
+    from controller import METHODS
+
+    return [method for method in METHODS if method in methods]
+
+
+def run_experiment(name: str, methods: list[str], options: RunOptions, given) -> None:
+    """Make the rows of an experiment and show them. Raises UserError."""
+    experiment = find_experiment(name)
+    if given is not None:
+        check_is_whole(given, name)
+    check_target(build_net(experiment), methods, experiment.target, options.round_to)
+    folder_name = name + own_images_suffix(options.data_dir)
+    folder = options.folder(folder_name)
+    if given is not None:
+        folder = folder.with_name(f"{folder.name}-from-{given.path.stem}")
+    if options.round_to:
+        folder = folder.with_name(f"{folder.name}-round{options.round_to}")
+    if methods == ["uniform"] and experiment.target is None:
+        check_has_row(folder, options)
+    reporter = ScreenReporter()
+    run = open_run(folder, name, experiment, options, reporter, given)
+    work = methods if "static" not in methods else order_methods([*methods, "sep"])
+    announce(run, reporter, work, is_given=given is not None)
+    with resumable(reporter):
+        if given is not None:
+            run.make_baseline(given=given.net)
+        else:
+            run.make_baseline(untrained=build_untrained(experiment, run))
+        for method in methods:
+            run.make_row(method, run.goal_for(method))
+    finish_run(run)
+
+
+def check_is_whole(given: GivenNet, name: str) -> None:
+    """Raise UserError unless a checkpoint is the unpruned net of that experiment."""
+    from models import UserError, default_widths
+
+    net, arch = given.net, EXPERIMENTS[name].arch
+    if (net.arch, net.structure) != (arch, default_widths(arch)):
+        raise UserError(
+            f"{given.path} is a {net.arch} of widths {net.structure}, not the whole {arch} of "
+            f"{name}; `prune` takes any net",
+            2,
+        )
+
+
+def check_has_row(folder: Path, options: RunOptions) -> None:
+    """Raise UserError where `uniform` is asked for alone, and no row says what to cut."""
+    from controller import read_results
+    from models import UserError
+
+    results = None if options.fresh else read_results(folder, missing_ok=True)
+    rows = results["rows"] if results else []
+    if not any(row["method"] != "baseline" for row in rows):
+        raise UserError("uniform needs a cut to land on; add --method lstm", 2)
 
 
 def show_experiments(device) -> None:
-    """The experiments, and about how long all rows of each take here: a few steps of each net are timed for it."""
-    from rich.table import Table
+    """The experiments, and about how long all rows of each take here: a few steps of each net are
+    timed for it."""
+    from controller import VALIDATION_SHARE, measure_training_speed
 
-    from controller import VALIDATION, speed
-    from models import build
-
-    console(stderr=True).print(f"times a few steps of each net on {device}, about a minute", markup=False)
-    table = Table(title=f"time for all rows on {device}, about, by a few steps just timed", title_justify="left")
-    for name in ("experiment", "net", "paper's cut", *SCHEDULES):
-        table.add_column(name, justify="left" if name in ("experiment", "net") else "right", no_wrap=True)
-    pace = {}
-    for name, e in EXPERIMENTS.items():
-        net = build(e.arch, classes=e.classes, channels=e.channels, size=e.size)
-        pace[e.arch] = pace.get(e.arch) or speed(net, device)
-        counts = [int((1 - VALIDATION) * min(e.images, s.images or e.images)) for s in SCHEDULES.values()]
-        epochs = (epochs_of(settings_of(e, s, 0), ("uniform", "lstm", "sep"), n) * n for s, n in zip(SCHEDULES.values(), counts))
-        # ours: half, for nets get smaller on the way and searches mostly end earlier (measured on MNIST)
-        table.add_row(name, e.arch, f"{e.target:.1%}" if e.target else "–", *(span(n / pace[e.arch] / 2) for n in epochs))
-    console().print(table)
+    print_note(f"times a few steps of each net on {device}, about a minute")
+    columns = ("experiment", "net", "paper's cut", *SCHEDULES)
+    table = make_table(f"time for all rows on {device}, about, by a few steps just timed", columns)
+    table.columns[1].justify = "left"
+    for column in table.columns:
+        column.no_wrap = True
+    images_per_second = {}
+    for name, experiment in EXPERIMENTS.items():
+        arch = experiment.arch
+        if arch not in images_per_second:
+            images_per_second[arch] = measure_training_speed(build_net(experiment), device)
+        durations = []
+        for schedule in SCHEDULES.values():
+            most = min(experiment.train_images, schedule.max_images or experiment.train_images)
+            images = int((1 - VALIDATION_SHARE) * most)
+            settings = settings_for(experiment, schedule, 0)
+            epochs = estimate_epochs(settings, DEFAULT_METHODS, images)
+            # ours: half, for nets get smaller on the way and searches mostly end earlier
+            # (measured on MNIST).
+            durations.append(epochs * images / images_per_second[arch] / 2)
+        cut = f"{experiment.target:.1%}" if experiment.target else "–"
+        table.add_row(name, arch, cut, *map(format_duration, durations))
+    make_console().print(table)
 
 
 @app.command()
 def train(
     experiment: str,
-    output: Annotated[Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")] = None,
-    schedule: Effort = Name.published,
+    output: Annotated[
+        Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")
+    ] = None,
+    schedule: ScheduleOption = ScheduleName.published,
     data_dir: DataDir = Path("data"),
     out: Out = Path("runs"),
     device: Device = "auto",
@@ -625,90 +1254,50 @@ def train(
     fresh: Fresh = False,
 ):
     """The baseline of an experiment alone, to a checkpoint."""
-    e = experiment_of(experiment)
-    settings = settings_of(e, SCHEDULES[schedule], seed)
-    folder = out / f"{experiment}{on(data_dir)}-{schedule}-s{seed}"
-    free(output, folder=folder)
-    run, screen = begin(folder, experiment, schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e)
-    with screen:
-        run.baseline(fresh=fresh_net(e, run))
+    found = find_experiment(experiment)
+    options = RunOptions(schedule, data_dir, out, device, seed, fresh)
+    folder = options.folder(experiment + own_images_suffix(data_dir))
     if output:
-        deliver(run.folder / "baseline.pt", output)
-    finish(run)
-    console().print(f"wrote {output}" if output else f"the baseline is {run.folder / 'baseline.pt'}", markup=False)
+        check_checkpoint_output(output, folder)
+    reporter = ScreenReporter()
+    run = open_run(folder, experiment, found, options, reporter)
+    announce(run, reporter, [], is_given=False)
+    with resumable(reporter):
+        run.make_baseline(untrained=build_untrained(found, run))
+    checkpoint = run.folder.checkpoint("baseline")
+    if output:
+        deliver(checkpoint, output)
+    finish_run(run)
+    print_line(f"wrote {output}" if output else f"the baseline is {checkpoint}")
 
 
-def free(output: Path | None, hint: str = "give another --output", checkpoint: bool = True, folder: Path | None = None) -> None:
-    """Refuse an output that would overwrite a file, or be taken for a run's own: in `folder`, where a run will work, or in another's."""
-    from controller import FILES, NETS
-    from models import Failure
-
-    own = *(f"{m}.pt" for m in NETS), *FILES, "lock"
-    if output and output.name in own and (output.absolute().parent == (folder and folder.absolute()) or (output.parent / "results.json").exists()):
-        raise Failure(f"{output} is a run's own file; {hint}", 2)
-    if output and os.path.lexists(output):  # a dangling link, too
-        raise Failure(f"{output} exists already and is kept; {hint}", 2)
-    if output and checkpoint and output.suffix in (".pt2", ".onnx"):
-        raise Failure(f"{output} would be a checkpoint under an export's ending; call it NAME.pt", 2)
-    if output and not output.absolute().parent.is_dir():
-        raise Failure(f"cannot write {output}: there is no folder {output.parent}", 2)
-    if output and not os.access(output.absolute().parent, os.W_OK):
-        raise Failure(f"cannot write {output}: its folder is read-only", 2)
-
-
-def deliver(made: Path, output: Path) -> None:
-    """Copy a finished checkpoint to where the user wants it; never over a file that came there meanwhile."""
-    import shutil
-
-    from models import Failure, part_of, replaced, sound
-
-    if not sound(made):
-        raise Failure(f"{made} is gone or damaged; --fresh makes it anew, and all rows beside it")
-    free(output)
-    replaced(output, lambda part: shutil.copyfile(made, part), part_of(output), f"; the net is in {made}")
-
-
-def data_of(net, facts: dict, data_dir: Path) -> Experiment:
-    """The experiment whose data a net is for: what its checkpoint says, else the data set with its input and classes; of those of its kind."""
-    from controller import OWN, is_own
-    from models import Failure
-
-    own = is_own(data_dir)
-    if not own and str(facts.get("data")).startswith(OWN):
-        raise Failure(f"the net was trained on {facts['data']}; name that folder, wherever it is now, with --data-dir", 2)
-    fitting = [e for e in EXPERIMENTS.values() if e.channels == net.channels and (own or e.classes == net.classes)]
-    if not fitting:
-        raise Failure(f"no data set here has {net.channels} channel{'s' * (net.channels > 1)} and {net.classes} classes; "
-                      "--data-dir can name a folder with train/CLASS and test/CLASS")
-    family = lambda arch: arch.rstrip("0123456789")
-    return max(fitting, key=lambda e: (e.data == facts.get("data"), family(e.arch) == family(net.arch)))
-
-
-def told(net, facts: dict):
-    """(mean, std) that a net's checkpoint says its images were normalised with, or (None, None)."""
-    found = facts.get("mean"), facts.get("std")
-    known = all(isinstance(v, list) and len(v) == net.channels and all(isinstance(x, float) for x in v) for v in found)
-    return found if known and min(found[1]) > 0 else (None, None)
-
-
-def digest(path: Path) -> str:
-    """Name and content of a file: another file is another run."""
-    import hashlib
-
-    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+# ---- commands: prune ---------------------------------------------------------------------------
 
 
 @app.command()
 def prune(
     ckpt: Path,
     rate: Rate = 0.2,
-    method: Annotated[list[Method] | None, typer.Option(
-        help="lstm, the default, removes channels; sep switches them off per image; uniform, random: to compare with")] = None,
-    static: Annotated[bool, typer.Option("--static", help="with sep: a plain small net of the kernels that the gates choose most often")] = False,
+    method: Annotated[
+        list[MethodName] | None,
+        typer.Option(
+            help="lstm, the default, removes channels; sep switches them off per image; "
+            "uniform, random: to compare with"
+        ),
+    ] = None,
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static",
+            help="with sep: a plain small net of the kernels that the gates choose most often",
+        ),
+    ] = False,
     target: Target = None,
     round_to: RoundTo = None,
-    schedule: Effort = Name.published,
-    output: Annotated[Path | None, typer.Option(help="default: CKPT with -pruned in its name")] = None,
+    schedule: ScheduleOption = ScheduleName.published,
+    output: Annotated[
+        Path | None, typer.Option(help="default: CKPT with -pruned in its name")
+    ] = None,
     data_dir: DataDir = Path("data"),
     out: Out = Path("runs"),
     device: Device = "auto",
@@ -716,124 +1305,319 @@ def prune(
     fresh: Fresh = False,
 ):
     """A smaller net from your own checkpoint."""
-    import sep
-    from models import Failure
-
-    if method and len(method) > 1:
-        raise Failure("prune makes one net; give one --method", 2)
-    method = (method or [Method.lstm])[0]
-    if static and method not in (Method.sep, Method.static):
-        raise Failure(f"--static makes a plain net of a gated one; {method} has no gates, add --method sep", 2)
-    row, method = (Method.static, Method.sep) if static or method == Method.static else (method, method)
-    if method == Method.uniform and target is None:
-        raise Failure("uniform needs a cut to land on; give --target", 2)
-    net, facts = sep.load(ckpt)
+    row = row_to_prune(method, is_static=static, target=target)
+    given = load_given(ckpt)
+    options = RunOptions(schedule, data_dir, out, device, seed, fresh, rate, round_to)
     output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
-    if net.gates is not None:
-        raise Failure(f"{ckpt} is soft-pruned already; prune its baseline, or a net without gates", 2)
-    e = replace(data_of(net, facts, data_dir), target=target)
-    settings = settings_of(e, SCHEDULES[schedule], seed, rate=rate)
-    check_target(net, [method], target, round_to)
-    asked = dict(target=target, rate=rate if rate != SCHEDULES[schedule].rate else None, round=round_to)
-    asked = "".join(f"-{name}{value:g}" for name, value in asked.items() if value)
-    folder = out / f"prune-{ckpt.stem}-{method}{asked}{on(data_dir)}-{schedule}-s{seed}"
-    free(output, folder=folder)
-    run, screen = begin(folder, f"prune {ckpt.name}", schedule, settings, data_dir=data_dir, device=device, fresh=fresh, e=e,
-                        given=(net, facts), source=digest(ckpt), methods=dict.fromkeys([method, row]), round_to=round_to)
-    with screen:
-        run.method(row.value, run.baseline(given=net), settings.target)
-    finish(run)
-    deliver(run.folder / f"{row}.pt", output)
-    console().print(f"wrote {output}", markup=False)
+    prune_given(given, row, target, options, output)
+
+
+def row_to_prune(methods, *, is_static: bool, target: float | None) -> str:
+    """The row that `prune` makes. Raises UserError (status 2) where the options do not agree."""
+    from models import UserError
+
+    if methods and len(methods) > 1:
+        raise UserError("prune makes one net; give one --method", 2)
+    method = str(methods[0]) if methods else "lstm"
+    if is_static and method not in ("sep", "static"):
+        raise UserError(
+            f"--static makes a plain net of a gated one; {method} has no gates, add --method sep", 2
+        )
+    if method == "uniform" and target is None:
+        raise UserError("uniform needs a cut to land on; give --target", 2)
+    return "static" if is_static else method
+
+
+def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: Path) -> None:
+    """Prune a user's net into `output`. Raises UserError."""
+    from models import UserError
+
+    if given.net.gates is not None:
+        raise UserError(
+            f"{given.path} is soft-pruned already; prune its baseline, or a net without gates", 2
+        )
+    experiment = replace(find_experiment_for(given, options.data_dir), target=target)
+    check_target(given.net, [row], target, options.round_to)
+    folder = folder_of_prune(given, row, target, options)
+    if shows_finished_prune(given, row, options, folder, output):
+        return
+    check_checkpoint_output(output, folder)
+    reporter = ScreenReporter()
+    run = open_run(folder, f"prune {given.path.name}", experiment, options, reporter, given)
+    methods = ["sep", "static"] if row == "static" else [row]
+    announce(run, reporter, methods, is_given=True)
+    with resumable(reporter):
+        run.make_baseline(given=given.net)
+        run.make_row(row, run.goal_for(row))
+    finish_run(run)
+    deliver(run.folder.checkpoint(row), output)
+    print_line(f"wrote {output}")
+
+
+def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> Path:
+    """The run folder of a prune; it says what was asked for beyond the defaults."""
+    method = "sep" if row == "static" else row
+    name = f"prune-{given.path.stem}-{method}"
+    if target is not None:
+        name += f"-target{target:g}"
+    if options.pruning_rate != SCHEDULES[options.schedule].pruning_rate:
+        name += f"-rate{options.pruning_rate:g}"
+    if options.round_to:
+        name += f"-round{options.round_to:g}"
+    return options.folder(name + own_images_suffix(options.data_dir))
+
+
+def shows_finished_prune(
+    given: GivenNet, row: str, options: RunOptions, folder: Path, output: Path
+) -> bool:
+    """Show the table again where `output` is what the very same command made; whether it is."""
+    import filecmp
+
+    from controller import read_results
+
+    checkpoint = folder / f"{row}.pt"
+    if options.fresh or not output.is_file() or not checkpoint.is_file():
+        return False
+    if not filecmp.cmp(output, checkpoint, shallow=False):
+        return False
+    results = read_results(folder)
+    if results["source"] != given.describe_source():
+        return False
+    show_results(results)
+    print_line(f"nothing is left to do: {output} is the net that this command made")
+    return True
+
+
+# ---- commands: evaluate ------------------------------------------------------------------------
 
 
 @app.command()
 def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "auto"):
     """Accuracy, MACs, parameters, size, latency of a checkpoint."""
+    import sep
+    from controller import measure_accuracy
+
+    given = load_given(ckpt)
+    experiment = find_experiment_for(given, data_dir)
+    device = select_device(device)
+    _, test, description = load_images_for(given, experiment, data_dir, device, 0, print_note)
+    note = f"reads {len(test):,} test images of {description}"
+    if given.facts.get("data") not in (None, description):
+        note += f"; it was trained on {given.facts['data']}"
+    print_note(note)
+    net = prepare_for_inference(given.net, device)
+    with sep.record_usage(net) as usage:
+        accuracy = measure_accuracy(net, test, in_float32=True)
+    whole_net = build_whole_net(given, device)
+    baseline = known_baseline(given.facts, whole_net, len(test), description)
+    own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
+    skipping_gates = add_latencies(own, baseline, net, whole_net, test)
+    gated = ", gated" if net.gates else ""
+    title = f"{ckpt}: {net.arch}{gated}, on {description}, {len(test):,} test images"
+    make_console().print(evaluation_table(title, own, baseline))
+    if device.type == "cpu":
+        print_line(describe_tuning(own, baseline, skipping_gates))
+    if net.gates is not None:
+        print_line(describe_usage(net, usage, len(test)))
+    whole_widths = whole_net.widths if whole_net else net.widths
+    print_line(f"widths: {describe_structure(net.structure, whole_widths)}")
+
+
+def prepare_for_inference(net, device):
+    import torch
+
+    return net.to(device).to(memory_format=torch.channels_last)
+
+
+def build_whole_net(given: GivenNet, device):
+    """An untrained net as the baseline of a pruned one; None where the facts do not name it."""
+    from models import UserError, build_like
+
+    baseline = given.facts.get("baseline") or {}
+    try:
+        return prepare_for_inference(build_like(given.net, baseline["widths"]), device)
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def known_baseline(facts: dict, whole_net, test_images: int, description: str) -> dict:
+    """What a pruned net's facts say of its baseline, and what the whole net's size tells."""
+    baseline = dict(facts.get("baseline") or {})
+    if (facts.get("data"), facts.get("test_images")) != (description, test_images):
+        baseline.pop("test_accuracy", None)  # measured on other images
+    if whole_net is not None:
+        baseline["bytes"] = measure_size(whole_net)["bytes"]
+    return baseline
+
+
+def measure_size(net, file_size: int | None = None) -> dict:
+    """MACs, parameters and bytes: those of the file, else those of the state dict, saved."""
     import io
 
     import torch
-    from rich.table import Table
-    from rich.text import Text
 
     import models
     import sep
-    from controller import accuracy, latency, tuned
 
-    net, facts = sep.load(ckpt)
-    say = lambda text: console(stderr=True).print(text, markup=False)
-    e, where = data_of(net, facts, data_dir), device_of(device)
-    test, what = data_for(net, facts, e, data_dir, where, say)[1:]
-    say(f"reads {len(test):,} test images of {what}" + (f"; it was trained on {facts['data']}" if facts.get("data") not in (None, what) else ""))
-    net, base = net.to(where).to(memory_format=torch.channels_last), dict(facts.get("baseline") or {})
-    if (facts.get("data"), facts.get("test_images")) != (what, len(test)):
-        base.pop("test_accuracy", None)  # measured on other images
-    with sep.counting(net) as counts:
-        right = accuracy(net, test, exact=True)
-    ours = dict(test_accuracy=right, macs=sep.macs(net), params=models.parameters(net), bytes=ckpt.stat().st_size)
-    try:
-        whole = models.like(net, base["widths"]).to(where).to(memory_format=torch.channels_last)
-        torch.save(whole.state_dict(), file := io.BytesIO())
-        base["bytes"] = file.tell()
-    except (models.Failure, KeyError, TypeError):
-        whole = None
-    chosen = {p.layer: used[0] for p, used in zip(net.prunable, counts) if used is not None}
-    skips = []
-    for numbers, n in (*([(base, whole)] if whole else []), (ours, net)):
-        numbers |= {batch: latency(n, test, batch) for batch in (1, 128)}
-        if where.type == "cpu":
-            fast = tuned(n, test)
-            numbers["tuned"], skips = latency(fast, test, 1), fast.skips
-    table = Table(title=Text(f"{ckpt}: {net.arch}{', gated' if net.gates else ''}, on {what}, {len(test):,} test images"), title_justify="left")
-    for name in ("", "baseline", "this net", "ratio") if base else ("", "this net"):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold")
-    count = lambda v: f"{v:,}"
-    milliseconds = lambda v: f"{v * 1e3:.2f} ms"
-    lines = {"test accuracy": ("test_accuracy", lambda v: f"{v:.2%}"), "MACs": ("macs", lambda v: f"{v / 1e6:.3f} M"), "parameters": ("params", count),
-             "bytes on disk": ("bytes", count), "latency, batch 1": (1, milliseconds), "latency, batch 1, tuned": ("tuned", milliseconds),
-             "latency, batch 128": (128, milliseconds)}
-    for name, (key, text) in lines.items():
-        if key not in ours:
+    if file_size is None:
+        file = io.BytesIO()
+        torch.save(net.state_dict(), file)
+        file_size = file.tell()
+    return {
+        "macs": sep.count_macs(net),
+        "params": models.count_parameters(net),
+        "bytes": file_size,
+    }
+
+
+def add_latencies(own: dict, baseline: dict, net, whole_net, images) -> list[bool]:
+    """Measure both nets in turns, and put the seconds into `own` and `baseline`.
+
+    Returns of each gate whether it skips the kernels that it excludes, on a CPU.
+    """
+    from controller import measure_latencies, tune_on
+
+    nets, tables = [net], [own]
+    if whole_net is not None:
+        nets, tables = [whole_net, net], [baseline, own]
+    measured = {"latency_1": (nets, 1), "latency_128": (nets, 128)}
+    skipping_gates = []
+    if images.device.type == "cpu":
+        tuned_nets = [tune_on(each, images) for each in nets]
+        skipping_gates = tuned_nets[-1].skipping_gates
+        # With the untuned ones: all single images in turns.
+        seconds = measure_latencies([*nets, *tuned_nets], images, 1)
+        for i, table in enumerate(tables):
+            table["latency_1"] = seconds[i]
+            table["latency_1_tuned"] = seconds[len(nets) + i]
+        del measured["latency_1"]
+    for key, (each_net, batch_size) in measured.items():
+        for table, seconds in zip(tables, measure_latencies(each_net, images, batch_size)):
+            table[key] = seconds
+    return skipping_gates
+
+
+def evaluation_table(title: str, own: dict, baseline: dict):
+    """A line per measure; beside the baseline's, where it is known."""
+
+    def percent(value):
+        return f"{value:.2%}"
+
+    def millions(value):
+        return f"{value / 1e6:.3f} M"
+
+    def count(value):
+        return f"{value:,}"
+
+    def milliseconds(value):
+        return f"{value * 1e3:.2f} ms"
+
+    lines = (
+        ("test accuracy", "test_accuracy", percent),
+        ("MACs", "macs", millions),
+        ("parameters", "params", count),
+        ("bytes on disk", "bytes", count),
+        ("latency, batch 1", "latency_1", milliseconds),
+        ("latency, batch 1, tuned", "latency_1_tuned", milliseconds),
+        ("latency, batch 128", "latency_128", milliseconds),
+    )
+    columns = ("", "baseline", "this net", "ratio") if baseline else ("", "this net")
+    table = make_table(title, columns)
+    for name, key, format_value in lines:
+        if key not in own:
             continue
-        known = base.get(key)
-        beside = [text(known) if known else "", f"{ours[key] / known:.3f}" if known else ""]
-        table.add_row(name, *([beside[0], text(ours[key]), beside[1]] if base else [text(ours[key])]))
-    console().print(table)
-    full = list(whole.widths) if whole else list(net.widths)
-    if where.type == "cpu":
-        said = "tuned: by sep.tune, for one image at a time"
-        if whole:
-            said += f", {ours['tuned'] / base[1]:.2f} of what the baseline takes untuned"
-        if skips:
-            others = "" if all(skips) else ", the others mask them"
-            said += f"; {sum(skips)} of {len(skips)} gates skip the kernels they exclude{others}, whichever is faster here"
-            said += "; export --static makes a plain net of it"
-        console().print(said, markup=False)
-    if chosen:
-        counts = {name: (int((n == 0).sum()), int(((n > 0) & (n < len(test))).sum()), int((n == len(test)).sum())) for name, n in chosen.items()}
-        console().print("kernels used for no image / some / all: " + ", ".join(f"{k} {a}/{b}/{c}" for k, (a, b, c) in counts.items()), markup=False)
-    console().print("widths: " + " ".join(str(k) if k == w else f"{k}/{w}" for k, w in zip(net.structure, full)), markup=False)
+        value, known = own[key], baseline.get(key)
+        if not baseline:
+            table.add_row(name, format_value(value))
+        elif known:
+            ratio = f"{value / known:.3f}"
+            table.add_row(name, format_value(known), format_value(value), ratio)
+        else:
+            table.add_row(name, "", format_value(value), "")
+    return table
+
+
+def describe_tuning(own: dict, baseline: dict, skipping_gates: list[bool]) -> str:
+    """What `tuned` means in the table, and what it gives."""
+    line = "tuned: by sep.tune, for one image at a time"
+    if "latency_1" in baseline:
+        ratio = own["latency_1_tuned"] / baseline["latency_1"]
+        line += f", {ratio:.2f} of what the baseline takes untuned"
+    if skipping_gates:
+        others = "" if all(skipping_gates) else ", the others mask them"
+        line += (
+            f"; {sum(skipping_gates)} of {len(skipping_gates)} gates skip the kernels they "
+            f"exclude{others}, whichever is faster here; export --static makes a plain net of it"
+        )
+    return line
+
+
+def describe_usage(net, usage, images: int) -> str:
+    """Per gated layer how many of its kernels serve no image, some, and all of them."""
+    layers = []
+    for prunable, layer_usage in zip(net.prunable, usage):
+        if layer_usage is None:
+            continue
+        selections = layer_usage[0]
+        never = int((selections == 0).sum())
+        always = int((selections == images).sum())
+        sometimes = len(selections) - never - always
+        layers.append(f"{prunable.layer} {never}/{sometimes}/{always}")
+    return f"kernels used for no image / some / all: {', '.join(layers)}"
+
+
+def describe_structure(structure, whole_widths) -> str:
+    """The widths, beside the whole ones where they are less."""
+    return " ".join(
+        str(width) if width == whole else f"{width}/{whole}"
+        for width, whole in zip(structure, whole_widths)
+    )
+
+
+# ---- commands: report and export ---------------------------------------------------------------
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run folder, or its results.json")]):
-    """The tables of a run again, and report.svg with the pictures."""
+def report(
+    run: Annotated[Path, typer.Argument(help="a run folder, or its results.json")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="the pictures: NAME.svg, .png or .pdf; default: report.svg in RUN"),
+    ] = None,
+):
+    """The tables of a run again, and its pictures (these need matplotlib)."""
     from controller import read_results
-    from models import Failure
+    from models import UserError
 
     folder = run.parent if run.name == "results.json" else run
     if not (folder / "results.json").is_file():
-        raise Failure(f"{run} is no run folder: it has no results.json", 2)
-    show_run(read_results(folder, hint=""), folder)
-    console().print(f"wrote {folder / 'report.svg'}", markup=False)
+        raise UserError(f"{run} is no run folder: it has no results.json", 2)
+    if output is not None:
+        if output.suffix.lower() not in PICTURE_ENDINGS:
+            raise UserError(f"{output}: the ending says the format, .svg, .png or .pdf", 2)
+        check_output(output)
+    results = read_results(folder, hint="")
+    show_results(results)
+    output = output or folder / "report.svg"
+    draw_report(results, output)
+    print_line(f"wrote {output}")
 
 
 @app.command()
 def export(
     ckpt: Path,
     file: Annotated[Path, typer.Argument(help="NAME.pt2 (torch.export) or NAME.onnx")],
-    static: Annotated[bool, typer.Option("--static", help="of a gated net: a plain small one, of the kernels chosen most often")] = False,
-    size: Annotated[int | None, typer.Option(min=1, help="pixels of an image's side; default: those it was trained with")] = None,
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static",
+            help="of a gated net: a plain small one, of the kernels chosen most often",
+        ),
+    ] = False,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="pixels of an image's side; default: those it was trained with"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite FILE")] = False,
     data_dir: DataDir = Path("data"),
     device: Device = "auto",
@@ -843,110 +1627,169 @@ def export(
     It reads images in [0, 1], normalisation included, any batch size.
     """
     import models
-    import sep
 
-    net, facts = sep.load(ckpt)
-    if file.suffix.lower() not in (".pt2", ".onnx"):
-        raise models.Failure(f"{file}: the ending says the format, .pt2 (torch.export) or .onnx", 2)
-    if file.is_dir():
-        raise models.Failure(f"{file} is a folder", 2)
-    if static and net.gates is None:
-        raise models.Failure(f"{ckpt} has no gates: it is plain already, leave out --static", 2)
-    free(None if force and os.path.lexists(file) else file, "--force overwrites it", checkpoint=False)
-    say = lambda text: console().print(text, markup=False)
-    (mean, std), where = told(net, facts), device_of(device)
-    if static:
-        models.check_size(net, size or net.size)  # before the recovery
-    if static or mean is None:
-        try:
-            train = data_for(net, facts, data_of(net, facts, data_dir), data_dir, where, say)[0]
-        except models.Failure as e:
-            why = "a recovery" if static else f"finding out how {ckpt}'s images were normalised"
-            raise models.Failure(f"{e}; the images are for {why}", e.status) from e
-        mean, std = train.mean, train.std
-    if static:
-        net = made_static(net.to(where), train, say)
-    difference = models.export(net, file, mean, std, size or net.size, ready=lambda: free(None if force else file, "--force overwrites it", checkpoint=False))
+    given = load_given(ckpt)
+    check_export(given, file, is_static=static, may_replace=force)
+    size = size or given.net.size
+    net, mean, std = prepare_export(given, data_dir, device, size, is_static=static)
+    difference = models.export_net(net, file, mean, std, size, may_replace=force)
     if net.gates is not None:
-        say("a gated net: the file computes every kernel and masks them; --static makes a small net of it")
-    say(f"wrote {file}: images (batch, {net.channels}, {size or net.size}, {size or net.size}) in [0, 1] to logits (batch, {net.classes}); "
-        f"run and compared with {'the plain net' if static else ckpt}: largest difference {difference:.0e} of the largest logit")
+        print_line(
+            "a gated net: the file computes every kernel and masks them; --static makes a small "
+            "net of it"
+        )
+    original = "the plain net" if static else ckpt
+    print_line(
+        f"wrote {file}: images (batch, {net.channels}, {size}, {size}) in [0, 1] to logits "
+        f"(batch, {net.classes}); run and compared with {original}: largest difference "
+        f"{difference:.0e} of the largest logit"
+    )
 
 
-def made_static(gated, train, say):
-    """A plain small net of a gated one, with the recovery of `fast` where that helps; ours: the gated net is the teacher, for the baseline is
-    not at hand."""
-    from copy import deepcopy
+def check_export(given: GivenNet, file: Path, *, is_static: bool, may_replace: bool) -> None:
+    """Raise UserError (status 2) where the call of `export` cannot be right."""
+    from models import UserError
 
+    if file.suffix.lower() not in (".pt2", ".onnx"):
+        raise UserError(f"{file}: the ending says the format, .pt2 (torch.export) or .onnx", 2)
+    if file.is_dir():
+        raise UserError(f"{file} is a folder", 2)
+    if is_static and given.net.gates is None:
+        raise UserError(f"{given.path} has no gates: it is plain already, leave out --static", 2)
+    if not may_replace or not os.path.lexists(file):
+        check_output(file, advice=FORCE_ADVICE)
+
+
+def prepare_export(given: GivenNet, data_dir: Path, device: str, size: int, *, is_static: bool):
+    """(net, mean, std) to export; images are read only where these are not known without."""
+    from controller import stored_normalisation
+    from models import UserError, check_image_size
+
+    net = given.net
+    device = select_device(device)
+    stored = stored_normalisation(net, given.facts)
+    if stored is not None and not is_static:
+        return net, *stored
+    if is_static:
+        check_image_size(net, size)  # before the recovery
+    try:
+        experiment = find_experiment_for(given, data_dir)
+        train, _, _ = load_images_for(given, experiment, data_dir, device, 0, print_line)
+    except UserError as error:
+        purpose = "a recovery"
+        if not is_static:
+            purpose = f"finding out how {given.path}'s images were normalised"
+        raise UserError(f"{error}; the images are for {purpose}", error.status) from error
+    if is_static:
+        net = make_static_for_export(net.to(device), train)
+    return net, train.mean, train.std
+
+
+def make_static_for_export(gated, train):
+    """A plain small net of a gated one, with the recovery of `fast` where that helps.
+
+    ours: the gated net is the teacher, for the baseline is not at hand.
+    """
     import torch
 
-    from controller import BATCH, Plan, Teacher, accuracy, chunks, fit, sgd
-    from sep import harden
+    from controller import (
+        BATCH_SIZE,
+        Teacher,
+        TrainingPlan,
+        fit,
+        make_optimizer,
+        make_static,
+        measure_accuracy,
+    )
 
-    say(f"reads {len(train):,} training images, to choose kernels by them and to compare: up to some minutes on a CPU")
-    plain, s = harden(gated, (train.batch(i) for i in chunks(train))), SCHEDULES["fast"]
-    net = deepcopy(plain).to(memory_format=torch.channels_last)
-    plan = Plan(1, s.lr, True, max(1, min(s.steps, len(train) // BATCH)))
-    before = accuracy(gated, train), accuracy(plain, train)
-    for _ in fit(net, train, plan, optimizer=sgd(net, plan.lr), seed=0, teacher=Teacher(gated, train, 0)):
-        pass
-    after = accuracy(net, train)
-    left = ", which are left out" if after <= before[1] else ""
-    say(f"of the training images right: {before[0]:.2%} with gates, {before[1]:.2%} without, {after:.2%} after {plan.steps} steps of recovery{left}")
-    return plain if left else net
+    schedule = SCHEDULES["fast"]
+    steps = max(1, min(schedule.recovery_steps, len(train) // BATCH_SIZE))
+    plan = TrainingPlan(1, schedule.lr, is_one_cycle=True, max_steps=steps)
+
+    def recover(net):
+        net = net.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(net, plan.lr)
+        teacher = Teacher(gated, train, 0)
+        for _ in fit(net, train, plan, optimizer=optimizer, seed=0, teacher=teacher):
+            pass
+        return net
+
+    print_line(
+        f"reads {len(train):,} training images, to choose kernels by them and to compare: up to "
+        "some minutes on a CPU"
+    )
+    gated_accuracy = measure_accuracy(gated, train)
+    static = make_static(gated, train, recover)
+    left_out = "" if static.keeps_recovery else ", which are left out"
+    print_line(
+        f"of the training images right: {gated_accuracy:.2%} with gates, "
+        f"{static.accuracy_before:.2%} without, {static.accuracy_after:.2%} after {steps} steps "
+        f"of recovery{left_out}"
+    )
+    return static.net
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM, by its number; `advice` is set where a run can go on."""
 
-    hint = ""  # what `begin` adds once there is a run to go on with
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+        self.advice = ""
 
 
 def stop(number, frame):
-    for again in (signal.SIGINT, signal.SIGTERM):  # one is enough: the next would cut the farewell short
-        signal.signal(again, signal.SIG_IGN)
-    while frame:  # where something is still imported nothing is lost yet, and C++ code may stand in between that knows no exception
+    """The handler of both signals."""
+    for stop_signal in STOP_SIGNALS:
+        # One is enough: the next would cut the farewell short.
+        signal.signal(stop_signal, signal.SIG_IGN)
+    while frame:
+        # Where something is still imported, nothing is lost yet, and C++ code may stand in between
+        # that knows no exception.
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, f"stopped{Stopped.hint}\n".encode())
-            os._exit(128 + number)
+            exit_at_once(number, frame)
         frame = frame.f_back
     raise Stopped(number)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for a wrong call, 1 for what failed, 130 after Ctrl-C, 143 after SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    for file in (sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):
-            file.reconfigure(errors="replace")  # where letters cannot be encoded, "?" comes for them
+    """Run the command; returns the exit status: 0, 2 for a wrong call, 1 for what failed, 130 after
+    Ctrl-C, 143 after SIGTERM."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Where letters cannot be encoded, "?" comes for them.
+            stream.reconfigure(errors="replace")
     try:
         return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
-    except Stopped as e:
-        print(f"stopped{Stopped.hint}", file=sys.stderr)
-        return 128 + e.args[0]
-    except Exception as e:
-        message, status = explain(e)
+    except Stopped as stopped:
+        print(f"stopped{stopped.advice}", file=sys.stderr)
+        return 128 + stopped.number
+    except Exception as error:
+        message, status = explain(error)
         print(f"wtp: {message}", file=sys.stderr)
         return status
 
 
-def explain(e: Exception) -> tuple[str, int]:
-    """(one line, exit status) for whatever went wrong."""
-    if hasattr(e, "format_message"):  # Typer's own: a wrong call
-        return " ".join(e.format_message().replace("Value error, ", "").split()).rstrip(".") + "; see --help", 2
-    if hasattr(e, "status"):  # models.Failure
-        return str(e), e.status
-    if isinstance(e, ModuleNotFoundError) and e.name in ("torch", "torchvision", "rich"):
-        return f"{e.name} is missing; pip install -r requirements.txt", 1
-    if isinstance(e, OSError):
-        return " ".join(str(e).split()), 1
-    if isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate memory" in str(e):
+def explain(error: Exception) -> tuple[str, int]:
+    """(one line, exit status) for whatever went wrong; an unforeseen error is raised again."""
+    if hasattr(error, "format_message"):  # Typer's own: a wrong call
+        message = error.format_message().replace("Value error, ", "")
+        return " ".join(message.split()).rstrip(".") + "; see --help", 2
+    if hasattr(error, "status"):  # models.UserError
+        return str(error), error.status
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision", "rich"):
+        return f"{error.name} is missing; pip install -r requirements.txt", 1
+    if isinstance(error, OSError):
+        return " ".join(str(error).split()), 1
+    is_out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or is_out_of_memory:
         return "out of memory", 1
-    raise e
+    raise error
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ of `fast` learns in 60 candidates where accuracies are made up (no data, 15 minu
     bench.py DATA_DIR seeds RUN SEED [...]         the final trainings of a run's structures, by other seeds, to test accuracies
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time and bytes
 """
+
 import io
 import resource
 import subprocess
@@ -38,7 +39,11 @@ import models
 import sep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NETS = [("lenet5", "mnist", 20, 300, 5), ("resnet56", "cifar10", 3, 15, 3), ("vgg19", "cifar10", 3, 15, 3)]  # steps to warm up, timed; rounds
+NETS = [
+    ("lenet5", "mnist", 20, 300, 5),
+    ("resnet56", "cifar10", 3, 15, 3),
+    ("vgg19", "cifar10", 3, 15, 3),
+]  # steps to warm up, timed; rounds
 
 
 class Pictures(TensorDataset):
@@ -49,7 +54,9 @@ class Pictures(TensorDataset):
         self.transform = transform
 
     def __getitem__(self, i):
-        return self.transform(transforms.functional.to_pil_image(self.tensors[0][i].permute(2, 0, 1))), int(self.tensors[1][i])
+        return self.transform(
+            transforms.functional.to_pil_image(self.tensors[0][i].permute(2, 0, 1))
+        ), int(self.tensors[1][i])
 
 
 def clock():
@@ -93,7 +100,17 @@ def ours(images, guide, student, warm, steps):
             yield step
 
     marks = []
-    next(controller.fit(student, images, plan, optimizer=controller.sgd(student, 0.001), seed=0, teacher=guide, track=track))
+    next(
+        controller.fit(
+            student,
+            images,
+            plan,
+            optimizer=controller.sgd(student, 0.001),
+            seed=0,
+            teacher=guide,
+            track=track,
+        )
+    )
     return steps * 128 / (marks[1] - marks[0])
 
 
@@ -107,14 +124,19 @@ def chip(net, images_per_second):
         a @ a
         times.append(clock() - began)
     peak = 8192**3 / min(times)
-    x, labels = torch.randn(128, net.channels, net.size, net.size, device=DEVICE), torch.zeros(128, device=DEVICE).long()
+    x, labels = (
+        torch.randn(128, net.channels, net.size, net.size, device=DEVICE),
+        torch.zeros(128, device=DEVICE).long(),
+    )
     soft = torch.full((128, 10), 0.1, device=DEVICE)
     step = controller.Step(*controller.filled(net, controller.sgd(net, 0.0)))
     step(x, labels, soft, 0.0)  # what it captures is run once more, to be seen
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step.run(x, labels, soft, step.apart)
         torch.cuda.synchronize()
-    kernels = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in found.events())  # and not the calls that start them
+    kernels = sum(
+        e.device_type == torch.autograd.DeviceType.CUDA for e in found.events()
+    )  # and not the calls that start them
     one, graph = torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(1000):
@@ -123,8 +145,11 @@ def chip(net, images_per_second):
     began = clock()
     graph.replay()
     floor, took = (clock() - began) / 1000 * kernels, 128 / images_per_second
-    print(f"{3 * models.macs(net) * images_per_second / peak:.1%} of the {2 * peak / 1e12:.0f} TFLOP/s measured here; {kernels} kernels a step, "
-          f"as many empty ones take {floor * 1e3:.2f} ms of the step's {took * 1e3:.2f} ms ({floor / took:.0%})", flush=True)
+    print(
+        f"{3 * models.macs(net) * images_per_second / peak:.1%} of the {2 * peak / 1e12:.0f} TFLOP/s measured here; {kernels} kernels a step, "
+        f"as many empty ones take {floor * 1e3:.2f} ms of the step's {took * 1e3:.2f} ms ({floor / took:.0%})",
+        flush=True,
+    )
 
 
 def speed(folder):
@@ -132,23 +157,41 @@ def speed(folder):
         mean, std = controller.STATISTICS[name]
         crop = dict(crop=4, flip=True) if name == "cifar10" else {}
         moves = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()] if crop else []
-        normalise = transforms.Compose([*moves, transforms.ToTensor(), transforms.Normalize(mean, std)])
+        normalise = transforms.Compose(
+            [*moves, transforms.ToTensor(), transforms.Normalize(mean, std)]
+        )
         try:
-            data = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name](folder, transform=normalise)
+            data = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name](
+                folder, transform=normalise
+            )
             images = controller.load_data(name, folder, **crop)[0]
         except (RuntimeError, models.Failure):
             shape = (48000, 28, 28, 1) if name == "mnist" else (48000, 32, 32, 3)
-            images = controller.Images(torch.randint(0, 256, shape, dtype=torch.uint8), torch.randint(0, 10, shape[:1]), mean=mean, std=std, **crop)
+            images = controller.Images(
+                torch.randint(0, 256, shape, dtype=torch.uint8),
+                torch.randint(0, 10, shape[:1]),
+                mean=mean,
+                std=std,
+                **crop,
+            )
             data = Pictures(images, normalise)
         if DEVICE.type == "cuda":
             warm, steps, rounds, images = 20, 100, 3, images.to(DEVICE)
-        print(f"{arch} recovery on {type(data).__name__}, batch 128, {steps} steps, {controller.describe(DEVICE)}, median of {rounds} rounds in turns")
+        print(
+            f"{arch} recovery on {type(data).__name__}, batch 128, {steps} steps, {controller.describe(DEVICE)}, median of {rounds} rounds in turns"
+        )
         kind = dict(channels=1, size=28) if name == "mnist" else {}
         nets = [models.build(arch, **kind).to(DEVICE) for _ in range(3)]
         guide = controller.Teacher(nets[0], images, 0)
-        rows = [(plain(data, nets[0], nets[1], warm, steps), ours(images, guide, nets[2], warm, steps)) for _ in range(rounds)]
+        rows = [
+            (plain(data, nets[0], nets[1], warm, steps), ours(images, guide, nets[2], warm, steps))
+            for _ in range(rounds)
+        ]
         a, b = (median(r) for r in zip(*rows))
-        print(f"plain loop {a:,.0f} images/s -> fit {b:,.0f} images/s ({b / a:.2f}x); each round {', '.join(f'{y / x:.2f}x' for x, y in rows)}", flush=True)
+        print(
+            f"plain loop {a:,.0f} images/s -> fit {b:,.0f} images/s ({b / a:.2f}x); each round {', '.join(f'{y / x:.2f}x' for x, y in rows)}",
+            flush=True,
+        )
         if DEVICE.type == "cuda":
             chip(nets[2], b)
     native = controller.half(DEVICE)._enabled
@@ -158,7 +201,9 @@ def speed(folder):
 def exactness(_):
     from test_models import NETS, freeze, lively, some
 
-    print("largest difference of the logits (largest logit): masked - removed; SEP frozen to the criterion's choice - hard-pruned")
+    print(
+        "largest difference of the logits (largest logit): masked - removed; SEP frozen to the criterion's choice - hard-pruned"
+    )
     for arch in NETS:
         net, x = lively(arch)
         structure = some(net)
@@ -172,13 +217,17 @@ def exactness(_):
             models.per_channel(weight, w)[:, lost] = 0
         with torch.no_grad():
             a, b, c = net(x), hard(x), soft(x)
-        print(f"{arch:9} {(a - b).abs().max():.1e}   {(c - b).abs().max():.1e}   ({b.abs().max():.2f})")
+        print(
+            f"{arch:9} {(a - b).abs().max():.1e}   {(c - b).abs().max():.1e}   ({b.abs().max():.2f})"
+        )
 
 
 def search(_):
     from test_controller import Surrogate
 
-    print("made-up accuracies, mean of 20 problems: how far from uniform to a greedy search that knows them all")
+    print(
+        "made-up accuracies, mean of 20 problems: how far from uniform to a greedy search that knows them all"
+    )
     torch.set_num_threads(1)
     for arch, target in (("vgg19", 0.701), ("resnet56", 0.475)):
         for power in (1, 2, 3):
@@ -187,18 +236,30 @@ def search(_):
                 p = Surrogate(seed, arch, target, power)
                 even, greedy = controller.uniform(p.net.widths, p.cut, target), p.greedy()
                 papers = p.search(None, kind=controller.Search, parents=5, patience=10)
-                ends = even, greedy, p.search(60, dice=True).best.structure, p.search(60).best.structure, papers.best.structure
+                ends = (
+                    even,
+                    greedy,
+                    p.search(60, dice=True).best.structure,
+                    p.search(60).best.structure,
+                    papers.best.structure,
+                )
                 found.append([*(p.true(w) for w in ends), papers.best.cut, len(papers.tried) - 1])
             low, high, *others, cut, count = torch.tensor(found).mean(0).tolist()
             way = [f"{v:.4f} ({(v - low) / (high - low):.0%})" for v in others]
-            print(f"{arch}, loss ~ share^{power}: uniform {low:.4f}, greedy {high:.4f}, 60 candidates: dice {way[0]}, LSTM {way[1]}; "
-                  f"the papers' rules {way[2]} at a cut of {cut:.1%} after {count:.0f} candidates", flush=True)
+            print(
+                f"{arch}, loss ~ share^{power}: uniform {low:.4f}, greedy {high:.4f}, 60 candidates: dice {way[0]}, LSTM {way[1]}; "
+                f"the papers' rules {way[2]} at a cut of {cut:.1%} after {count:.0f} candidates",
+                flush=True,
+            )
 
 
 def loaded(folder, net, facts):
     """The training and the test images of a baseline of `train` or `reproduce`, normalised as it reads them."""
     crop = dict(crop=4, flip=True) if net.channels == 3 else {}
-    return [images.to(DEVICE).normalised(tuple(facts["mean"]), tuple(facts["std"])) for images in controller.load_data(facts["data"], folder, **crop)[:2]]
+    return [
+        images.to(DEVICE).normalised(tuple(facts["mean"]), tuple(facts["std"]))
+        for images in controller.load_data(facts["data"], folder, **crop)[:2]
+    ]
 
 
 def parts(images, facts):
@@ -212,7 +273,14 @@ def ready(folder, checkpoint, cut):
     train, validation = parts(loaded(folder, net, facts)[0], facts)
     net, whole = net.to(DEVICE), models.macs(net)
     share = lambda w: 1 - models.macs(net, w) / whole
-    return net, train, validation, controller.Teacher(net, train, 0), share, controller.uniform(net.widths, share, float(cut))
+    return (
+        net,
+        train,
+        validation,
+        controller.Teacher(net, train, 0),
+        share,
+        controller.uniform(net.widths, share, float(cut)),
+    )
 
 
 def validated(net, plan, train, validation, guide):
@@ -223,7 +291,9 @@ def validated(net, plan, train, validation, guide):
 def trained(net, plan, train, guide, seed=0):
     """A copy of `net` after each epoch of its training."""
     small = deepcopy(net).to(memory_format=torch.channels_last)
-    for _ in controller.fit(small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=seed, teacher=guide):
+    for _ in controller.fit(
+        small, train, plan, optimizer=controller.sgd(small, plan.lr), seed=seed, teacher=guide
+    ):
         yield small
 
 
@@ -233,10 +303,15 @@ def structures(folder, checkpoint, cut):
     tried, cut = {even: "uniform"}, float(cut)
     for a in (2, 3, 4, 5):
         for b in (6, 8, 10, 12, 14, 16):  # and as wide a fc1 as the cut leaves
-            if share((a, b, 1)) > cut and (c := max(c for c in range(1, 501) if share((a, b, c)) >= cut)) > 8:
+            if (
+                share((a, b, 1)) > cut
+                and (c := max(c for c in range(1, 501) if share((a, b, c)) >= cut)) > 8
+            ):
                 tried.setdefault((a, b, c), "")
     for w, name in tried.items():
-        found = validated(models.prune(net, w), controller.Plan(10, 0.05, True), train, validation, guide)
+        found = validated(
+            models.prune(net, w), controller.Plan(10, 0.05, True), train, validation, guide
+        )
         print(f"{w} {name}: cut {share(w):.1%}, validation accuracy {found[-1]:.2%}", flush=True)
 
 
@@ -249,7 +324,9 @@ def outputs(net, images):
 def judged(net, images, whole):
     """The accuracy on images, and the loss to the baseline's softmax `whole` (N, classes) there at temperature 4, whatever the training's."""
     z = outputs(net, images)
-    return (z.argmax(1) == images.labels).float().mean().item(), controller.loss_of(z, images.labels, whole, 4.0).item()
+    return (z.argmax(1) == images.labels).float().mean().item(), controller.loss_of(
+        z, images.labels, whole, 4.0
+    ).item()
 
 
 def recipes(folder, checkpoint, cut, epochs, *kinds):
@@ -284,16 +361,26 @@ def choices(folder, checkpoint, cut, steps):
             gate.__class__, gate.importance = Strongest, score
     for name, small in (("the same for all", models.prune(net, even)), ("each image's own", gated)):
         plans = [controller.Plan(1, 0.02, True, int(n)) for n in steps.split(",")]
-        found = [controller.accuracy(small, validation), *(validated(small, plan, train, validation, guide)[-1] for plan in plans)]
-        print(f"{name}: validation accuracy before training, after {steps} steps: {', '.join(f'{v:.2%}' for v in found)}", flush=True)
+        found = [
+            controller.accuracy(small, validation),
+            *(validated(small, plan, train, validation, guide)[-1] for plan in plans),
+        ]
+        print(
+            f"{name}: validation accuracy before training, after {steps} steps: {', '.join(f'{v:.2%}' for v in found)}",
+            flush=True,
+        )
 
 
 def walks(net, share, cut, count):
     """`uniform` and walks of dice to a cut, `count` structures or a few less."""
     from test_controller import TINY, candidate
 
-    settings = controller.Settings(**(vars(TINY) | dict(rate=0.2, target=float(cut), candidates=int(count))))
-    search = controller.Guided(net, candidate(net.widths, 1.0, 0.0), settings, settings.target, share, dice=True)
+    settings = controller.Settings(
+        **(vars(TINY) | dict(rate=0.2, target=float(cut), candidates=int(count)))
+    )
+    search = controller.Guided(
+        net, candidate(net.widths, 1.0, 0.0), settings, settings.target, share, dice=True
+    )
     while (step := search.next()) is not None:
         if step[2] not in search.tried:
             yield step[2]
@@ -311,21 +398,38 @@ def signals(folder, checkpoint, cut, count):
     net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
     test, found = loaded(folder, *sep.load(checkpoint))[1].part(torch.arange(len(validation))), []
     for w in walks(net, share, cut, count):
-        for small in trained(models.prune(net, w), controller.Plan(1, 0.02, True, 50), train, guide):
+        for small in trained(
+            models.prune(net, w), controller.Plan(1, 0.02, True, 50), train, guide
+        ):
             found.append([controller.accuracy(small, images) for images in (validation, test)])
         print(f"{w}: validation {found[-1][0]:.2%}, test {found[-1][1]:.2%}", flush=True)
-    print(f"rank correlation {ranks(found)[0, 1]:.2f}, of the accuracies {torch.corrcoef(torch.tensor(found).T)[0, 1]:.2f}")
+    print(
+        f"rank correlation {ranks(found)[0, 1]:.2f}, of the accuracies {torch.corrcoef(torch.tensor(found).T)[0, 1]:.2f}"
+    )
 
 
 def budgets(folder, checkpoint, cut, count):
     """Which recovery ranks structures as the final training will? `uniform` and walks of dice, each by several recoveries and by two final
     trainings of ten epochs; on validation images, the accuracy and the loss at temperature 4 (16 KL to the baseline's outputs + 0.1 CE)."""
     net, train, validation, guide, share, _ = ready(folder, checkpoint, cut)
-    plan = partial(controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.005, cycle=True, temperature=4.0)
-    plans = {"50 steps, MSE": controller.Plan(1, 0.02, True, 50), "200 steps, MSE": controller.Plan(1, 0.02, True, 200), "200 steps": plan(1, steps=200),
-             "1 epoch": plan(1), "2 epochs": plan(2), "10 epochs": plan(10), "again": plan(10)}
+    plan = partial(
+        controller.Plan, lr=0.02 if net.arch == "lenet5" else 0.005, cycle=True, temperature=4.0
+    )
+    plans = {
+        "50 steps, MSE": controller.Plan(1, 0.02, True, 50),
+        "200 steps, MSE": controller.Plan(1, 0.02, True, 200),
+        "200 steps": plan(1, steps=200),
+        "1 epoch": plan(1),
+        "2 epochs": plan(2),
+        "10 epochs": plan(10),
+        "again": plan(10),
+    }
 
-    whole, guides, found = outputs(net, validation).softmax(1), (guide, controller.Teacher(net, train, 1)), []
+    whole, guides, found = (
+        outputs(net, validation).softmax(1),
+        (guide, controller.Teacher(net, train, 1)),
+        [],
+    )
     for w in walks(net, share, cut, count):
         found.append([])
         for name, p in plans.items():
@@ -333,9 +437,18 @@ def budgets(folder, checkpoint, cut, count):
             *_, small = trained(models.prune(net, w), p, train, guides[seed], seed)
             right, loss = judged(small, validation, whole)
             found[-1] += [right, -loss]
-        print(f"{w}: " + ", ".join(f"{name} {a:.2%} {-b:.3f}" for name, a, b in zip(plans, found[-1][::2], found[-1][1::2])), flush=True)
+        print(
+            f"{w}: "
+            + ", ".join(
+                f"{name} {a:.2%} {-b:.3f}"
+                for name, a, b in zip(plans, found[-1][::2], found[-1][1::2])
+            ),
+            flush=True,
+        )
     table, accuracies = ranks(found), torch.tensor(found)[:, ::2].mean(0)
-    print("mean accuracy; rank correlation with the last one's accuracy, loss: of each one's accuracy; of its loss")
+    print(
+        "mean accuracy; rank correlation with the last one's accuracy, loss: of each one's accuracy; of its loss"
+    )
     for n, name in enumerate(plans):
         right, loss = (", ".join(f"{v:.2f}" for v in row[-2:]) for row in table[2 * n : 2 * n + 2])
         print(f"{name}: {accuracies[n]:.2%}; {right}; {loss}")
@@ -354,10 +467,22 @@ def seeds(folder, run, *numbers):
             if row["method"] not in controller.METHODS:
                 continue
             torch.manual_seed(seed)
-            small = controller.METHODS[row["method"]][0](net, row["widths"]).to(memory_format=torch.channels_last)
+            small = controller.METHODS[row["method"]][0](net, row["widths"]).to(
+                memory_format=torch.channels_last
+            )
             for images, plan in ((train, recovery), (every, final)):
-                *_, (_, loss) = controller.fit(small, images, plan, optimizer=controller.sgd(small, plan.lr), seed=seed, teacher=guides[images])
-            print(f"seed {seed}, {row['method']}: loss {loss:.4f}, test accuracy {controller.accuracy(small, test, exact=True):.2%}", flush=True)
+                *_, (_, loss) = controller.fit(
+                    small,
+                    images,
+                    plan,
+                    optimizer=controller.sgd(small, plan.lr),
+                    seed=seed,
+                    teacher=guides[images],
+                )
+            print(
+                f"seed {seed}, {row['method']}: loss {loss:.4f}, test accuracy {controller.accuracy(small, test, exact=True):.2%}",
+                flush=True,
+            )
 
 
 class Exported:
@@ -365,7 +490,13 @@ class Exported:
 
     def __init__(self, net, ending="pt2"):
         with tempfile.TemporaryDirectory() as folder:
-            models.export(net, file := Path(folder) / f"net.{ending}", (0.5,) * net.channels, (0.25,) * net.channels, net.size)
+            models.export(
+                net,
+                file := Path(folder) / f"net.{ending}",
+                (0.5,) * net.channels,
+                (0.25,) * net.channels,
+                net.size,
+            )
             if ending == "pt2":
                 self.run = torch.export.load(file).module()
             else:
@@ -392,32 +523,57 @@ def small(folder, *checkpoints):
     for arch in () if checkpoints else ("vgg19", "resnet56"):
         whole = models.build(arch)
         half = [w // 2 for w in whole.widths]
-        nets |= {f"{arch} hard": models.prune(whole, half), f"{arch} gated alike": sep.soften(whole, half), f"{arch} gated": sep.soften(whole, half)}
+        nets |= {
+            f"{arch} hard": models.prune(whole, half),
+            f"{arch} gated alike": sep.soften(whole, half),
+            f"{arch} gated": sep.soften(whole, half),
+        }
         for gate in nets[f"{arch} gated"].gates:
             torch.nn.init.normal_(gate.excite.weight, 0, 2)
-    print(f"{torch.get_num_threads()} threads, medians, ratios to the whole net: MACs; time of 1 image, both nets as PyTorch runs them, the small one "
-          "tuned, both tuned; of 128 images; of the exported nets, .pt2 and .onnx; bytes of the state dict")
+    print(
+        f"{torch.get_num_threads()} threads, medians, ratios to the whole net: MACs; time of 1 image, both nets as PyTorch runs them, the small one "
+        "tuned, both tuned; of 128 images; of the exported nets, .pt2 and .onnx; bytes of the state dict"
+    )
     ratio = lambda a, b: f"{b / a:.2f} ({a * 1e3:.1f} -> {b * 1e3:.1f} ms)"
     for name, net in nets.items():
         whole = models.like(net, models.default_widths(net.arch))
-        images = controller.Images(torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8), torch.zeros(128),
-                                   mean=(0.5,) * net.channels, std=(0.25,) * net.channels)
+        images = controller.Images(
+            torch.randint(0, 256, (128, net.size, net.size, net.channels), dtype=torch.uint8),
+            torch.zeros(128),
+            mean=(0.5,) * net.channels,
+            std=(0.25,) * net.channels,
+        )
         pair = [n.to(memory_format=torch.channels_last) for n in (whole, net)]
-        files, tuned, skips = [Exported(n, e) for e in ("pt2", "onnx") for n in pair], [controller.tuned(n, images) for n in pair], ""
+        files, tuned, skips = (
+            [Exported(n, e) for e in ("pt2", "onnx") for n in pair],
+            [controller.tuned(n, images) for n in pair],
+            "",
+        )
         many = [controller.latency(n, images, 128) for n in (*pair, *files)]
         masked = [deepcopy(tuned[1])] * bool(net.gates)
         for n in masked:
             n.switch([False] * len(n.skips))
-        one = [median(v) for v in zip(*([controller.latency(n, images, 1) for n in (*pair, *tuned, *files, *masked)] for _ in range(5)))]
+        one = [
+            median(v)
+            for v in zip(
+                *(
+                    [controller.latency(n, images, 1) for n in (*pair, *tuned, *files, *masked)]
+                    for _ in range(5)
+                )
+            )
+        ]
         if masked:
             skips = f"{sum(tuned[1].skips)} of {len(tuned[1].skips)} gates skip, all of them masked: {one[8] * 1e3:.1f} ms; "
         sizes = []
         for n in pair:
             torch.save(n.state_dict(), file := io.BytesIO())
             sizes.append(file.tell())
-        print(f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {ratio(*one[:2])}, {ratio(one[0], one[3])}, {ratio(*one[2:4])}; {skips}{ratio(*many[:2])}; "
-              f".pt2 {ratio(*one[4:6])}, {ratio(*many[2:4])}; .onnx {ratio(*one[6:8])}, {ratio(*many[4:])}; "
-              f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)", flush=True)
+        print(
+            f"{name}: {sep.macs(net) / models.macs(whole):.2f}; {ratio(*one[:2])}, {ratio(one[0], one[3])}, {ratio(*one[2:4])}; {skips}{ratio(*many[:2])}; "
+            f".pt2 {ratio(*one[4:6])}, {ratio(*many[2:4])}; .onnx {ratio(*one[6:8])}, {ratio(*many[4:])}; "
+            f"{sizes[1] / sizes[0]:.2f} ({sizes[1] / 1e6:.2f} MB)",
+            flush=True,
+        )
 
 
 def size(folder):
@@ -431,14 +587,29 @@ def size(folder):
     with tempfile.TemporaryDirectory() as out:
         for command in (["train", "mnist"], ["reproduce", "digits", "--schedule", "smoke"]):
             before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            done = subprocess.run([*wtp, *command, "--data-dir", str(folder), "--out", out], capture_output=True)
+            done = subprocess.run(
+                [*wtp, *command, "--data-dir", str(folder), "--out", out], capture_output=True
+            )
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            print(f"{' '.join(command)}: " + (f"at most {max(before, peak) / 1e6:.2f} GB" if done.returncode == 0 else f"exit {done.returncode}, no figure"))
+            print(
+                f"{' '.join(command)}: "
+                + (
+                    f"at most {max(before, peak) / 1e6:.2f} GB"
+                    if done.returncode == 0
+                    else f"exit {done.returncode}, no figure"
+                )
+            )
 
 
 if __name__ == "__main__":
-    where, name = sys.argv[1] if len(sys.argv) > 1 else "data", sys.argv[2] if len(sys.argv) > 2 else ""
-    kinds = (exactness, speed, size, search), (structures, recipes, choices, signals, budgets, seeds, small)
+    where, name = (
+        sys.argv[1] if len(sys.argv) > 1 else "data",
+        sys.argv[2] if len(sys.argv) > 2 else "",
+    )
+    kinds = (
+        (exactness, speed, size, search),
+        (structures, recipes, choices, signals, budgets, seeds, small),
+    )
     usual, others = ({m.__name__: m for m in kind} for kind in kinds)
     if where.startswith("-") or name not in {"", *usual, *others}:
         sys.exit(__doc__)

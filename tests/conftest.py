@@ -3,7 +3,8 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each of the test runner's workers, and the same for the programs they start
+# One thread for each of the test runner's workers, and the same for the programs they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import controller
 
-controller.digits = lru_cache(controller.digits)  # drawn once for all tests of a process
+# Drawn once for all tests of a process.
+controller.draw_digits = lru_cache(controller.draw_digits)
 
 
 def pytest_configure(config):

@@ -336,6 +336,10 @@ def load(path) -> tuple[Net, dict]:
         models.load_weights(net, state)
     except UserError as error:
         raise UserError(f"{path}: {error}", error.status) from error
+    except Exception as error:  # of tensors that are sparse or quantised, of sizes beyond reason
+        raise UserError(
+            f"{path}: its weights do not fit a {checkpoint['arch']} of the widths it names"
+        ) from error
     return net, checkpoint["facts"]
 
 

@@ -450,6 +450,7 @@ def write_broken_files(folder):
         "nan": state | {"linear.bias": torch.full((10,), float("nan"))},
         "format": {"format": torch.ones(2)},
         "complex": complex_state,
+        "sparse": state | {"linear.weight": state["linear.weight"].to_sparse()},
         "half": {"format": 1, "arch": "resnet8"},
         "widths": checkpoint,
         "types": checkpoint | {"widths": "abc", "classes": None},

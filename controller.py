@@ -1940,7 +1940,8 @@ class Trainer:
         net = net.to(self.device).to(memory_format=torch.channels_last)
         optimizer = make_optimizer(net, plan.lr)
         state = self.load_progress(title, net, optimizer)
-        first_epoch, seconds_before = state["epoch"] + 1, state["seconds"]
+        first_epoch = state["epoch"] + 1
+        seconds_before = state["seconds"]
         self.reporter.start_training(title, plan.epochs, first_epoch)
         start = time.time()
         epochs = fit(
@@ -2393,7 +2394,8 @@ class Run:
         structure = round_structure(
             score.structure, widths, reduction_of, kept_target, self.round_to
         )
-        rounded_net, rounded_score, seconds = net, score, 0.0
+        rounded_net, rounded_score = net, score
+        seconds = 0.0
         if structure != score.structure:
             candidates = self.folder.searched_candidates(method)
             path = self.folder.pool(method) / f"rounded-{structure_name(structure)}.pt"

@@ -12,6 +12,7 @@ not give (the gate's inner size, how it starts) is marked `ours`.
 import time
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import pairwise, product
 from operator import attrgetter
 from statistics import median
@@ -350,6 +351,17 @@ def load(path) -> tuple[Net, dict]:
 # the operators of SEGate, and kernels once gathered are used again while the choice stays the same.
 
 
+@dataclass(slots=True, eq=False)
+class GatheredKernels:
+    """The kernels of a layer between some channels; None: all of them."""
+
+    input_channels: torch.Tensor | None
+    output_channels: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    has_fast_layout: bool
+
+
 class GatheringLayer:
     """A convolution or linear layer for inference on one image: it gathers the kernels between
     the channels at work, and keeps them while these are the very same index tensors."""
@@ -365,32 +377,34 @@ class GatheringLayer:
     def reset(self, gathers: bool) -> None:
         """Forget the kernels kept. Those that are to be gathered from lie together in memory."""
         self.weight = self.all_weights.contiguous() if gathers else self.all_weights
-        # (input channels, output channels, weight, bias, whether the layout is still to be chosen)
-        self.kept = None
+        self.kept: GatheredKernels | None = None
 
     def __call__(self, x, input_channels=None, output_channels=None) -> torch.Tensor:
         """(1, C_in', H, W) -> (1, C', H', W'); of a linear layer (1, C_in', ...) -> (1, C')."""
         kept = self.kept  # looked up once: another thread may set it
-        is_new = kept is None or kept[0] is not input_channels or kept[1] is not output_channels
-        if is_new:
+        is_kept = (
+            kept is not None
+            and kept.input_channels is input_channels
+            and kept.output_channels is output_channels
+        )
+        if not is_kept:
             features = x.numel() if self.is_linear else x.shape[1]
             weight, bias = models.select_weight_and_bias(
                 self, features, input_channels, output_channels
             )
-            kept = [input_channels, output_channels, weight, bias, not self.is_linear]
+            kept = GatheredKernels(input_channels, output_channels, weight, bias, self.is_linear)
             self.kept = kept
             # The image in the layout of the kernels, this time: else they would be laid out anew.
             is_channels_last = x.dim() == 4 and weight is self.all_weights
             layout = torch.channels_last if is_channels_last else torch.contiguous_format
             x = x.contiguous(memory_format=layout)
-        elif kept[4]:
+        elif not kept.has_fast_layout:
             # Met again: from now on in the fastest layout, which takes as long as the gathering.
-            kept[2] = kept[2].contiguous(memory_format=torch.channels_last)
-            kept[4] = False
-        weight, bias = kept[2], kept[3]
+            kept.weight = kept.weight.contiguous(memory_format=torch.channels_last)
+            kept.has_fast_layout = True
         if self.is_linear:
-            return torch.addmv(bias, weight, x.flatten())[None]
-        return torch.conv2d(x, weight, bias, self.stride, self.padding)
+            return torch.addmv(kept.bias, kept.weight, x.flatten())[None]
+        return torch.conv2d(x, kept.weight, kept.bias, self.stride, self.padding)
 
 
 class PlainRunner:
@@ -425,9 +439,9 @@ class GatedRunner:
         """From now on compute only the selected kernels; else all of them, masked."""
         self.is_skipping = is_skipping
         # Of the image before: (input channels, the squeeze's weights on them) and
-        # (sorted channels, the same as a tensor, their inverse initial scales).
+        # (selected channels as a list, as a tensor, their inverse initial scales).
         self.kept_squeeze = (None, self.squeeze_weight)
-        self.kept_choice = (None,)
+        self.kept_choice = (None, None, None)
 
     def __call__(self, x, input_channels):
         """As Net.run_prunable, for a batch of one."""
@@ -456,29 +470,29 @@ class GatedRunner:
     def score_channels(self, x, input_channels) -> torch.Tensor:
         """The gate's logits (C,) for an image (1, C_in', H, W)."""
         places = x.reshape(x.shape[1], -1)  # (C_in', H W)
-        # Looked up once: another thread may set them.
-        mean_of_places, kept_squeeze = self.mean_of_places, self.kept_squeeze
         count = places.shape[1]
+        mean_of_places = self.mean_of_places  # looked up once: another thread may set it
         if mean_of_places is None or len(mean_of_places) != count:
             mean_of_places = torch.full((count,), 1 / count, dtype=self.mean_of_k.dtype)
             self.mean_of_places = mean_of_places
-        if kept_squeeze[0] is not input_channels:
-            weight = self.squeeze_weight.index_select(1, input_channels)
-            self.kept_squeeze = kept_squeeze = (input_channels, weight)
+        kept_channels, squeeze_weight = self.kept_squeeze
+        if kept_channels is not input_channels:
+            squeeze_weight = self.squeeze_weight.index_select(1, input_channels)
+            self.kept_squeeze = (input_channels, squeeze_weight)
         means = torch.mv(places, mean_of_places)
-        hidden = torch.addmv(self.squeeze_bias, kept_squeeze[1], means).relu_()
+        hidden = torch.addmv(self.squeeze_bias, squeeze_weight, means).relu_()
         return torch.addmv(self.excite_bias, self.excite_weight, hidden)
 
     def reuse_choice(self, selected: torch.Tensor):
         """(channels ascending, their inverse initial scales): the very same tensors for the same
         choice as before, by which layers know the kernels that they gathered."""
-        kept_choice = self.kept_choice  # looked up once: another thread may set it
         channels = sorted(selected.tolist())
-        if channels != kept_choice[0]:
+        kept_channels, ascending, inverse_scale = self.kept_choice
+        if channels != kept_channels:
             ascending = selected.sort().values
             inverse_scale = self.inverse_initial_scale.index_select(0, ascending)
-            self.kept_choice = kept_choice = (channels, ascending, inverse_scale)
-        return kept_choice[1], kept_choice[2]
+            self.kept_choice = (channels, ascending, inverse_scale)
+        return ascending, inverse_scale
 
 
 def return_unchanged(x):

@@ -545,7 +545,8 @@ def describe_net(side: dict) -> str:
 
 def describe_shortfall(row: dict, target: float | None):
     """A line for a row that did not get where it should."""
-    method, cut = row["method"], row["macs_reduction"]
+    method = row["method"]
+    cut = row["macs_reduction"]
     # `uniform` lands within half a point.
     if target and cut < target - 0.005:
         yield (
@@ -1190,7 +1191,8 @@ def check_is_whole(given: GivenNet, name: str) -> None:
     """Raise UserError unless a checkpoint is the unpruned net of that experiment."""
     from models import UserError, default_widths
 
-    net, arch = given.net, EXPERIMENTS[name].arch
+    net = given.net
+    arch = EXPERIMENTS[name].arch
     if (net.arch, net.structure) != (arch, default_widths(arch)):
         raise UserError(
             f"{given.path} is a {net.arch} of widths {net.structure}, not the whole {arch} of "

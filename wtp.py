@@ -434,13 +434,17 @@ def show_results(results: dict) -> None:
         console.print(line, markup=False)
 
 
-def results_table(results: dict, rows: list[dict], *, is_wide: bool):
-    title = (
+def describe_run(results: dict) -> str:
+    """What a result carries wherever it is shown."""
+    return (
         f"{results['experiment']}, {results['schedule']} schedule, data {results['data']} "
         f"({results['test_images']:,} test images), seed {results['seed']}, {results['device']}"
     )
+
+
+def results_table(results: dict, rows: list[dict], *, is_wide: bool):
     columns = ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time")
-    table = make_table(title, columns, padding=(0, 1 if is_wide else 0))
+    table = make_table(describe_run(results), columns, padding=(0, 1 if is_wide else 0))
     for row in rows:
         table.add_row(
             row["method"],
@@ -570,6 +574,7 @@ ROW_STYLES = {
 }
 PICTURE_STYLE = {
     "font.size": 8,
+    "figure.titlesize": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -600,6 +605,7 @@ def draw_report(results: dict, path: Path) -> None:
     with matplotlib.rc_context(PICTURE_STYLE):
         lines = max(1, -(-len(panels) // 2))  # two panels a line
         figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
+        figure.suptitle(describe_run(results))
         axes = figure.subplots(lines, 2, squeeze=False).flatten()
         for (draw, method), axis in zip(panels, axes):
             draw(axis, results, method)

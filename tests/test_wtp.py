@@ -588,6 +588,7 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
     assert out.splitlines()[:-1] == smoke[1].splitlines()[:-1]
     words = read_words(folder / "report.svg")
     for expected in (
+        "digits, smoke schedule, data digits",
         "channels kept in each layer",
         "conv2",
         "lstm: each candidate after its recovery",
@@ -602,6 +603,8 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
         "baseline",
     ):
         assert expected in words, expected
+    # The picture loads nothing from elsewhere.
+    assert 'href="http' not in (folder / "report.svg").read_text()
     first = folder / "first.svg"
     (folder / "report.svg").rename(first)
     assert call(capsys, "report", folder)[0] == 0

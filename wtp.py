@@ -605,7 +605,7 @@ def draw_report(results: dict, path: Path) -> None:
     with matplotlib.rc_context(PICTURE_STYLE):
         lines = max(1, -(-len(panels) // 2))  # two panels a line
         figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
-        figure.suptitle(describe_run(results))
+        figure.suptitle(describe_run(results), parse_math=False)
         axes = figure.subplots(lines, 2, squeeze=False).flatten()
         for (draw, method), axis in zip(panels, axes):
             draw(axis, results, method)

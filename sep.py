@@ -44,7 +44,7 @@ def bottleneck_width(inputs: int) -> int:
 
 class SEGate(nn.Module):
     """Selects k of `outputs` channels from the mean of each of the `inputs` channels that the layer
-    reads (section 3 of the paper)."""
+    reads (TIP 2021)."""
 
     def __init__(self, inputs: int, outputs: int, k: int):
         super().__init__()

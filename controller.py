@@ -2073,7 +2073,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
             return folder.checkpoint("baseline")
         return pool / f"{structure_name(structure)}.pt"
 
-    log_search(folder, search)
+    update_log(folder, search)
     while (proposal := search.propose()) is not None:
         score = search.known.get(proposal.structure)
         if score is None:
@@ -2092,7 +2092,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         if search.lstm_epoch > lstm_epoch:
             folder.say(describe_search(search, lstm_epoch))
         models.write_tensors(pool / "search.pt", search.state_dict() | {"title": title})
-        log_search(folder, search)
+        update_log(folder, search)
         folder.save_results()
         in_use = {weights_of(structure) for structure in search.structures_in_use()}
         for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
@@ -2118,7 +2118,7 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
     )
 
 
-def log_search(folder: RunFolder, search: Search) -> None:
+def update_log(folder: RunFolder, search: Search) -> None:
     folder.log_search(
         search.name,
         search.rule,

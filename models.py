@@ -736,7 +736,7 @@ def check_checkpoint(content: dict, path: Path) -> None:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     for key in ("arch", "widths", "classes", "channels", "size", "side", "gates", "state"):
         if not isinstance(content[key], CHECKPOINT_TYPES[key]):
-            raise UserError(f"{path} is damaged: its {key} is of no use")
+            raise UserError(f"{path} is damaged: {key} in it is of the wrong type")
     sizes = [content[key] for key in ("classes", "channels", "size", "side")]
     if not all(type(size) is int and size > 0 for size in [*sizes, *content["widths"]]):
         raise UserError(f"{path} is damaged: its widths and sizes are no whole numbers")

@@ -1,16 +1,16 @@
 """Finding and training the small net. In this order:
 
 images        labelled images in memory; MNIST, CIFAR, a user's own folder, drawn digits
-training      teacher and student: accuracy, loss, plan, step, `fit`
-on a GPU      the same step as a CUDA graph
+training      teacher and student: accuracy, loss, plan, step
+on a GPU      the same step as a CUDA graph; then the loop, `fit`, and how images are normalised
 timing        latency of a net, speed of a training
-structures    widths that land on a target
+structures    which widths reach a MACs reduction
 the LSTM      the policy, its search by REINFORCE (the papers), its search by regression (`fast`)
 the run       its folder and files, its trainer, the search loop, its rows
 
-One `fit` serves the baseline (no teacher), every recovery and the final training. Everything random
-is drawn from a seed that is named by the run's seed and the place (`seed_for`), so that a run that
-was stopped goes on with the same numbers.
+One `fit` serves the baseline (no teacher), every recovery and the final training. Every random
+stream has a seed of its own (`seed_for`), so that a run that was stopped goes on with the same
+numbers.
 """
 
 import hashlib
@@ -61,7 +61,10 @@ TEACHER_BYTES = 1 << 30
 
 
 def seed_for(*place) -> int:
-    """A seed for a random stream, named by the run's seed and the place where it is drawn."""
+    """A seed for one random stream, the same on every machine.
+
+    The arguments name the stream: usually the run's seed, then what is drawn.
+    """
     return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7], "big")
 
 
@@ -338,7 +341,7 @@ def read_image(path: str, is_gray: bool) -> torch.Tensor:
 
 
 def fingerprint(*sets: Images) -> str:
-    """A name for their pixels and labels: other ones have another."""
+    """A hash of all pixels and labels, to recognise the same data."""
     digest = hashlib.sha256()
     for images in sets:
         for tensor in (images.pixels, images.labels):
@@ -608,7 +611,7 @@ class TrainStep:
         return self.update(x, labels, teacher_probs)
 
     def finish_epoch(self) -> None:
-        """Make the net that `fit` was given hold what was learned."""
+        """Copy the weights back where training uses a padded copy of the net; nothing here."""
 
     def update(self, x, labels, teacher_probs, side_stream=None) -> torch.Tensor:
         """Forward, backward and optimizer, at the optimizer's own rate; the loss.
@@ -678,16 +681,17 @@ class GraphTrainStep(TrainStep):
             copy_training_state(self.net, self.optimizer, self.given_net, self.given_optimizer)
 
     def capture(self) -> None:
-        """Three steps aside, for a graph's libraries want to be warm, then the one that is kept.
+        """Record one step as a CUDA graph, after three warm-up steps in a stream of their own.
 
-        Nothing of these steps stays in the net or its optimizer.
+        CUDA's libraries allocate memory and choose kernels in their first calls, which a recording
+        must not contain. Weights, buffers and momenta are restored afterwards.
         """
         state_before = deepcopy(self.net.state_dict())
         momenta_before = {
             parameter: state["momentum_buffer"].clone()
             for parameter, state in self.optimizer.state.items()
         }
-        # Kept, for the graph writes into its tensors.
+        # An attribute, not a local: the graph writes into its tensors at every replay.
         self.side_stream = SideStreamWeightGrads(self.net)
         batch = self.graph_inputs[:3]
         warm_up_stream = torch.cuda.Stream()
@@ -732,8 +736,8 @@ class SideStreamConv2d(torch.autograd.Function):
             side_stream.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream.stream):
             weight_grad = compute(of_input=False, of_weight=True)[1]
-        # None of these may be used for something else before that stream is done. Autograd, which
-        # waits for no stream, gets no gradient.
+        # Keep these tensors alive until the side stream has read them: the allocator would reuse
+        # their memory. Autograd gets None for the weight, because it does not wait for our stream.
         side_stream.pending.append((grad, *ctx.saved_tensors, weight_grad))
         input_grad = None
         if ctx.needs_input_grad[0]:
@@ -795,8 +799,9 @@ class SideStreamWeightGrads(TorchFunctionMode):
 def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
     """(net, optimizer) with channels of zeros up to multiples of 8, which a GPU trains faster.
 
-    Zeros they stay, for nothing comes from them, gradients neither. The very same two are returned
-    where the widths are such already, or the net has gates, which choose among all channels.
+    The added weights stay zero: a channel of zeros contributes nothing and gets no gradient. The
+    arguments themselves are returned where all widths are multiples of 8 already, or where the net
+    has gates, which choose among all channels.
     """
     widths = tuple(-(-width // 8) * 8 for width in net.widths)  # rounded up
     if net.gates is not None or widths == net.widths:
@@ -1033,7 +1038,7 @@ def shrink_all(structure, rate: float) -> tuple[int, ...]:
 
 
 def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ...]:
-    """The structure between `parent` and `child` that removes just `target` of the MACs.
+    """The largest structure between `parent` and `child` that removes at least `target`.
 
     Channels go one at a time, all layers at the same pace, until the target is reached; then every
     channel that need not have gone is put back. `child` where even that does not reach it.
@@ -1066,10 +1071,10 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
 
 
 def prune_further(structure, widths, reduction_of, target: float, rate: float) -> tuple[int, ...]:
-    """`structure`, or with as little less as reaches `target`.
+    """The structure, made smaller only as far as the target needs.
 
-    Channels go from layers that have less than their `widths` already, while these have any. Raises
-    UserError where no structure reaches the target.
+    Layers that are pruned already lose channels first. Raises UserError where no structure reaches
+    the target.
     """
     check_reachable(widths, reduction_of, target)
     while reduction_of(structure) < target:
@@ -1623,12 +1628,13 @@ class Reporter:
         """An epoch is done; `accuracy` is None where it is not measured."""
 
 
-# The methods that make a row, in the order of the work: `static` is made of `sep`, and `uniform`
-# goes to the cut of the rows before it.
+# The methods, in the order in which their rows are made: `static` needs `sep`, and `uniform` takes
+# the cut of the first row.
 METHODS = ("lstm", "sep", "static", "random", "uniform")
-# Of a run folder: each has a checkpoint and a row in results.json.
+# The rows of results.json; each has a checkpoint ROW.pt.
 ROWS = ("baseline", *METHODS)
-# The other files of a run. results.json goes last: it tells whose all of them are.
+# The other files of a run. results.json is removed last: without it an interrupted removal could
+# not tell whose files are left.
 RUN_FILES = ("progress.pt", "report.svg", "results.json")
 # What must be equal where a run goes on.
 IDENTITY = (
@@ -2052,7 +2058,7 @@ class Trainer:
 def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net, ScoredStructure]:
     """The search for where to prune: (best net, its score).
 
-    A structure is trained once: who meets it again takes its score from memory. Raises UserError
+    A structure that is proposed again is not trained again: its score is reused. Raises UserError
     where the target is out of reach.
     """
     folder = trainer.folder
@@ -2162,7 +2168,8 @@ def make_static(gated: Net, images: Images, recover: Callable) -> StaticNet:
     recovered = recover(deepcopy(plain))
     before = measure_accuracy(plain, images)
     after = measure_accuracy(recovered, images)
-    # Where the choice depends on no image, nothing was lost that could be recovered.
+    # Where all images choose alike, the plain net computes what the gated one does, and more
+    # training may only harm it.
     keeps_recovery = after > before
     return StaticNet(recovered if keeps_recovery else plain, before, after, keeps_recovery)
 
@@ -2285,7 +2292,7 @@ class Run:
         )
 
     def lower_goal(self, method: str, goal: Goal) -> float | None:
-        """The goal, or as much as this method can remove where another row alone asks for it."""
+        """The goal. Where it is only another row's cut, at most what this method can remove."""
         target = goal.macs_reduction
         if target is None or goal.is_required:
             return target

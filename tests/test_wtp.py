@@ -1,6 +1,7 @@
 import ast
 import filecmp
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -179,10 +180,10 @@ def read_code_blocks(document, language=""):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def read_commands(document):
-    """The arguments of every `python wtp.py` in a document, in code blocks and in the text."""
+def read_commands(document, program="wtp.py"):
+    """The arguments of every call of a program in a document, in code blocks and in the text."""
     text = (ROOT / document).read_text()
-    commands = re.findall(r"python wtp\.py ([^`\n]*)", text)
+    commands = re.findall(rf"python {re.escape(program)} ([^`\n]*)", text)
     return [command.partition("#")[0].split() for command in commands]
 
 
@@ -197,8 +198,7 @@ def test_every_command_of_a_document_is_one(document):
         # Placeholders stand for numbers.
         arguments = [re.sub(r"^(CUT|S|METHOD)$", stand_in, argument) for argument in arguments]
         group.commands[name].make_context(name, arguments)  # raises where an option is unknown
-        is_named = name == "reproduce" and arguments and not arguments[0].startswith("-")
-        assert not is_named or arguments[0] in wtp.EXPERIMENTS
+        assert name != "reproduce" or not arguments or arguments[0] in wtp.EXPERIMENTS
     if document == "README.md":
         names = {"reproduce", "train", "prune", "evaluate", "export", "report"}
         assert {command[0] for command in commands} >= names
@@ -206,6 +206,17 @@ def test_every_command_of_a_document_is_one(document):
 
 def stand_in(placeholder):
     return {"CUT": "0.5", "S": "1", "METHOD": "lstm"}[placeholder[0]]
+
+
+def test_every_measurement_of_results_is_one_of_the_bench():
+    import bench
+
+    measures = {measure.__name__: measure for measure in (*bench.USUAL, *bench.OTHERS)}
+    commands = read_commands("RESULTS.md", "tests/bench.py")
+
+    for folder, name, *arguments in commands:
+        inspect.signature(measures[name]).bind(folder, *arguments)  # raises where they do not fit
+    assert {name for _, name, *_ in commands} == measures.keys()
 
 
 def test_the_readmes_snippets_run(tmp_path, monkeypatch):
@@ -366,6 +377,16 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
         assert re.findall(r"(\w+) \d+/\d+/\d+", usage[1]) == pruned_layers
     else:
         assert usage is None
+
+    status, out, _ = call(capsys, *command)
+    assert status == 0
+    assert "nothing is left to do" in out
+
+    (tmp_path / "my-pruned.pt").write_text("mine")
+    status, _, err = call(capsys, *command)
+    assert status == 2
+    assert "exists already" in err
+    assert (tmp_path / "my-pruned.pt").read_text() == "mine"
 
 
 def prune_command(folder):
@@ -614,8 +635,11 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
         "baseline",
     ):
         assert expected in words, expected
-    # The picture loads nothing from elsewhere.
-    assert 'href="http' not in (folder / "report.svg").read_text()
+    # The picture loads nothing from elsewhere: these addresses are names of standards.
+    picture = (folder / "report.svg").read_text()
+    assert 'href="http' not in picture
+    hosts = set(re.findall(r"https?://([\w.]+)", picture))
+    assert hosts <= {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}
     first = folder / "first.svg"
     (folder / "report.svg").rename(first)
     assert call(capsys, "report", folder)[0] == 0
@@ -654,14 +678,21 @@ def test_without_matplotlib_a_report_shows_its_tables_and_says_what_is_missing(
 
 
 def test_nothing_but_report_imports_matplotlib(smoke, tmp_path):
+    folder = tmp_path / "digits-smoke-s0"
+    shutil.copytree(smoke[0], folder)
+    commands = [
+        ["evaluate", str(folder / "lstm.pt")],
+        ["reproduce", "digits", "--schedule", "smoke", "--out", str(tmp_path)],
+    ]
     code = (
-        "import sys, wtp; status = wtp.main(sys.argv[1:]); assert status == 0; "
-        "assert 'matplotlib' not in sys.modules"
+        "import json, sys, wtp\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    assert wtp.main(command) == 0\n"
+        "    assert 'matplotlib' not in sys.modules\n"
     )
-    command = ["train", "digits", "--schedule", "smoke", "--out", smoke[0].parent]
-    subprocess.run(
-        [sys.executable, "-c", code, *map(str, command)], check=True, cwd=ROOT, capture_output=True
-    )
+
+    program = [sys.executable, "-c", code, json.dumps(commands)]
+    subprocess.run(program, check=True, cwd=ROOT, capture_output=True)
 
 
 def test_curves_that_are_no_numbers_are_drawn(capsys, smoke, tmp_path):
@@ -678,13 +709,14 @@ def test_a_search_that_goes_on_is_reported_as_such(capsys, smoke, tmp_path):
     pytest.importorskip("matplotlib")
     results = read_results(smoke[0])
     results["rows"] = [row for row in results["rows"] if row["method"] != "lstm"]
-    results["search"]["random"] = results["search"].pop("lstm")
+    results["search"]["random"] = results["search"]["lstm"]
     (tmp_path / "results.json").write_text(json.dumps(results))
 
     status, out, err = call(capsys, "report", tmp_path)
 
     assert status == 0, err
     assert re.search(r"random tried \d+ candidates so far", out)
+    assert not re.search(r"(lstm|sep) tried \d+ candidates so far", out)
     words = read_words(tmp_path / "report.svg")
     assert "random: each candidate after its recovery" in words
     assert "chosen" not in words  # nothing is chosen yet
@@ -744,17 +776,22 @@ def test_edited_results_are_no_traceback(capsys, smoke, tmp_path, edit):
     results = read_results(folder)
     edit(results)
     (folder / "results.json").write_text(json.dumps(results))
+    message = (
+        "results.json is damaged, or was edited, or is of another version: "
+        "it is not what a run writes"
+    )
 
     status, out, err = call(capsys, "report", folder)
     assert status == 1
-    assert "results.json is damaged, or was edited" in err
+    assert message in err
+    assert "--fresh" not in err  # `report` has no such option
     assert is_one_line(err)
     assert not out
 
     command = ["reproduce", "digits", "--schedule", "smoke", "--out", tmp_path]
     status, out, err = call(capsys, *command)
     assert status == 1
-    assert "it is not what a run writes; --fresh" in err
+    assert f"{message}; --fresh" in err
     assert is_one_line(err)
     assert not out
 

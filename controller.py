@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from io import StringIO
 from itertools import pairwise
@@ -54,7 +54,8 @@ POLICY_LR = 0.001  # Adam (script)
 LSTM_HIDDEN = 100  # (script)
 LSTM_LAYERS = 2  # (script)
 LSTM_DROPOUT = 0.8  # (script)
-# reward = accuracy - 0.16 * MACs / MACs of the baseline (script: 4e-10 for each MAC, on VGG-19).
+# Of the share of MACs that is left, in the reward. The script takes 4e-10 for each MAC, which is
+# 0.16 for the whole VGG-19.
 COMPLEXITY_WEIGHT = 0.16
 # ours: the teacher's outputs that are kept, in bytes; beyond, they are computed epoch by epoch.
 TEACHER_BYTES = 1 << 30
@@ -149,6 +150,7 @@ class Images:
         generator = torch.Generator().manual_seed(seed_for(seed, "images", epoch))
         order = torch.randperm(len(self), generator=generator)
         crops = torch.randint(0, 2 * self.crop + 1, (len(self), 3), generator=generator)
+        # The third column is drawn anew: whether the image is flipped.
         crops[:, 2] = torch.randint(0, 2, (len(self),), generator=generator) * self.flip
         crops = crops.to(self.device) if self.is_augmented else None
         return order.to(self.device), crops
@@ -207,16 +209,19 @@ def load_data(name: str, folder: Path, *, crop=0, flip=False) -> tuple[Images, I
         train, test = (draw_digits(count, seed_for("digits", count)) for count in (6000, 2000))
         return Images(*train, mean=mean, std=std), Images(*test, mean=mean, std=std), "digits"
     class_names = ()
-    description = name
     if is_own:
         train, test, class_names = read_image_folder(folder, is_gray=name == "mnist")
-        description = f"{OWN_IMAGES}{folder.resolve()}"
     else:
         train = load_from_torchvision(name, folder, is_train=True)
         test = load_from_torchvision(name, folder, is_train=False)
     statistics = {"mean": mean, "std": std, "class_names": class_names}
     train_images = Images(*train, crop=crop, flip=flip, **statistics)
-    return train_images, Images(*test, **statistics), description
+    return train_images, Images(*test, **statistics), describe_data(name, folder)
+
+
+def describe_data(name: str, folder: Path) -> str:
+    """What the images of a run are: the name of a data set, or the folder of a user's own."""
+    return f"{OWN_IMAGES}{Path(folder).resolve()}" if is_image_folder(folder) else name
 
 
 def is_image_folder(folder: Path) -> bool:
@@ -674,7 +679,7 @@ class GraphTrainStep(TrainStep):
             if value is not None:
                 graph_input.copy_(value)
         self.graph.replay()
-        return self.graph_loss
+        return self.graph_loss  # the next call writes the next loss to the same place
 
     def finish_epoch(self) -> None:
         if self.net is not self.given_net:
@@ -815,7 +820,13 @@ def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
 
 @torch.no_grad()
 def copy_training_state(net: Net, optimizer, to_net: Net, to_optimizer) -> None:
-    """Copy weights and momenta: what both nets have room for, zeros elsewhere."""
+    """Copy weights and momenta: what both nets have room for, zeros elsewhere.
+
+    The nets are of one architecture, so their tensors come in the same order; only the widths
+    differ.
+    """
+    create_missing_momenta(net, optimizer)
+    create_missing_momenta(to_net, to_optimizer)
     sources = training_state(net, optimizer)
     targets = training_state(to_net, to_optimizer)
     for source, target in zip(sources, targets):
@@ -823,11 +834,15 @@ def copy_training_state(net: Net, optimizer, to_net: Net, to_optimizer) -> None:
         target.zero_()[room] = source[room]
 
 
-def training_state(net: Net, optimizer) -> list[torch.Tensor]:
-    """The net's weights and buffers, then the momentum of each weight, in order."""
+def create_missing_momenta(net: Net, optimizer) -> None:
+    """Zeros as the momentum of each parameter that has not been trained yet."""
     for parameter in net.parameters():
         if not optimizer.state[parameter]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def training_state(net: Net, optimizer) -> list[torch.Tensor]:
+    """The net's parameters and buffers, then the momentum of each parameter, in order."""
     momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in net.parameters()]
     return [*net.state_dict().values(), *momenta]
 
@@ -859,11 +874,11 @@ def fit(
     seed: int,
     teacher: Teacher | None = None,
     first_epoch: int = 0,
-    progress: Callable = iter,
+    wrap_steps: Callable = iter,
 ) -> Iterator[tuple[int, float]]:
     """Train `net` in place, an epoch per iteration of this generator: yields (epoch, mean loss).
 
-    `progress` wraps the steps of an epoch, to show them.
+    `wrap_steps(steps)` passes on the steps of an epoch, to show them.
     """
     batch_size = min(BATCH_SIZE, len(images))
     # ours: the last, smaller batch is left out; it has other images in each epoch.
@@ -880,7 +895,7 @@ def fit(
             teacher_probs = teacher.probabilities(epoch, count if plan.max_steps else len(images))
         total_loss = torch.zeros((), device=images.device)
         batches = draw_batches(images, teacher_probs, order[:count], crops, batch_size)
-        for step, batch in zip(progress(range(steps)), batches):
+        for step, batch in zip(wrap_steps(range(steps)), batches):
             lr = plan.lr_at((epoch * steps + step + 0.5) / (plan.epochs * steps))
             total_loss += train_step(*batch, lr)
         train_step.finish_epoch()
@@ -1001,7 +1016,7 @@ def measure_training_speed(net: Net, device: torch.device) -> float:
 
     optimizer = make_optimizer(net, 0.0)
     plan = TrainingPlan(1, 0.0)
-    for _ in fit(net, images, plan, optimizer=optimizer, seed=0, progress=record_times):
+    for _ in fit(net, images, plan, optimizer=optimizer, seed=0, wrap_steps=record_times):
         times.append(time.perf_counter())
     # The first step is longer than the others.
     return BATCH_SIZE * (steps - 1) / (times[-1] - times[1])
@@ -1202,8 +1217,8 @@ CONVOLUTION_CODE, LINEAR_CODE, POOLING_CODE = 0, 1, 2
 def layer_features(net: Net, structure) -> torch.Tensor:
     """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size (script).
 
-    Sizes are widths over the widest (ours: the script's raw sizes saturate an LSTM); a pooling's
-    size is its 2 pixels.
+    The size of a layer is its width over the widest layer's (ours: the script's raw widths saturate
+    an LSTM). The size of a pooling is its window of 2 pixels, over the same.
     """
     widest = max(net.widths)
     width_of = {p.layer: width for p, width in zip(net.prunable, structure)}
@@ -1230,6 +1245,7 @@ def sample_actions(policy: Policy, features: torch.Tensor, seed: int, *, is_rand
 
     `is_random`: sampled from even odds instead.
     """
+    # The global generator, because the LSTM's dropout draws from it, too.
     torch.manual_seed(seed)
     logits = policy(features)
     if is_random:
@@ -1249,10 +1265,14 @@ def reinforce(policy: Policy, optimizer, logits, actions, advantage: float) -> N
 
 
 def compute_reward(accuracy: float, macs_reduction: float, target: float | None) -> float:
-    """accuracy - 0.16 * MACs / MACs of the baseline (script); beyond the target a larger reduction
-    earns nothing more."""
-    smallest = 0.0 if target is None else 1 - target
-    return accuracy - COMPLEXITY_WEIGHT * max(1 - macs_reduction, smallest)
+    """accuracy - 0.16 * MACs / MACs of the baseline (script).
+
+    ours: with a target, removing more than that earns nothing more.
+    """
+    remaining_macs = 1 - macs_reduction
+    if target is not None:
+        remaining_macs = max(remaining_macs, 1 - target)
+    return accuracy - COMPLEXITY_WEIGHT * remaining_macs
 
 
 @dataclass
@@ -1299,14 +1319,17 @@ class Settings:
     final: TrainingPlan
     pruning_rate: float
     target: float | None  # the MACs reduction that the user or the paper asks for
-    parents: int
+    candidates_per_lstm_epoch: int
     patience: int
     max_candidates: int | None  # of a RegressionSearch
     seed: int
 
     def searches_by_regression(self, target: float | None) -> bool:
-        """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch."""
-        return self.max_candidates is not None and target is not None
+        """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch.
+
+        Its walks need somewhere to go: a cut of 0 is none.
+        """
+        return bool(self.max_candidates and target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -1323,20 +1346,28 @@ class Search:
     """What both searches share. `propose()` returns what to try next, None at the end; `record()`
     takes the proposal and what came of it.
 
-    `baseline` is the whole net's score, `reduction_of` gives the MACs reduction of a structure.
+    `baseline_score` is the whole net's, `reduction_of` gives the MACs reduction of a structure.
     With `is_random` dice decide instead of the LSTM, and nothing is learned.
     """
 
     rule = ""  # its name in results.json
     policy_lr = POLICY_LR
     layer_score = ""  # what `score_layers` says of each layer
-    progress_keys = ("lstm_epoch", "layer_scores")  # of the state, beside policy and candidates
+    state_keys = ("lstm_epoch", "layer_scores")  # of the state, beside policy and candidates
 
     def __init__(
-        self, net: Net, baseline, settings: Settings, target, reduction_of, *, name, is_random=False
+        self,
+        net,
+        baseline_score,
+        settings: Settings,
+        target,
+        reduction_of,
+        *,
+        name,
+        is_random=False,
     ):
         self.net = net
-        self.baseline = baseline
+        self.baseline_score = baseline_score
         self.settings = settings
         self.target = target
         self.reduction_of = reduction_of
@@ -1374,14 +1405,14 @@ class Search:
     @property
     def known(self) -> dict[tuple, ScoredStructure]:
         """The baseline and all candidates, by structure."""
-        return {self.baseline.structure: self.baseline} | self.candidates
+        return {self.baseline_score.structure: self.baseline_score} | self.candidates
 
     @property
     def best(self) -> ScoredStructure:
         return choose_best(self.known.values(), self.target)
 
     def add_candidate(self, score: ScoredStructure) -> None:
-        if score.structure != self.baseline.structure:
+        if score.structure != self.baseline_score.structure:
             self.candidates[score.structure] = score
 
     def finish_lstm_epoch(self) -> None:
@@ -1391,7 +1422,7 @@ class Search:
 
     def state_dict(self) -> dict:
         """All that a later process goes on with."""
-        state = {key: getattr(self, key) for key in self.progress_keys}
+        state = {key: getattr(self, key) for key in self.state_keys}
         return state | {
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -1403,7 +1434,7 @@ class Search:
         self.optimizer.load_state_dict(state["optimizer"])
         candidates = [Candidate(**values) for values in state["candidates"]]
         self.candidates = {candidate.structure: candidate for candidate in candidates}
-        for key in self.progress_keys:
+        for key in self.state_keys:
             setattr(self, key, state[key])
 
 
@@ -1416,22 +1447,22 @@ class ReinforceSearch(Search):
 
     rule = "reinforce"
     layer_score = "probability of pruning"
-    progress_keys = (*Search.progress_keys, "parents", "best_reward", "idle_epochs")
+    state_keys = (*Search.state_keys, "waiting_parents", "best_reward", "idle_epochs")
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.parents = []  # whose children this LSTM epoch still has to try
-        self.best_reward = self.baseline.reward  # before this LSTM epoch
+        self.waiting_parents = []  # whose children this LSTM epoch still has to try
+        self.best_reward = self.baseline_score.reward  # before this LSTM epoch
         self.idle_epochs = 0
 
     def propose(self) -> Proposal | None:
-        if not self.parents:
+        if not self.waiting_parents:
             if self.idle_epochs >= self.settings.patience:
                 return None
-            best = rank_by_reward(self.known.values(), self.settings.parents)
-            self.parents = [item.structure for item in best]
-            self.best_reward = best[0].reward
-        parent = self.parents[0]
+            parents = self.rank_parents()
+            self.waiting_parents = [parent.structure for parent in parents]
+            self.best_reward = parents[0].reward
+        parent = self.waiting_parents[0]
         logits, actions = sample_actions(
             self.policy,
             layer_features(self.net, parent),
@@ -1448,8 +1479,8 @@ class ReinforceSearch(Search):
             actions = torch.tensor(proposal.actions)
             advantage = score.reward - self.known[proposal.parent].reward
             reinforce(self.policy, self.optimizer, proposal.logits, actions, advantage)
-        self.parents = [parent for parent in self.parents if parent != proposal.parent]
-        if not self.parents:
+        self.waiting_parents.remove(proposal.parent)
+        if not self.waiting_parents:
             is_better = max(item.reward for item in self.known.values()) > self.best_reward
             self.idle_epochs = 0 if is_better else self.idle_epochs + 1
             self.finish_lstm_epoch()
@@ -1462,8 +1493,12 @@ class ReinforceSearch(Search):
         return logits.softmax(1)[:, 1].tolist()
 
     def structures_in_use(self) -> set:
-        best = rank_by_reward(self.known.values(), self.settings.parents)
-        return {*(item.structure for item in best), *self.parents, self.best.structure}
+        next_parents = {parent.structure for parent in self.rank_parents()}
+        return {*next_parents, *self.waiting_parents, self.best.structure}
+
+    def rank_parents(self) -> list[ScoredStructure]:
+        """The nets of the largest rewards, whose children an LSTM epoch tries."""
+        return rank_by_reward(self.known.values(), self.settings.candidates_per_lstm_epoch)
 
     def describe_end(self) -> str:
         return f"{self.idle_epochs} of {self.settings.patience} epochs without a larger reward"
@@ -1485,13 +1520,14 @@ class RegressionSearch(Search):
 
     rule = "regression"
     layer_score = "predicted cost of a step"
-    progress_keys = (*Search.progress_keys, "walks", "idle_walks")
+    state_keys = (*Search.state_keys, "walks", "idle_walks")
 
     policy_lr = 0.003  # of Adam
     adam_steps = 60  # after each LSTM epoch
     # First and last: a layer that is twice as good has 2^(1 / temperature) times the odds.
     odds_temperatures = (0.5, 0.1)
     step_share = 0.25  # of the layers a step of a walk prunes, about
+    idle_walks_per_patience = 5  # a walk is cheap where its structure is known already
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -1499,7 +1535,7 @@ class RegressionSearch(Search):
         self.idle_walks = 0  # that led to structures known before, in a row
 
     def make_policy(self) -> Policy:
-        # It also reads which layer it is at, for many have the same sizes.
+        # It also reads which layer it is at, because many layers have the same sizes.
         return Policy(4 + len(self.net.widths), 1, dropout=0.0)
 
     def read_layers(self, structure) -> torch.Tensor:
@@ -1517,12 +1553,13 @@ class RegressionSearch(Search):
         return F.softplus(self.policy(features)[..., 0])
 
     def propose(self) -> Proposal | None:
-        most = self.settings.max_candidates
-        if len(self.candidates) >= most or self.idle_walks >= 5 * self.settings.patience:
+        if len(self.candidates) >= self.settings.max_candidates:
+            return None
+        if self.idle_walks >= self.idle_walks_per_patience * self.settings.patience:
             return None
         seed = seed_for(self.settings.seed, self.name, "decisions", self.walks)
         generator = torch.Generator().manual_seed(seed)
-        structure = self.baseline.structure
+        structure = self.baseline_score.structure
         if self.walks == 0:
             structure = uniform_structure(self.net.widths, self.reduction_of, self.target)
         while self.reduction_of(structure) < self.target:
@@ -1530,12 +1567,16 @@ class RegressionSearch(Search):
             if smaller is None:
                 break
             structure = smaller
-        parent = self.baseline.structure
+        parent = self.baseline_score.structure
         actions = tuple(int(width < whole) for width, whole in zip(structure, parent))
         return Proposal(parent, actions, structure)
 
     def take_step(self, structure, generator) -> tuple[int, ...] | None:
-        """A smaller structure on the walk to the target; None where no layer can lose more."""
+        """A smaller structure on the walk to the target; None where no step removes MACs.
+
+        The random numbers may choose no layer: then the structure stays, and the next step draws
+        again.
+        """
         rate = self.settings.pruning_rate
         smaller = shrink_all(structure, rate)
         one_layer_smaller = [
@@ -1562,8 +1603,8 @@ class RegressionSearch(Search):
             probabilities = torch.full_like(worth, self.step_share)
         else:
             first, last = self.odds_temperatures
-            progress = min(1, (len(self.candidates) + 1) / self.settings.max_candidates)
-            temperature = first * (last / first) ** progress
+            share_done = min(1, (len(self.candidates) + 1) / self.settings.max_candidates)
+            temperature = first * (last / first) ** share_done
             probabilities = torch.sigmoid((worth - threshold) / temperature)
         return torch.where(saved > 0, probabilities, 0)
 
@@ -1572,7 +1613,7 @@ class RegressionSearch(Search):
         self.walks += 1
         self.idle_walks = self.idle_walks + 1 if is_known else 0
         self.add_candidate(score)
-        if self.walks % self.settings.parents == 0 and self.candidates:
+        if self.walks % self.settings.candidates_per_lstm_epoch == 0 and self.candidates:
             if not self.is_random:
                 self.fit_policy()
             self.finish_lstm_epoch()
@@ -1583,19 +1624,28 @@ class RegressionSearch(Search):
         features = torch.stack([self.read_layers(c.structure) for c in candidates], 1)
         steps = torch.stack([self.count_steps(c.structure) for c in candidates], 1)  # (L, B)
         accuracies = torch.tensor([c.validation_accuracy for c in candidates])
-        losses = accuracies.max() - accuracies  # beside the best candidate
-        # Where the baseline is better than that, or than luck, beside the baseline.
-        margin = self.baseline.validation_accuracy - accuracies.max()
-        losses = losses + torch.maximum(margin, losses.std(correction=0))
-        # A fresh LSTM says softplus(0) = log 2 for a step.
-        unit = losses.mean().clamp_min(1e-6)
-        losses = losses / unit * steps.sum(0).mean() * math.log(2)
+        losses = self.accuracy_losses(accuracies)
+        # An untrained LSTM predicts softplus(0) = log 2 for a step, so a candidate's cost is about
+        # log 2 times its steps. The losses are scaled to that mean.
+        mean_loss = losses.mean().clamp_min(1e-6)
+        losses = losses / mean_loss * steps.sum(0).mean() * math.log(2)
         for _ in range(self.adam_steps):
             predicted = (self.predict_costs(features) * steps).sum(0)
             error = (predicted - losses).square().mean() / losses.var(correction=0).clamp_min(1e-3)
             self.optimizer.zero_grad()
             error.backward()
             self.optimizer.step()
+
+    def accuracy_losses(self, accuracies: torch.Tensor) -> torch.Tensor:
+        """What the steps of each candidate cost it, (B,), from validation accuracies (B,).
+
+        Its distance from the best candidate, plus what the best one lost against the baseline. The
+        second part is at least the candidates' standard deviation: where the best one is as good
+        as the baseline, pruning it was still not free.
+        """
+        distances = accuracies.max() - accuracies
+        loss_of_best = self.baseline_score.validation_accuracy - accuracies.max()
+        return distances + torch.maximum(loss_of_best, distances.std(correction=0))
 
     @torch.no_grad()
     def score_layers(self) -> list[float]:
@@ -1673,7 +1723,7 @@ class RunFolder:
         return self.path / f"{row}.pt"
 
     @property
-    def progress(self) -> Path:
+    def progress_path(self) -> Path:
         return self.path / "progress.pt"
 
     def pool(self, method: str) -> Path:
@@ -1757,10 +1807,14 @@ class RunFolder:
                 return row
         return None
 
-    def log_search(self, method: str, rule: str, candidates, **more) -> None:
+    def log_search(self, method: str, rule: str, target: float | None, candidates, **more) -> None:
         """Put into the results what a search tried; `rule` says how it searched."""
-        log = {"rule": rule, "candidates": [asdict(candidate) for candidate in candidates]}
-        self.results["search"][method] = log | more
+        self.results["search"][method] = {
+            "rule": rule,
+            "target": target,
+            "candidates": [asdict(candidate) for candidate in candidates],
+            **more,
+        }
 
     def searched_candidates(self, method: str) -> list[Candidate]:
         """What `log_search` kept of a method's candidates."""
@@ -1786,12 +1840,11 @@ def read_results(
         return None
     try:
         results = json.loads(path.read_text())
-        is_valid = follows_results_schema(results)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, AttributeError, KeyError, TypeError):
-        is_valid = False
-    if not is_valid:
+    except ValueError:  # no JSON, or no text
+        results = None
+    if not follows_results_schema(results):
         raise UserError(
             f"{path} is damaged, or was edited, or is of another version: "
             f"it is not what a run writes{hint}"
@@ -1810,30 +1863,71 @@ ROW_NUMBERS = (
 
 
 def follows_results_schema(results: dict) -> bool:
-    """Whether these are the results of a run, as far as the commands read them.
+    """Whether these are the results of a run, as far as the commands read them."""
+    try:
+        return (
+            has_valid_facts(results)
+            and has_valid_rows(results)
+            and all(is_valid_search(log, results["layers"]) for log in results["search"].values())
+            and all(
+                is_valid_rounding(side)
+                for sides in results["rounded"].values()
+                for side in (sides["before"], sides["after"])
+            )
+        )
+    except (ValueError, AttributeError, KeyError, TypeError):  # of something of another type
+        return False
 
-    May raise ValueError, AttributeError, KeyError or TypeError instead of returning False.
-    """
-    layers = results["layers"]
-    structures = [row["widths"] for row in results["rows"]]
-    for log in results["search"].values():
-        structures += [read_candidate(values).structure for values in log["candidates"]]
-        structures += log.get("layer_scores", [])
-    points = [point for curve in results["curves"].values() for point in curve]
-    sides = [side for both in results["rounded"].values() for side in both.values()]
+
+def has_valid_facts(results: dict) -> bool:
+    settings = results["settings"]
     return (
         {*IDENTITY, "device", "versions", "seconds"} <= results.keys()
-        and {"target", "parents"} <= results["settings"].keys()
-        and isinstance(results["seconds"], int | float)
-        and isinstance(layers, list)
-        and isinstance(results["rows"], list)
-        and all(row["method"] in ROWS for row in results["rows"])
-        and all(are_numbers(row[key] for key in ROW_NUMBERS) for row in results["rows"])
-        and all(len(structure) == len(layers) for structure in structures)
-        and all(are_numbers(structure) for structure in structures)
-        and all(len(point) == 2 and are_numbers(v or 0 for v in point) for point in points)
-        and all(are_numbers(side["latencies"]) for side in sides)
+        and {"target", "candidates_per_lstm_epoch"} <= settings.keys()
+        and (settings["target"] is None or are_numbers([settings["target"]]))
+        and are_numbers([results["seconds"], results["train_images"], results["test_images"]])
+        and isinstance(results["layers"], list)
     )
+
+
+def has_valid_rows(results: dict) -> bool:
+    rows = results["rows"]
+    names = [row["method"] for row in rows]
+    points = [point for curve in results["curves"].values() for point in curve]
+    return (
+        isinstance(rows, list)
+        and set(names) <= set(ROWS)
+        # The baseline's row comes first, and all else after it.
+        and (names[:1] == ["baseline"] or not (names or results["search"]))
+        and all(are_numbers(row[key] for key in ROW_NUMBERS) for row in rows)
+        and all(is_structure(row["widths"], results["layers"]) for row in rows)
+        and all(len(point) == 2 and are_numbers(v or 0 for v in point) for point in points)
+    )
+
+
+def is_valid_search(log: dict, layers: list) -> bool:
+    candidates = [read_candidate(values) for values in log["candidates"]]
+    return (
+        isinstance(log["rule"], str)
+        and (log["target"] is None or are_numbers([log["target"]]))
+        and all(is_structure(candidate.structure, layers) for candidate in candidates)
+        and all(is_structure(candidate.actions, layers) for candidate in candidates)
+        and all(
+            are_numbers([item.validation_accuracy, item.macs_reduction, item.reward, item.seconds])
+            for item in candidates
+        )
+        and all(is_structure(scores, layers) for scores in log.get("layer_scores", []))
+    )
+
+
+def is_valid_rounding(side: dict) -> bool:
+    numbers = [side["validation_accuracy"], side["macs_reduction"], *side["latencies"]]
+    return len(numbers) == 4 and are_numbers([*numbers, *side["widths"]])
+
+
+def is_structure(numbers, layers: list) -> bool:
+    """Whether there is a number for each layer."""
+    return len(numbers) == len(layers) and are_numbers(numbers)
 
 
 def are_numbers(values) -> bool:
@@ -1888,6 +1982,26 @@ class TrainedNet:
     curve: list = field(default_factory=list)
 
 
+@dataclass
+class TrainingState:
+    """How far a training is. It is kept in progress.pt after every epoch."""
+
+    epochs: int = 0  # that are finished
+    accuracy: float | None = None  # on the validation images, of the weights that are kept
+    best_weights: dict | None = None  # where the best epoch is kept, not the last one
+    seconds: float = 0.0
+    curve: list = field(default_factory=list)  # [loss, validation accuracy or None] of each epoch
+
+    def add_epoch(self, net: Net, loss: float, accuracy: float | None, *, keeps_best: bool) -> None:
+        self.epochs += 1
+        self.curve.append([round(loss, 5), accuracy])
+        if not keeps_best:
+            self.accuracy = accuracy
+        elif self.accuracy is None or accuracy > self.accuracy:
+            self.accuracy = accuracy
+            self.best_weights = deepcopy(net.state_dict())
+
+
 class Trainer:
     """Trains the nets of a run, each from where it was stopped. The baseline is their teacher."""
 
@@ -1935,21 +2049,23 @@ class Trainer:
         images: Images,
         plan: TrainingPlan,
         *,
+        validation: Images | None = None,
         has_teacher: bool = True,
         keeps_best: bool = False,
     ) -> TrainedNet:
         """Train `net` to the end of its plan, going on where an earlier process was stopped in it.
 
-        With `keeps_best` the weights are those of the best epoch by validation accuracy, else of
-        the last one. Trainings are told apart by `title`.
+        With `validation` the accuracy on these images is measured after each epoch. With
+        `keeps_best` the weights are those of the best epoch by that accuracy, else of the last one.
+        Trainings are told apart by `title`.
         """
         net = net.to(self.device).to(memory_format=torch.channels_last)
         optimizer = make_optimizer(net, plan.lr)
         state = self.load_progress(title, net, optimizer)
-        first_epoch = state["epoch"] + 1
-        seconds_before = state["seconds"]
+        first_epoch = state.epochs
         self.reporter.start_training(title, plan.epochs, first_epoch)
-        start = time.time()
+        # As if it had gone on without a stop.
+        start = time.time() - state.seconds
         epochs = fit(
             net,
             images,
@@ -1958,40 +2074,35 @@ class Trainer:
             seed=self.settings.seed,
             teacher=self.teacher_for(images) if has_teacher else None,
             first_epoch=first_epoch,
-            progress=self.reporter.wrap_steps,
+            wrap_steps=self.reporter.wrap_steps,
         )
         for epoch, loss in epochs:
-            accuracy = None
-            if images is self.data.train:
-                accuracy = measure_accuracy(net, self.data.validation)
-            if not keeps_best:
-                state["accuracy"] = accuracy
-            elif state["accuracy"] is None or accuracy > state["accuracy"]:
-                state["accuracy"] = accuracy
-                state["best_net"] = deepcopy(net.state_dict())
-            seconds = time.time() - start
-            state["curve"] = [*state["curve"], [round(loss, 5), accuracy]]
-            state |= {"epoch": epoch, "seconds": seconds_before + seconds}
+            accuracy = None if validation is None else measure_accuracy(net, validation)
+            state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
+            state.seconds = time.time() - start
             self.save_progress(title, state, net, optimizer)
-            per_epoch = seconds / (epoch + 1 - first_epoch)
-            self.reporter.finish_epoch(title, epoch, plan.epochs, loss, accuracy, per_epoch)
-        if state["best_net"] is not None:
-            net.load_state_dict(state["best_net"])
-        seconds = seconds_before + time.time() - start
-        return TrainedNet(net, state["accuracy"], seconds, state["curve"])
+            seconds_per_epoch = state.seconds / state.epochs
+            self.reporter.finish_epoch(title, epoch, plan.epochs, loss, accuracy, seconds_per_epoch)
+        if state.best_weights is not None:
+            net.load_state_dict(state.best_weights)
+        return TrainedNet(net, state.accuracy, time.time() - start, state.curve)
 
-    def load_progress(self, title: str, net: Net, optimizer) -> dict:
+    def load_progress(self, title: str, net: Net, optimizer) -> TrainingState:
         """How far the training of that title is; `net` and `optimizer` go on from there."""
-        progress = models.read_unfinished_work(self.folder.progress, title)
-        if progress is None:
-            return {"epoch": -1, "accuracy": None, "best_net": None, "seconds": 0.0, "curve": []}
-        net.load_state_dict(progress.pop("net"))
-        optimizer.load_state_dict(progress.pop("optimizer"))
-        return progress
+        keys = {item.name for item in fields(TrainingState)}
+        content = models.read_unfinished_work(
+            self.folder.progress_path, title, keys | {"net", "optimizer"}
+        )
+        if content is None:
+            return TrainingState()
+        net.load_state_dict(content["net"])
+        optimizer.load_state_dict(content["optimizer"])
+        return TrainingState(**{key: content[key] for key in keys})
 
-    def save_progress(self, title: str, state: dict, net: Net, optimizer) -> None:
+    def save_progress(self, title: str, state: TrainingState, net: Net, optimizer) -> None:
         weights = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
-        models.write_tensors(self.folder.progress, state | weights | {"title": title})
+        content = vars(state) | weights | {"title": title}
+        models.write_tensors(self.folder.progress_path, content)
 
     def reduction_of(self, method: str) -> Callable:
         """What a structure of the baseline removes as a net of that method."""
@@ -2024,6 +2135,7 @@ class Trainer:
             child,
             self.data.train,
             self.settings.recovery,
+            validation=self.data.validation,
             keeps_best=True,
         )
         macs = sep.count_macs(trained.net)
@@ -2042,11 +2154,31 @@ class Trainer:
         )
         return trained.net, candidate
 
-    def recover_once(self, path: Path, method: str, parent: Net, structure, **where):
-        """`recover`, kept in a file of the pool: (net, candidate) come from there if it exists."""
+    def recover_once(
+        self,
+        path: Path,
+        method: str,
+        parent: Net,
+        structure,
+        *,
+        target: float | None,
+        lstm_epoch: int,
+        number: int,
+    ) -> tuple[Net, Candidate]:
+        """`recover`, kept in a file of the pool: net and candidate come from there if it exists."""
         if not path.exists():
-            actions = tuple(int(a != b) for a, b in zip(structure, parent.structure))
-            net, candidate = self.recover(method, parent, structure, actions=actions, **where)
+            actions = tuple(
+                int(width != before) for width, before in zip(structure, parent.structure)
+            )
+            net, candidate = self.recover(
+                method,
+                parent,
+                structure,
+                actions=actions,
+                target=target,
+                lstm_epoch=lstm_epoch,
+                number=number,
+            )
             models.save_checkpoint(path, net, asdict(candidate))
         net, facts = self.load(path)
         return net, Candidate(**facts)
@@ -2066,20 +2198,21 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     pool = folder.pool(method)
     # Rewards depend on the target: with another one the search begins anew.
     title = f"{method}, target {target}"
-    state = models.read_unfinished_work(pool / "search.pt", title)
+    state = models.read_unfinished_work(pool / "search.pt", title, search.state_dict().keys())
     if state:
         search.load_state_dict(state)
     elif (pool / "search.pt").exists():
         folder.say(
-            f"{pool / 'search.pt'} is damaged, or was for another target: that search begins anew"
+            f"{pool / 'search.pt'} is damaged, or was for another target or version: that search "
+            "begins anew"
         )
 
     def weights_of(structure) -> Path:
-        if structure == search.baseline.structure:
+        if structure == search.baseline_score.structure:
             return folder.checkpoint("baseline")
         return pool / f"{structure_name(structure)}.pt"
 
-    update_log(folder, search)
+    log_progress(folder, search)
     while (proposal := search.propose()) is not None:
         score = search.known.get(proposal.structure)
         if score is None:
@@ -2098,7 +2231,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         if search.lstm_epoch > lstm_epoch:
             folder.say(describe_search(search, lstm_epoch))
         models.write_tensors(pool / "search.pt", search.state_dict() | {"title": title})
-        update_log(folder, search)
+        log_progress(folder, search)
         folder.save_results()
         in_use = {weights_of(structure) for structure in search.structures_in_use()}
         for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
@@ -2124,10 +2257,12 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
     )
 
 
-def update_log(folder: RunFolder, search: Search) -> None:
+def log_progress(folder: RunFolder, search: Search) -> None:
+    """Put into the results how far a search is."""
     folder.log_search(
         search.name,
         search.rule,
+        search.target,
         search.candidates.values(),
         layer_score=search.layer_score,
         layer_scores=search.layer_scores,
@@ -2147,31 +2282,17 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
 # ---- the run: its rows -------------------------------------------------------------------------
 
 
-@dataclass
-class StaticNet:
-    """A gated net made plain, and the shares of images that it gets right on the way."""
+def make_plain(gated: Net, images: Images) -> Net:
+    """ours: a plain small net of a gated one, of the kernels that the gates choose most often.
 
-    net: Net
-    accuracy_before: float  # before the recovery
-    accuracy_after: float
-    keeps_recovery: bool
-
-
-def make_static(gated: Net, images: Images, recover: Callable) -> StaticNet:
-    """ours: a plain small net of a gated one: the kernels that its gates choose most often on
-    `images`, and a recovery where that gets more of the images right.
-
-    `recover(net)` trains a copy and returns it.
+    `images` are those that the gates choose for. Callers train the net some more, and keep that
+    where it helps: where all images choose alike, the plain net computes what the gated one does,
+    and more training may only harm it.
     """
+    if gated.gates is None:
+        return gated
     batches = (images.batch(index) for index in split_into_chunks(images))
-    plain = sep.to_static(gated, batches) if gated.gates else gated
-    recovered = recover(deepcopy(plain))
-    before = measure_accuracy(plain, images)
-    after = measure_accuracy(recovered, images)
-    # Where all images choose alike, the plain net computes what the gated one does, and more
-    # training may only harm it.
-    keeps_recovery = after > before
-    return StaticNet(recovered if keeps_recovery else plain, before, after, keeps_recovery)
+    return sep.to_static(gated, batches)
 
 
 class Run:
@@ -2199,6 +2320,7 @@ class Run:
         self.data = data
         self.reporter = reporter or Reporter()
         self.round_to = round_to
+        self.arch: str | None = None  # of the baseline, and so of every net here
         self.folder = RunFolder(path, self.reporter)
         self.folder.claim(is_fresh=is_fresh)
         self.trainer = Trainer(self.folder, settings, data, self.reporter)
@@ -2231,29 +2353,33 @@ class Run:
         """The cut that a row has to reach; this is the one place that decides it.
 
         It is the target that the user or the paper asks for. Where there is none, and for
-        `uniform`, it is the cut of the first row before it: all rows of a table are compared at one
-        cut. Without either, a search goes as far as the reward finds worth it.
+        `uniform`, it is the cut of the row that was made first: all rows of a table are compared at
+        one cut. Without either, a search goes as far as the reward finds worth it.
         """
-        finished = [name for name in METHODS if self.row(name)]
+        pruned_rows = [row for row in self.results["rows"] if row["method"] != "baseline"]
         target = self.settings.target
-        if target is not None and (method != "uniform" or not finished):
+        if target is not None and (method != "uniform" or not pruned_rows):
             return Goal(target, is_required=True)
-        if finished:
-            return Goal(self.row(finished[0])["macs_reduction"])
+        if pruned_rows:
+            return Goal(pruned_rows[0]["macs_reduction"])
         return Goal(None)
 
     # -- the nets of rows
 
-    def make_baseline(self, *, untrained: Net | None = None, given: Net | None = None) -> Net:
-        """The trained baseline: from the folder, or `given` by the user, or `untrained` trained."""
-        self.trainer.baseline = given or untrained
-        path = self.folder.checkpoint("baseline")
-        if not path.exists():
-            trained = TrainedNet(given, None, 0.0)
-            if given is None:
-                plan = self.settings.baseline
+    def make_baseline(self, net: Net, *, is_trained: bool = False) -> Net:
+        """The trained baseline: from the folder where it has one, else of `net`, which a user may
+        have trained already."""
+        self.arch = net.arch
+        if not self.folder.checkpoint("baseline").exists():
+            trained = TrainedNet(net, None, 0.0)
+            if not is_trained:
                 trained = self.trainer.train(
-                    "baseline", untrained, self.data.train, plan, has_teacher=False
+                    "baseline",
+                    net,
+                    self.data.train,
+                    self.settings.baseline,
+                    validation=self.data.validation,
+                    has_teacher=False,
                 )
             net = trained.net.to(self.trainer.device)
             accuracy = measure_accuracy(net, self.data.validation)
@@ -2270,6 +2396,7 @@ class Run:
             self.make_row("sep", goal)
         if self.row(method):
             self.check_finished_row(method)
+            self.folder.remove_pool(method)  # a kill may have left it
             return
         if not self.folder.checkpoint(method).exists():
             if method == "static":
@@ -2333,21 +2460,22 @@ class Run:
         end = uniform_structure(
             self.trainer.baseline.widths, self.trainer.reduction_of("uniform"), target
         )
+        is_one_step = self.settings.searches_by_regression(self.settings.target)
         net = self.trainer.load_baseline()
         score = self.trainer.score_baseline(target)
         candidates = []
         while net.structure != end:
-            structure = shrink_all(net.structure, self.settings.pruning_rate)
-            structure = tuple(max(width, last) for width, last in zip(structure, end))
-            if self.settings.searches_by_regression(self.settings.target):
-                structure = end
+            structure = end
+            if not is_one_step:
+                smaller = shrink_all(net.structure, self.settings.pruning_rate)
+                structure = tuple(max(width, last) for width, last in zip(smaller, end))
             number = len(candidates) + 1
             path = self.folder.pool("uniform") / f"{structure_name((number, *end))}.pt"
             net, score = self.trainer.recover_once(
                 path, "uniform", net, structure, target=target, lstm_epoch=number, number=number
             )
             candidates.append(score)
-        self.folder.log_search("uniform", "uniform", candidates)
+        self.folder.log_search("uniform", "uniform", target, candidates)
         self.folder.save_results()
         return net, score
 
@@ -2360,8 +2488,9 @@ class Run:
         trainer = self.trainer
         candidates = self.folder.searched_candidates("lstm") if self.row("lstm") else []
         if candidates:
-            baseline_score = trainer.score_baseline(self.settings.target)
-            chosen = choose_best([baseline_score, *candidates], self.settings.target)
+            lstm_target = self.results["search"]["lstm"]["target"]
+            baseline_score = trainer.score_baseline(lstm_target)
+            chosen = choose_best([baseline_score, *candidates], lstm_target)
         else:
             _, chosen = run_search(trainer, "lstm", target)
         structure = prune_further(
@@ -2381,7 +2510,7 @@ class Run:
             lstm_epoch=1,
             number=1,
         )
-        self.folder.log_search("sep", "shared", [candidate])
+        self.folder.log_search("sep", "shared", target, [candidate])
         self.folder.save_results()
         return net, candidate
 
@@ -2440,18 +2569,17 @@ class Run:
     def make_static_net(self) -> None:
         """`sep`'s net made plain. Its validation accuracy is that of `sep`'s candidate."""
         gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
-        trained = None
-
-        def recover(net):
-            nonlocal trained
-            plan = self.settings.recovery
-            trained = self.trainer.train("static: recovery", net, self.data.all, plan)
-            return trained.net
-
-        static = make_static(gated, self.data.all, recover)
-        curve = trained.curve if static.keeps_recovery else []
+        plain = make_plain(gated, self.data.all)
+        trained = self.trainer.train(
+            "static: recovery", deepcopy(plain), self.data.all, self.settings.recovery
+        )
+        net, curve = plain, []
+        before = measure_accuracy(plain, self.data.all)
+        after = measure_accuracy(trained.net, self.data.all)
+        if after > before:
+            net, curve = trained.net, trained.curve
         seconds = trained.seconds + facts["seconds"]
-        self.save_net("static", static.net, facts["validation_accuracy"], seconds, curve)
+        self.save_net("static", net, facts["validation_accuracy"], seconds, curve)
 
     # -- their checkpoints and rows
 
@@ -2487,29 +2615,33 @@ class Run:
         that came to lie there would make a false row."""
         path = self.folder.checkpoint(row)
         net, facts = self.trainer.load(path)
-        if not self.made_net(row, net, facts):
+        if not self.is_own_net(row, net, facts):
             raise UserError(
                 f"{path} is no net that this run made as its {row}; move it away to go on, "
                 "or --fresh starts the run over without it"
             )
         return net, facts
 
-    def made_net(self, row: str, net: Net, facts: dict) -> bool:
+    def is_own_net(self, row: str, net: Net, facts: dict) -> bool:
         """Whether a checkpoint is the one that this run made as that row."""
-        if net.arch != self.trainer.baseline.arch:
-            return False
-        if not {"validation_accuracy", "seconds"} <= facts.keys():
+        if net.arch != self.arch or not {"validation_accuracy", "seconds"} <= facts.keys():
             return False
         identity = self.identity_facts(row, net)
+        if row == "baseline":
+            # How it is pruned later does not matter to a baseline.
+            del identity["settings"], identity["round_to"]
         if any(facts.get(key) != value for key, value in identity.items()):
             return False
-        # The numbers of a finished row, and of the baseline, are those that the checkpoint says.
-        for name, numbers in {"baseline": facts.get("baseline") or {}, row: facts}.items():
-            finished_row = self.row(name)
-            for key in ("validation_accuracy", "macs"):
-                if finished_row and numbers.get(key) != finished_row[key]:
-                    return False
-        return True
+        if row != "baseline" and not self.has_numbers_of("baseline", facts.get("baseline") or {}):
+            return False
+        return self.has_numbers_of(row, facts)
+
+    def has_numbers_of(self, row: str, facts: dict) -> bool:
+        """Whether facts say the numbers of a finished row; True where it is not finished yet."""
+        finished_row = self.row(row)
+        if finished_row is None:
+            return True
+        return all(facts.get(key) == finished_row[key] for key in ("validation_accuracy", "macs"))
 
     def check_finished_row(self, row: str) -> None:
         """Raise UserError where another net lies in the place of a finished row's."""

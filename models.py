@@ -637,14 +637,18 @@ def is_intact(path: Path) -> bool:
         return False
 
 
-def read_unfinished_work(path: Path, title: str) -> dict | None:
-    """What `write_tensors` left at `path` for the work of that `title`; None if nothing."""
+def read_unfinished_work(path: Path, title: str, keys: set[str]) -> dict | None:
+    """What `write_tensors` left at `path` for the work of that `title`; None if nothing.
+
+    Nor is it read where it lacks one of `keys`: then another version wrote it.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # not there, or not readable: that work starts over
         return None
-    is_of_that_work = isinstance(content, dict) and content.get("title") == title
-    return content if is_of_that_work and is_intact(path) else None
+    if not isinstance(content, dict) or content.get("title") != title:
+        return None
+    return content if keys <= content.keys() and is_intact(path) else None
 
 
 # ---- checkpoints: our own ----------------------------------------------------------------------

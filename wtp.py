@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -112,7 +113,7 @@ class Schedule:
     # Recoveries in one cycle up to `lr`, the final training in one up to the experiment's own peak.
     is_one_cycle: bool = False
     temperature: float | None = None  # of the final training; None: the papers' MSE
-    parents: int = 5  # (paper)
+    candidates_per_lstm_epoch: int = 5  # (paper)
     patience: int = 10  # LSTM epochs without a better network (paper)
     # Of a search by regression, where there is a target; None: the papers' REINFORCE.
     max_candidates: int | None = None
@@ -130,7 +131,7 @@ SCHEDULES = {
         lr=0.02,
         is_one_cycle=True,
         temperature=4.0,
-        parents=3,
+        candidates_per_lstm_epoch=3,
         patience=3,
         max_candidates=60,
         baseline_epochs=20,
@@ -140,7 +141,7 @@ SCHEDULES = {
         lr=0.1,
         is_one_cycle=True,
         temperature=4.0,
-        parents=2,
+        candidates_per_lstm_epoch=2,
         patience=2,
         max_candidates=4,
         baseline_epochs=6,
@@ -216,7 +217,7 @@ def settings_for(
         ),
         pruning_rate=pruning_rate or schedule.pruning_rate,
         target=experiment.target,
-        parents=schedule.parents,
+        candidates_per_lstm_epoch=schedule.candidates_per_lstm_epoch,
         patience=schedule.patience,
         max_candidates=schedule.max_candidates,
         seed=seed,
@@ -256,7 +257,7 @@ def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
         return 1  # `lstm`'s search serves it
     if by_regression and has_cut:
         return settings.max_candidates
-    return (settings.patience + 10) * settings.parents
+    return (settings.patience + 10) * settings.candidates_per_lstm_epoch
 
 
 # ---- on the screen -----------------------------------------------------------------------------
@@ -1185,9 +1186,9 @@ def run_experiment(name: str, methods: list[str], options: RunOptions, given) ->
     announce(run, reporter, work, is_given=given is not None)
     with resumable(reporter):
         if given is not None:
-            run.make_baseline(given=given.net)
+            run.make_baseline(given.net, is_trained=True)
         else:
-            run.make_baseline(untrained=build_untrained(experiment, run))
+            run.make_baseline(build_untrained(experiment, run))
         for method in methods:
             run.make_row(method, run.goal_for(method))
     finish_run(run)
@@ -1271,7 +1272,7 @@ def train(
     run = open_run(folder, experiment, found, options, reporter)
     announce(run, reporter, [], is_given=False)
     with resumable(reporter):
-        run.make_baseline(untrained=build_untrained(found, run))
+        run.make_baseline(build_untrained(found, run))
     checkpoint = run.folder.checkpoint("baseline")
     if output:
         deliver(checkpoint, output)
@@ -1338,6 +1339,7 @@ def row_to_prune(methods, *, is_static: bool, target: float | None) -> str:
 
 def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: Path) -> None:
     """Prune a user's net into `output`. Raises UserError."""
+    import controller
     from models import UserError
 
     if given.net.gates is not None:
@@ -1347,7 +1349,8 @@ def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: 
     experiment = replace(find_experiment_for(given, options.data_dir), target=target)
     check_target(given.net, [row], target, options.round_to)
     folder = folder_of_prune(given, row, target, options)
-    if shows_finished_prune(given, row, options, folder, output):
+    data = controller.describe_data(experiment.data, options.data_dir)
+    if shows_finished_prune(given, row, data, options, folder, output):
         return
     check_checkpoint_output(output, folder)
     reporter = ScreenReporter()
@@ -1355,7 +1358,7 @@ def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: 
     methods = ["sep", "static"] if row == "static" else [row]
     announce(run, reporter, methods, is_given=True)
     with resumable(reporter):
-        run.make_baseline(given=given.net)
+        run.make_baseline(given.net, is_trained=True)
         run.make_row(row, run.goal_for(row))
     finish_run(run)
     deliver(run.folder.checkpoint(row), output)
@@ -1376,9 +1379,12 @@ def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> P
 
 
 def shows_finished_prune(
-    given: GivenNet, row: str, options: RunOptions, folder: Path, output: Path
+    given: GivenNet, row: str, data: str, options: RunOptions, folder: Path, output: Path
 ) -> bool:
-    """Show the table again where `output` is what the very same command made; whether it is."""
+    """Show the table again where `output` is what the very same command made; whether it is.
+
+    `data` describes the images that the command would read.
+    """
     import filecmp
 
     from controller import read_results
@@ -1388,8 +1394,8 @@ def shows_finished_prune(
         return False
     if not filecmp.cmp(output, checkpoint, shallow=False):
         return False
-    results = read_results(folder)
-    if results["source"] != given.describe_source():
+    results = read_results(folder, missing_ok=True)
+    if results is None or results["source"] != given.describe_source() or results["data"] != data:
         return False
     show_results(results)
     print_line(f"nothing is left to do: {output} is the net that this command made")
@@ -1638,8 +1644,9 @@ def export(
 
     given = load_given(ckpt)
     check_export(given, file, is_static=static, may_replace=force)
-    size = size or given.net.size
     net, mean, std = prepare_export(given, data_dir, device, size, is_static=static)
+    # Without --size: a net from a state dict may have taken the size of the images just read.
+    size = size or net.size
     difference = models.export_net(net, file, mean, std, size, may_replace=force)
     if net.gates is not None:
         print_line(
@@ -1668,7 +1675,9 @@ def check_export(given: GivenNet, file: Path, *, is_static: bool, may_replace: b
         check_output(file, advice=FORCE_ADVICE)
 
 
-def prepare_export(given: GivenNet, data_dir: Path, device: str, size: int, *, is_static: bool):
+def prepare_export(
+    given: GivenNet, data_dir: Path, device: str, size: int | None, *, is_static: bool
+):
     """(net, mean, std) to export; images are read only where these are not known without."""
     from controller import stored_normalisation
     from models import UserError, check_image_size
@@ -1679,7 +1688,7 @@ def prepare_export(given: GivenNet, data_dir: Path, device: str, size: int, *, i
     if stored is not None and not is_static:
         return net, *stored
     if is_static:
-        check_image_size(net, size)  # before the recovery
+        check_image_size(net, size or net.size)  # before the recovery
     try:
         experiment = find_experiment_for(given, data_dir)
         train, _, _ = load_images_for(given, experiment, data_dir, device, 0, print_line)
@@ -1696,7 +1705,7 @@ def prepare_export(given: GivenNet, data_dir: Path, device: str, size: int, *, i
 def make_static_for_export(gated, train):
     """A plain small net of a gated one, with the recovery of `fast` where that helps.
 
-    ours: the gated net is the teacher, for the baseline is not at hand.
+    ours: the gated net is the teacher, because the baseline is not at hand.
     """
     import torch
 
@@ -1706,35 +1715,32 @@ def make_static_for_export(gated, train):
         TrainingPlan,
         fit,
         make_optimizer,
-        make_static,
+        make_plain,
         measure_accuracy,
     )
 
     schedule = SCHEDULES["fast"]
     steps = max(1, min(schedule.recovery_steps, len(train) // BATCH_SIZE))
     plan = TrainingPlan(1, schedule.lr, is_one_cycle=True, max_steps=steps)
-
-    def recover(net):
-        net = net.to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(net, plan.lr)
-        teacher = Teacher(gated, train, 0)
-        for _ in fit(net, train, plan, optimizer=optimizer, seed=0, teacher=teacher):
-            pass
-        return net
-
     print_line(
         f"reads {len(train):,} training images, to choose kernels by them and to compare: up to "
         "some minutes on a CPU"
     )
     gated_accuracy = measure_accuracy(gated, train)
-    static = make_static(gated, train, recover)
-    left_out = "" if static.keeps_recovery else ", which are left out"
+    plain = make_plain(gated, train)
+    recovered = deepcopy(plain).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(recovered, plan.lr)
+    teacher = Teacher(gated, train, 0)
+    for _ in fit(recovered, train, plan, optimizer=optimizer, seed=0, teacher=teacher):
+        pass
+    before = measure_accuracy(plain, train)
+    after = measure_accuracy(recovered, train)
+    left_out = "" if after > before else ", which are left out"
     print_line(
-        f"of the training images right: {gated_accuracy:.2%} with gates, "
-        f"{static.accuracy_before:.2%} without, {static.accuracy_after:.2%} after {steps} steps "
-        f"of recovery{left_out}"
+        f"of the training images right: {gated_accuracy:.2%} with gates, {before:.2%} without, "
+        f"{after:.2%} after {steps} steps of recovery{left_out}"
     )
-    return static.net
+    return recovered if after > before else plain
 
 
 # ---- errors ------------------------------------------------------------------------------------

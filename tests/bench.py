@@ -226,7 +226,7 @@ def measure_fit(images, teacher, student, test):
 
     optimizer = make_optimizer(student, 0.001)
     options = {"optimizer": optimizer, "seed": 0, "teacher": teacher}
-    next(controller.fit(student, images, plan, progress=record_times, **options))
+    next(controller.fit(student, images, plan, wrap_steps=record_times, **options))
     start, end = times
     return test.steps * 128 / (end - start)
 
@@ -347,7 +347,7 @@ def search_made_up(arch, target, power, seed):
     problem = MadeUpProblem(seed, arch, target, power)
     uniform = controller.uniform_structure(problem.net.widths, problem.reduction_of, target)
     papers = problem.run_search(
-        None, search_class=controller.ReinforceSearch, parents=5, patience=10
+        None, search_class=controller.ReinforceSearch, candidates_per_lstm_epoch=5, patience=10
     )
     structures = (
         uniform,

@@ -222,7 +222,7 @@ def test_a_short_epoch_asks_the_teacher_for_what_it_shows():
         return steps
 
     plan = TrainingPlan(1, 0.05, max_steps=2)
-    train_net(make_lenet(), images, plan, teacher=teacher, progress=record_length)
+    train_net(make_lenet(), images, plan, teacher=teacher, wrap_steps=record_length)
 
     shown = images.draw_epoch(0, 0)[0][:256]
     some, every = teacher.probabilities(0, 256), teacher.probabilities(0, 600)
@@ -709,7 +709,7 @@ class MadeUpProblem:
         *,
         search_class=controller.RegressionSearch,
         is_random=False,
-        parents=3,
+        candidates_per_lstm_epoch=3,
         patience=3,
         handicap=0.0,
     ):
@@ -718,15 +718,15 @@ class MadeUpProblem:
             TINY,
             pruning_rate=0.2,
             max_candidates=max_candidates,
-            parents=parents,
+            candidates_per_lstm_epoch=candidates_per_lstm_epoch,
             patience=patience,
             seed=1,
         )
-        baseline = self.measure(self.net.widths)
-        baseline.validation_accuracy -= handicap
+        baseline_score = self.measure(self.net.widths)
+        baseline_score.validation_accuracy -= handicap
         return search_class(
             self.net,
-            baseline,
+            baseline_score,
             settings,
             self.target,
             self.reduction_of,
@@ -805,7 +805,7 @@ def test_a_search_goes_on_as_if_never_stopped(search_class, max_candidates):
         state = deepcopy(search.state_dict())
         search = search_class(
             problem.net,
-            search.baseline,
+            search.baseline_score,
             search.settings,
             problem.target,
             problem.reduction_of,
@@ -840,7 +840,7 @@ TINY = Settings(
     final=TrainingPlan(2, 0.01),
     pruning_rate=0.3,
     target=None,
-    parents=2,
+    candidates_per_lstm_epoch=2,
     patience=3,
     max_candidates=None,
     seed=0,
@@ -888,7 +888,7 @@ def make_run(folder, spy=None, settings=TINY, **options):
 def make_rows(folder, spy, settings=TINY, methods=("lstm", "sep", "uniform"), round_to=None):
     """The results of a run with these rows."""
     run = make_run(folder, spy, settings, round_to=round_to)
-    run.make_baseline(untrained=make_lenet())
+    run.make_baseline(make_lenet())
     for method in methods:
         run.make_row(method, run.goal_for(method))
     return run.results
@@ -962,8 +962,8 @@ def test_the_search_keeps_the_published_rules(undisturbed):
         known = {baseline: baseline_reward}
         for epoch, born in itertools.groupby(candidates, key=lambda c: c["lstm_epoch"]):
             born = list(born)
-            best = sorted(known.values(), reverse=True)[: TINY.parents]
-            assert len(born) <= TINY.parents
+            best = sorted(known.values(), reverse=True)[: TINY.candidates_per_lstm_epoch]
+            assert len(born) <= TINY.candidates_per_lstm_epoch
             assert all(known[tuple(child["parent"])] in best for child in born), epoch
             known |= {tuple(child["structure"]): child["reward"] for child in born}
         for child in candidates:
@@ -1114,7 +1114,7 @@ def test_fresh_removes_what_a_run_left_and_nothing_else(tmp_path):
 def test_another_target_is_another_search(tmp_path):
     spy = Spy()
     run = make_run(tmp_path, spy)
-    run.make_baseline(untrained=make_lenet())
+    run.make_baseline(make_lenet())
 
     for method in ("uniform", "lstm"):
         spy.epochs_left = 5
@@ -1149,7 +1149,7 @@ def test_a_search_whose_state_is_damaged_says_that_it_begins_anew(tmp_path):
             make_rows(tmp_path, spy, methods=("lstm",))
 
     assert len(candidates) > 0
-    line = f"{state} is damaged, or was for another target: that search begins anew"
+    line = f"{state} is damaged, or was for another target or version: that search begins anew"
     assert [said for said in first.lines if "begins anew" in said] == [line]
     # The new state is a sound one.
     assert not any("begins anew" in said for said in second.lines)
@@ -1162,7 +1162,7 @@ def test_what_validated_a_baseline_validates_again(tmp_path):
     settings = replace(TINY, seed=1)
     run = make_run(tmp_path, settings=settings)
 
-    run.make_baseline(given=make_lenet())
+    run.make_baseline(make_lenet(), is_trained=True)
 
     facts = sep.load(tmp_path / "baseline.pt")[1]
     assert (facts["seed"], facts["split"]) == (1, 0)
@@ -1282,13 +1282,37 @@ def test_rows_stay_where_the_baseline_is_made_anew_on_another_day(undisturbed, t
     assert spy.epochs == TINY.baseline.epochs
 
 
+def test_a_baseline_serves_runs_with_another_target_and_other_multiples(undisturbed, tmp_path):
+    shutil.copy(undisturbed[2] / "baseline.pt", tmp_path)
+    spy = Spy()
+    run = make_run(tmp_path, spy, replace(TINY, target=0.5), round_to=4)
+
+    run.make_baseline(make_lenet())
+
+    assert spy.epochs == 0
+
+
+def test_unfinished_work_of_another_version_starts_over(tmp_path):
+    with pytest.raises(Interrupted):
+        make_rows(tmp_path, Spy(12), methods=("lstm",))
+    for path in (tmp_path / "progress.pt", tmp_path / "lstm-pool" / "search.pt"):
+        content = torch.load(path, weights_only=True)
+        del content["optimizer"]
+        models.write_tensors(path, content)
+    spy = Spy()
+
+    make_rows(tmp_path, spy, methods=("lstm",))
+
+    assert any("begins anew" in line for line in spy.lines)
+
+
 # ---- the run: its rows
 
 
 def test_the_teacher_stays_the_baseline_even_where_the_baseline_itself_is_chosen(tmp_path):
     settings = replace(TINY, recovery=TrainingPlan(1, 0.0))
     run = make_run(tmp_path, settings=settings)
-    baseline = run.make_baseline(untrained=make_lenet())
+    baseline = run.make_baseline(make_lenet())
     before = clone_state(baseline)
 
     for method, target in (("lstm", None), ("uniform", 1e-9)):
@@ -1345,7 +1369,7 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
     for name, methods in (("both", ("lstm", "sep")), ("alone", ("sep", "lstm"))):
         spy = Spy()
         run = make_run(tmp_path / name, spy, settings)
-        baseline = run.make_baseline(untrained=make_lenet())
+        baseline = run.make_baseline(make_lenet())
         for method in methods:
             run.make_row(method, Goal(0.6, is_required=True))
         found.append(without_seconds({method: run.row(method) for method in methods}))
@@ -1361,6 +1385,27 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
         assert (hard_width < whole) == (soft_width < whole)
 
 
+def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path):
+    settings = replace(TINY, max_candidates=2, recovery=TrainingPlan(1, 0.05))
+    run = make_run(tmp_path, Spy(), settings)
+    baseline = run.make_baseline(make_lenet())
+    # No target is asked for; this is the cut of a row of `random` that was made before.
+    run.make_row("lstm", Goal(0.6))
+    # With such rewards the baseline would be the best, if no cut had to be reached.
+    for candidate in run.results["search"]["lstm"]["candidates"]:
+        candidate["reward"] -= 1
+
+    goal = run.goal_for("sep")
+    run.make_row("sep", goal)
+
+    hard = tuple(run.row("lstm")["widths"])
+    # A gate has MACs of its own, for which some more kernels go.
+    reduction_of = run.trainer.reduction_of("sep")
+    cut = goal.macs_reduction
+    soft = controller.prune_further(hard, baseline.widths, reduction_of, cut, TINY.pruning_rate)
+    assert run.row("sep")["widths"] == list(soft)
+
+
 @pytest.mark.parametrize("max_candidates", [None, 3])
 def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_gates_reach(
     max_candidates, tmp_path
@@ -1374,7 +1419,7 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
     )
     spy = Spy()
     run = make_run(tmp_path, spy, settings)
-    baseline = run.make_baseline(untrained=make_lenet())
+    baseline = run.make_baseline(make_lenet())
     deepest = [1] * len(baseline.widths)
 
     run.make_row("sep", Goal(run.trainer.reduction_of("lstm")(deepest)))
@@ -1385,7 +1430,7 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
     assert any(line.startswith("sep cannot cut") for line in spy.lines)
 
     asked = make_run(tmp_path / "asked", spy, replace(settings, target=0.9999))
-    asked.make_baseline(given=baseline)
+    asked.make_baseline(baseline, is_trained=True)
     with pytest.raises(UserError, match="give a smaller --target"):
         asked.make_row("sep", asked.goal_for("sep"))
 

@@ -120,7 +120,7 @@ def test_the_published_schedule_is_the_papers():
     plan = controller.TrainingPlan
 
     assert cifar.pruning_rate == 0.2
-    assert (cifar.parents, cifar.patience, cifar.max_candidates) == (5, 10, None)
+    assert (cifar.candidates_per_lstm_epoch, cifar.patience, cifar.max_candidates) == (5, 10, None)
     assert cifar.target == 0.701
     assert (cifar.recovery, cifar.final) == (plan(30, 0.001), plan(250, 0.001))
     assert (mnist.recovery, mnist.final) == (plan(10, 0.001), plan(100, 0.001))
@@ -757,6 +757,14 @@ EDITS = {
     "more facts": lambda results: results["search"]["lstm"]["candidates"][0].update(cuts=1),
     "fewer facts": lambda results: results["search"]["lstm"]["candidates"][0].pop("lstm_epoch"),
     "no curve": lambda results: results.update(curves={"lstm": [1]}),
+    "no baseline": lambda results: results["rows"].pop(0),
+    "all rows gone": lambda results: results["rows"].clear(),
+    "no rule": lambda results: results["search"]["lstm"].pop("rule"),
+    "a word for images": lambda results: results.update(test_images="x"),
+    "a word for a target": lambda results: results["settings"].update(target="x"),
+    "no accuracy": lambda results: results["search"]["lstm"]["candidates"][0].update(
+        validation_accuracy=None
+    ),
     "no rows": lambda results: results.update(rows=""),
     "no layers": lambda results: results.update(layers=7),
     "fewer layers": lambda results: results.update(layers=["conv1", "conv2"]),

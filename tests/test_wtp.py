@@ -421,7 +421,9 @@ def test_prune_that_finds_its_work_done_shows_the_table_again(capsys, pruned):
     assert output.read_bytes() == made
 
 
-@pytest.mark.parametrize("change", ["another file", "another checkpoint", "fresh"])
+@pytest.mark.parametrize(
+    "change", ["another file", "another checkpoint", "other images", "lost results", "fresh"]
+)
 def test_prune_over_what_it_did_not_make_is_refused(capsys, pruned, tmp_path, change):
     shutil.copytree(pruned[0], tmp_path, dirs_exist_ok=True)
     command = prune_command(tmp_path)
@@ -430,6 +432,13 @@ def test_prune_over_what_it_did_not_make_is_refused(capsys, pruned, tmp_path, ch
     elif change == "another checkpoint":
         net, facts = sep.load(tmp_path / "my.pt")
         models.save_checkpoint(tmp_path / "my.pt", net, facts | {"seconds": 9.9})
+    elif change == "other images":
+        (path,) = (tmp_path / "runs").glob("*/results.json")
+        results = json.loads(path.read_text())
+        path.write_text(json.dumps(results | {"data": "images in elsewhere"}))
+    elif change == "lost results":
+        for path in (tmp_path / "runs").glob("*/results.json"):
+            path.unlink()
     else:
         command.append("--fresh")
     before = fingerprint_files(tmp_path)
@@ -502,6 +511,20 @@ def test_widths_that_machines_like(capsys, smoke, tmp_path):
         assert "smaller --round-to" in err
         assert is_one_line(err)
         assert not out
+
+
+def test_a_file_from_a_state_dict_reads_images_of_the_size_that_were_tried(capsys, tmp_path):
+    save_pictures(tmp_path / "pictures", size=64)
+    net = models.build("resnet8", classes=3)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    command = ["export", tmp_path / "net.pt", tmp_path / "net.pt2"]
+
+    status, out, err = call(capsys, *command, "--data-dir", tmp_path / "pictures")
+
+    assert status == 0, err
+    assert "(batch, 3, 64, 64)" in out
+    exported = torch.export.load(tmp_path / "net.pt2").module()
+    assert exported(torch.rand(2, 3, 64, 64)).shape == (2, 3)
 
 
 def test_export_writes_what_other_programs_run(capsys, smoke, tmp_path):

@@ -1,12 +1,13 @@
 """Finding and training the small net. In this order:
 
 images        labelled images in memory; MNIST, CIFAR, a user's own folder, drawn digits
-training      teacher and student: accuracy, loss, plan, step
-on a GPU      the same step as a CUDA graph; then the loop, `fit`, and how images are normalised
+training      teacher and student: accuracy, loss, plan, a step; the step on a GPU; the loop, `fit`;
+              how a stranger's images were normalised
 timing        latency of a net, speed of a training
 structures    which widths reach a MACs reduction
-the LSTM      the policy, its search by REINFORCE (the papers), its search by regression (`fast`)
-the run       its folder and files, its trainer, the search loop, its rows
+the LSTM      the policy, what it reads of a net
+searching     settings, candidates and rewards; by REINFORCE (the papers), by regression (`fast`)
+the run       its methods, its folder and files, its trainer, the search loop, its rows
 
 One `fit` serves the baseline (no teacher), every recovery and the final training. Every random
 stream has a seed of its own (`seed_for`), so that a run that was stopped goes on with the same
@@ -808,7 +809,7 @@ def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
     arguments themselves are returned where all widths are multiples of 8 already, or where the net
     has gates, which choose among all channels.
     """
-    widths = tuple(-(-width // 8) * 8 for width in net.widths)  # rounded up
+    widths = tuple(models.round_up(width, 8) for width in net.widths)
     if net.gates is not None or widths == net.widths:
         return net, optimizer
     with next(net.parameters()).device:
@@ -892,7 +893,10 @@ def fit(
         order, crops = images.draw_epoch(seed, epoch)
         teacher_probs = None
         if teacher:
-            teacher_probs = teacher.probabilities(epoch, count if plan.max_steps else len(images))
+            # All images but the last, smaller batch, or the few of a short epoch: so the outputs
+            # that are kept serve every plan that shows whole epochs.
+            shown = count if plan.max_steps else len(images)
+            teacher_probs = teacher.probabilities(epoch, shown)
         total_loss = torch.zeros((), device=images.device)
         batches = draw_batches(images, teacher_probs, order[:count], crops, batch_size)
         for step, batch in zip(wrap_steps(range(steps)), batches):
@@ -1033,9 +1037,11 @@ def structure_name(structure) -> str:
     return name if len(name) < 100 else f"{seed_for(name):x}"
 
 
-def widen(structure, layer: int, channels: int = 1) -> tuple[int, ...]:
-    """The structure with so many channels more in one layer."""
-    return tuple(width + channels * (i == layer) for i, width in enumerate(structure))
+def add_at(numbers, index: int, amount: int = 1) -> tuple[int, ...]:
+    """The numbers with `amount` added to one of them."""
+    changed = list(numbers)
+    changed[index] += amount
+    return tuple(changed)
 
 
 def shrink(structure, actions, rate: float) -> tuple[int, ...]:
@@ -1053,10 +1059,11 @@ def shrink_all(structure, rate: float) -> tuple[int, ...]:
 
 
 def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ...]:
-    """The largest structure between `parent` and `child` that removes at least `target`.
+    """The first structure on the way from `parent` to `child` that removes at least `target`.
 
-    Channels go one at a time, all layers at the same pace, until the target is reached; then every
-    channel that need not have gone is put back. `child` where even that does not reach it.
+    Channels go one at a time, each layer at an even pace, so that all reach `child` together. Then
+    every channel without which the target is still reached is put back. Returns `child` where even
+    that does not reach the target.
     """
     removals = [
         (step / (before - after), layer)
@@ -1078,7 +1085,7 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     # The last channel may have removed much: what it makes up for comes back.
     for layer in dict.fromkeys(reversed(order[:count])):
         while structure[layer] < parent[layer]:
-            wider = widen(structure, layer)
+            wider = add_at(structure, layer)
             if reduction_of(wider) < target:
                 break
             structure = wider
@@ -1086,7 +1093,7 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
 
 
 def prune_further(structure, widths, reduction_of, target: float, rate: float) -> tuple[int, ...]:
-    """The structure, made smaller only as far as the target needs.
+    """The structure, made smaller until it reaches the target; unchanged where it does already.
 
     Layers that are pruned already lose channels first. Raises UserError where no structure reaches
     the target.
@@ -1101,38 +1108,46 @@ def prune_further(structure, widths, reduction_of, target: float, rate: float) -
     return structure
 
 
+# ours: a layer of a uniform structure may keep this share of its channels more than the others, or
+# one channel, for the structure to come nearer to its target.
+UNIFORM_TOLERANCE = 0.03
+
+
 def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
-    """The structure with the same share of channels in every layer, to a channel or 3 %, that comes
-    nearest to removing `target`."""
+    """The structure that keeps the same share of channels in every layer and comes nearest to
+    removing `target`. Layers may differ by UNIFORM_TOLERANCE."""
     best = tuple(widths)
     # A channel of some layers is worth many of others: these are adjusted first.
     costliest_first = sorted(
-        range(len(widths)), key=lambda layer: -reduction_of(widen(widths, layer, -1))
+        range(len(widths)), key=lambda layer: -reduction_of(add_at(widths, layer, -1))
     )
     for share in (n / 1000 for n in range(1000, 0, -1)):
         structure = tuple(max(1, int(share * width)) for width in widths)
         if reduction_of(structure) < target:
             continue
         for layer in costliest_first:
-            for _ in range(1 + int(0.03 * widths[layer])):
-                wider = widen(structure, layer)
+            for _ in range(1 + int(UNIFORM_TOLERANCE * widths[layer])):
+                wider = add_at(structure, layer)
                 if wider[layer] > widths[layer] or reduction_of(wider) < target:
                     break
                 structure = wider
         best = min(best, structure, key=lambda candidate: abs(reduction_of(candidate) - target))
         if reduction_of(structure) - target > 0.05:
-            break
+            break  # smaller shares only lead further away
     return best
 
 
 def largest_reduction(widths, reduction_of, multiple: int = 1) -> float:
-    """What the smallest structure at multiples of `multiple` (or whole `widths`) removes."""
+    """What the smallest structure at multiples of `multiple` removes; a layer that is narrower than
+    that keeps all its channels."""
     return reduction_of([min(width, multiple) for width in widths])
 
 
 def check_reachable(widths, reduction_of, target: float | None, multiple: int = 1) -> None:
-    """Raise UserError (status 2) where no structure at multiples of `multiple` (or whole `widths`)
-    removes `target`, or none but the whole net is one."""
+    """Raise UserError (status 2) where no structure at multiples of `multiple` removes `target`.
+
+    A layer may also keep all its channels. Nor may `multiple` be larger than every width.
+    """
     if multiple > max(widths):
         raise UserError(
             f"no layer of this net is {multiple} wide, {max(widths)} at most; "
@@ -1155,9 +1170,10 @@ def check_reachable(widths, reduction_of, target: float | None, multiple: int = 
 
 
 def round_structure(structure, widths, reduction_of, target: float | None, multiple: int):
-    """The structure of multiples (or whole `widths`) nearest to `structure`.
+    """The structure at multiples of `multiple` that is nearest to `structure`.
 
-    With a `target` one that still reaches it. Raises UserError where there is none.
+    A layer may also keep all its channels. With a `target` the structure still reaches it. Raises
+    UserError where there is none.
     """
     check_reachable(widths, reduction_of, target, multiple)
     choices = [sorted({width, *range(multiple, width + 1, multiple)}) for width in widths]
@@ -1179,7 +1195,7 @@ def round_structure(structure, widths, reduction_of, target: float | None, multi
     # Down where rounding added the most.
     while reduction_of(widths_at(positions)) < target:
         layer = max((layer for layer in layers if positions[layer]), key=excess)
-        positions = widen(positions, layer, -1)
+        positions = add_at(positions, layer, -1)
     # And up where it took the most, while that layer has less than it should.
     while True:
         larger = [
@@ -1187,11 +1203,11 @@ def round_structure(structure, widths, reduction_of, target: float | None, multi
             for layer in layers
             if positions[layer] + 1 < len(choices[layer])
             and excess(layer) < 1
-            and reduction_of(widths_at(widen(positions, layer))) >= target
+            and reduction_of(widths_at(add_at(positions, layer))) >= target
         ]
         if not larger:
             return widths_at(positions)
-        positions = widen(positions, min(larger, key=excess))
+        positions = add_at(positions, min(larger, key=excess))
 
 
 # ---- the LSTM ----------------------------------------------------------------------------------
@@ -1264,15 +1280,29 @@ def reinforce(policy: Policy, optimizer, logits, actions, advantage: float) -> N
     optimizer.step()
 
 
-def compute_reward(accuracy: float, macs_reduction: float, target: float | None) -> float:
-    """accuracy - 0.16 * MACs / MACs of the baseline (script).
+# ---- searching: what a search tries and knows --------------------------------------------------
 
-    ours: with a target, removing more than that earns nothing more.
-    """
-    remaining_macs = 1 - macs_reduction
-    if target is not None:
-        remaining_macs = max(remaining_macs, 1 - target)
-    return accuracy - COMPLEXITY_WEIGHT * remaining_macs
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a run. They are kept in its folder: other numbers are another run."""
+
+    baseline: TrainingPlan
+    recovery: TrainingPlan  # of each candidate
+    final: TrainingPlan  # of the net that a row ends with
+    pruning_rate: float  # share of a layer's channels that one step removes
+    target: float | None  # the MACs reduction that the user or the paper asks for
+    candidates_per_lstm_epoch: int
+    patience: int  # LSTM epochs without a larger reward that end a ReinforceSearch
+    max_candidates: int | None  # that end a RegressionSearch
+    seed: int
+
+    def searches_by_regression(self, target: float | None) -> bool:
+        """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch.
+
+        Its walks need somewhere to go: a cut of 0 is none.
+        """
+        return bool(self.max_candidates and target)
 
 
 @dataclass
@@ -1296,6 +1326,27 @@ class Candidate(ScoredStructure):
     seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A structure that a search wants tried: `parent` loses channels where `actions` is 1."""
+
+    parent: tuple[int, ...]
+    actions: tuple[int, ...]
+    structure: tuple[int, ...]
+    logits: torch.Tensor | None = None  # (L, 2) of the LSTM, for REINFORCE
+
+
+def compute_reward(accuracy: float, macs_reduction: float, target: float | None) -> float:
+    """accuracy - 0.16 * MACs / MACs of the baseline (script).
+
+    ours: with a target, removing more than that earns nothing more.
+    """
+    remaining_macs = 1 - macs_reduction
+    if target is not None:
+        remaining_macs = max(remaining_macs, 1 - target)
+    return accuracy - COMPLEXITY_WEIGHT * remaining_macs
+
+
 def rank_by_reward(scored: Iterable[ScoredStructure], count: int) -> list[ScoredStructure]:
     """The `count` structures of the largest rewards."""
     return sorted(scored, key=lambda item: -item.reward)[:count]
@@ -1310,36 +1361,7 @@ def choose_best(scored: Iterable[ScoredStructure], target: float | None) -> Scor
     return max(scored, key=lambda item: item.macs_reduction)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of a run. They are kept in its folder: other numbers are another run."""
-
-    baseline: TrainingPlan
-    recovery: TrainingPlan
-    final: TrainingPlan
-    pruning_rate: float
-    target: float | None  # the MACs reduction that the user or the paper asks for
-    candidates_per_lstm_epoch: int
-    patience: int
-    max_candidates: int | None  # of a RegressionSearch
-    seed: int
-
-    def searches_by_regression(self, target: float | None) -> bool:
-        """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch.
-
-        Its walks need somewhere to go: a cut of 0 is none.
-        """
-        return bool(self.max_candidates and target)
-
-
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """A structure that a search wants tried: `parent` loses channels where `actions` is 1."""
-
-    parent: tuple[int, ...]
-    actions: tuple[int, ...]
-    structure: tuple[int, ...]
-    logits: torch.Tensor | None = None  # (L, 2) of the LSTM, for REINFORCE
+# ---- searching: what both searches share -------------------------------------------------------
 
 
 class Search:
@@ -1438,7 +1460,7 @@ class Search:
             setattr(self, key, state[key])
 
 
-# ---- the LSTM: search by REINFORCE -------------------------------------------------------------
+# ---- searching: by REINFORCE -------------------------------------------------------------------
 
 
 class ReinforceSearch(Search):
@@ -1504,7 +1526,7 @@ class ReinforceSearch(Search):
         return f"{self.idle_epochs} of {self.settings.patience} epochs without a larger reward"
 
 
-# ---- the LSTM: search by regression ------------------------------------------------------------
+# ---- searching: by regression ------------------------------------------------------------------
 
 
 class RegressionSearch(Search):
@@ -1658,6 +1680,59 @@ class RegressionSearch(Search):
         return f"at most {self.settings.max_candidates} candidates"
 
 
+# ---- the run: its methods ----------------------------------------------------------------------
+#
+# From top to bottom, a run calls:
+#
+#   Run.make_baseline()         the teacher, trained or given
+#   Run.make_row(method, goal)  a row of the table: its structure, then the final training
+#   run_search()                proposes structures until the search ends, and scores each
+#   Trainer.recover()           prunes a parent to a structure, and trains it a little
+#   Trainer.train()             any training, going on where it was stopped
+#
+# RunFolder keeps what each of them has done.
+
+
+# The methods, in the order in which their rows are made: `static` needs `sep`, and `uniform` takes
+# the cut of the first row.
+METHODS = ("lstm", "sep", "static", "random", "uniform")
+
+
+@dataclass(frozen=True)
+class PruningKind:
+    """How a net is brought to a structure, and what that will cost."""
+
+    apply: Callable  # (net, structure) -> a new net
+    count_macs: Callable  # (net, structure) -> MACs
+
+
+HARD = PruningKind(models.prune_channels, models.count_macs)
+SOFT = PruningKind(sep.add_gates, sep.count_macs)
+KIND_OF = {"lstm": HARD, "random": HARD, "uniform": HARD, "sep": SOFT, "static": SOFT}
+
+
+def reduction_for(kind: PruningKind, net: Net) -> Callable:
+    """reduction_of(structure): the share of `net`'s MACs that a structure of it removes."""
+    whole = models.count_macs(net)
+
+    def reduction_of(structure) -> float:
+        return 1 - kind.count_macs(net, structure) / whole
+
+    return reduction_of
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The MACs reduction that a row has to reach, and whether it must.
+
+    None: as far as the reward finds worth it. It must where the user or the paper asks for it; it
+    need not where it is only the cut of another row, for comparison.
+    """
+
+    macs_reduction: float | None
+    is_required: bool = False
+
+
 # ---- the run: its folder -----------------------------------------------------------------------
 
 
@@ -1678,9 +1753,6 @@ class Reporter:
         """An epoch is done; `accuracy` is None where it is not measured."""
 
 
-# The methods, in the order in which their rows are made: `static` needs `sep`, and `uniform` takes
-# the cut of the first row.
-METHODS = ("lstm", "sep", "static", "random", "uniform")
 # The rows of results.json; each has a checkpoint ROW.pt.
 ROWS = ("baseline", *METHODS)
 # The other files of a run. results.json is removed last: without it an interrupted removal could
@@ -1897,8 +1969,7 @@ def has_valid_rows(results: dict) -> bool:
     return (
         isinstance(rows, list)
         and set(names) <= set(ROWS)
-        # The baseline's row comes first, and all else after it.
-        and (names[:1] == ["baseline"] or not (names or results["search"]))
+        and (rows or not results["search"])
         and all(are_numbers(row[key] for key in ROW_NUMBERS) for row in rows)
         and all(is_structure(row["widths"], results["layers"]) for row in rows)
         and all(len(point) == 2 and are_numbers(v or 0 for v in point) for point in points)
@@ -1935,41 +2006,6 @@ def are_numbers(values) -> bool:
 
 
 # ---- the run: its trainer ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PruningKind:
-    """How a net is brought to a structure, and what that will cost."""
-
-    apply: Callable  # (net, structure) -> a new net
-    count_macs: Callable  # (net, structure) -> MACs
-
-
-HARD = PruningKind(models.prune_channels, models.count_macs)
-SOFT = PruningKind(sep.add_gates, sep.count_macs)
-KIND_OF = {"lstm": HARD, "random": HARD, "uniform": HARD, "sep": SOFT, "static": SOFT}
-
-
-def reduction_for(kind: PruningKind, net: Net) -> Callable:
-    """reduction_of(structure): the share of `net`'s MACs that a structure of it removes."""
-    whole = models.count_macs(net)
-
-    def reduction_of(structure) -> float:
-        return 1 - kind.count_macs(net, structure) / whole
-
-    return reduction_of
-
-
-@dataclass(frozen=True)
-class Goal:
-    """The MACs reduction that a row has to reach, and whether it must.
-
-    None: as far as the reward finds worth it. It must where the user or the paper asks for it; it
-    need not where it is only the cut of another row, for comparison.
-    """
-
-    macs_reduction: float | None
-    is_required: bool = False
 
 
 @dataclass
@@ -2295,6 +2331,17 @@ def make_plain(gated: Net, images: Images) -> Net:
     return sep.to_static(gated, batches)
 
 
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread" if threads == 1 else f"cpu, {threads} threads"
+
+
+def describe_versions() -> dict:
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
 class Run:
     """A run folder, and the rows that fill it. Every step picks up what the folder holds already.
 
@@ -2353,15 +2400,16 @@ class Run:
         """The cut that a row has to reach; this is the one place that decides it.
 
         It is the target that the user or the paper asks for. Where there is none, and for
-        `uniform`, it is the cut of the row that was made first: all rows of a table are compared at
-        one cut. Without either, a search goes as far as the reward finds worth it.
+        `uniform`, it is the cut of the first finished row, in the order of METHODS: all rows of a
+        table are compared at one cut. Without either, a search goes as far as the reward finds
+        worth it.
         """
-        pruned_rows = [row for row in self.results["rows"] if row["method"] != "baseline"]
+        finished = [name for name in METHODS if self.row(name)]
         target = self.settings.target
-        if target is not None and (method != "uniform" or not pruned_rows):
+        if target is not None and (method != "uniform" or not finished):
             return Goal(target, is_required=True)
-        if pruned_rows:
-            return Goal(pruned_rows[0]["macs_reduction"])
+        if finished:
+            return Goal(self.row(finished[0])["macs_reduction"])
         return Goal(None)
 
     # -- the nets of rows
@@ -2671,14 +2719,3 @@ class Run:
         self.results["curves"][row] = facts["curve"]
         self.results["layers"] = [prunable.layer for prunable in net.prunable]
         self.folder.save_results()
-
-
-def describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"cpu, {threads} thread" if threads == 1 else f"cpu, {threads} threads"
-
-
-def describe_versions() -> dict:
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}

@@ -47,6 +47,11 @@ class UserError(Exception):
         self.status = status
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is at least `number`."""
+    return -(-number // multiple) * multiple
+
+
 # ---- layers ------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 the gate              squeeze-and-excitation, a choice of channels, batch norm of the chosen ones
 gated nets            putting gates on, what they use, what they cost, making a gated net plain
+loading               any checkpoint as a net, plain or gated
 fast single images    `tune`: a copy of a net that is quick at one image at a time on a CPU
 
 Nothing is removed: all C filters of a layer keep their weights. The k of them that its gate scores
@@ -64,6 +65,7 @@ class SEGate(nn.Module):
     def prefer(self, importance: torch.Tensor) -> None:
         """Prefer channels by `importance` (C,), as hard pruning would; scales stay as they are."""
         scale = torch.sigmoid(self.excite.bias) / self.initial_scale
+        # Of each channel: 0 for the least important one, C - 1 for the most important one.
         rank = importance.argsort().argsort().float()
         position = 2 * rank / max(1, len(rank) - 1) - 1  # in [-1, 1]
         self.excite.bias.copy_(INITIAL_LOGIT_RANGE * position)
@@ -112,9 +114,9 @@ class SEGate(nn.Module):
             else:
                 channel_means = x.to(dtype)
             scales = self.channel_scales(channel_means, input_channels)
-        # Kernels gathered for one image alone seldom pay: `tune` measures where they do.
-        runs_all = x.is_cuda or torch.compiler.is_exporting() or len(x) == 1
-        output_channels = None if runs_all else channels_to_gather(scales != 0)
+        output_channels = None
+        if gathers_kernels(x):
+            output_channels = channels_to_gather(scales != 0)
         if output_channels is not None:
             scales = scales.index_select(1, output_channels)
         y = models.run_layer(layer, x, input_channels, output_channels)
@@ -125,6 +127,15 @@ class SEGate(nn.Module):
         return y * scales.reshape(*scales.shape, *places).to(y.dtype), output_channels
 
 
+def gathers_kernels(x) -> bool:
+    """Whether a batch x (B, ...) is computed by the kernels that it uses alone, or by all."""
+    if x.is_cuda:  # it would wait for the GPU to count the kernels
+        return False
+    if torch.compiler.is_exporting():  # a program has fixed shapes
+        return False
+    return len(x) > 1  # for one image it seldom pays; `tune` measures where it does
+
+
 def channels_to_gather(is_used: torch.Tensor) -> torch.Tensor | None:
     """The channels (ascending indices) that some image of the batch uses, (B, C) -> (C',).
 
@@ -132,7 +143,7 @@ def channels_to_gather(is_used: torch.Tensor) -> torch.Tensor | None:
     """
     is_used = is_used.any(0)
     used = max(1, int(is_used.sum()))
-    count = -(-used // GATHER_MULTIPLE) * GATHER_MULTIPLE  # rounded up
+    count = models.round_up(used, GATHER_MULTIPLE)
     if count > GATHER_LIMIT * len(is_used):
         return None
     return is_used.float().topk(count).indices.sort().values
@@ -147,10 +158,19 @@ def masked_batch_norm(y, scales, norm: nn.BatchNorm2d, channels) -> torch.Tensor
     if channels is None and not norm.training:
         return norm(y)
     index = slice(None) if channels is None else channels
+    if norm.training:
+        return train_masked_batch_norm(y, scales, norm, index)
+    mean, var = norm.running_mean[index], norm.running_var[index]
+    return F.batch_norm(y, mean, var, norm.weight[index], norm.bias[index], eps=norm.eps)
+
+
+def train_masked_batch_norm(y, scales, norm: nn.BatchNorm2d, index) -> torch.Tensor:
+    """`masked_batch_norm` by the batch's own statistics, which update the running ones.
+
+    `index` selects the C' channels of `norm` that y holds.
+    """
     gamma, beta = norm.weight[index], norm.bias[index]
     old_mean, old_var = norm.running_mean[index], norm.running_var[index]
-    if not norm.training:
-        return F.batch_norm(y, old_mean, old_var, gamma, beta, eps=norm.eps)
     mask = (scales != 0).float()
     images = mask.sum(0)  # (C',) that use a channel
     places = y.shape[2] * y.shape[3]
@@ -317,6 +337,9 @@ def count_macs(net: Net, structure=None) -> int:
             inputs = input_channels_of(net, i)
             gate_macs += bottleneck_width(inputs) * (inputs + width)
     return models.count_macs(net, structure) + gate_macs
+
+
+# ---- loading -----------------------------------------------------------------------------------
 
 
 def load(path) -> tuple[Net, dict]:

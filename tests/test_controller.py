@@ -529,7 +529,7 @@ def test_a_pruned_step_lands_on_the_target(arch):
         assert least <= width <= most
     for layer in range(len(parent)):  # nothing too much
         if structure[layer] < parent[layer]:
-            assert reduction_of(controller.widen(structure, layer)) < 0.2
+            assert reduction_of(controller.add_at(structure, layer)) < 0.2
     assert controller.prune_to_target(parent, child, reduction_of, 0.99) == child
 
 
@@ -548,7 +548,7 @@ def test_a_structure_lands_with_its_gates_on_the_target(arch):
     assert found[-1] == last
     for layer in range(len(found)):  # nothing too much
         if found[layer] < structure[layer]:
-            assert reduction_of(controller.widen(found, layer)) < target
+            assert reduction_of(controller.add_at(found, layer)) < target
     assert controller.prune_further(found, net.widths, reduction_of, target, 0.2) == found
     # LeNet-5: beyond what the structure's pruned layers have.
     deepest = (*[1] * (len(found) - 1), last)

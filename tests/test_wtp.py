@@ -780,7 +780,6 @@ EDITS = {
     "more facts": lambda results: results["search"]["lstm"]["candidates"][0].update(cuts=1),
     "fewer facts": lambda results: results["search"]["lstm"]["candidates"][0].pop("lstm_epoch"),
     "no curve": lambda results: results.update(curves={"lstm": [1]}),
-    "no baseline": lambda results: results["rows"].pop(0),
     "all rows gone": lambda results: results["rows"].clear(),
     "no rule": lambda results: results["search"]["lstm"].pop("rule"),
     "a word for images": lambda results: results.update(test_images="x"),

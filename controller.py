@@ -2232,23 +2232,14 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     folder = trainer.folder
     search = make_search(trainer, method, target)
     pool = folder.pool(method)
-    # Rewards depend on the target: with another one the search begins anew.
-    title = f"{method}, target {target}"
-    state = models.read_unfinished_work(pool / "search.pt", title, search.state_dict().keys())
-    if state:
-        search.load_state_dict(state)
-    elif (pool / "search.pt").exists():
-        folder.say(
-            f"{pool / 'search.pt'} is damaged, or was for another target or version: that search "
-            "begins anew"
-        )
+    load_search(search, folder)
 
     def weights_of(structure) -> Path:
         if structure == search.baseline_score.structure:
             return folder.checkpoint("baseline")
         return pool / f"{structure_name(structure)}.pt"
 
-    log_progress(folder, search)
+    log_progress(search, folder)
     while (proposal := search.propose()) is not None:
         score = search.known.get(proposal.structure)
         if score is None:
@@ -2266,8 +2257,8 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         search.record(proposal, score)
         if search.lstm_epoch > lstm_epoch:
             folder.say(describe_search(search, lstm_epoch))
-        models.write_tensors(pool / "search.pt", search.state_dict() | {"title": title})
-        log_progress(folder, search)
+        save_search(search, folder)
+        log_progress(search, folder)
         folder.save_results()
         in_use = {weights_of(structure) for structure in search.structures_in_use()}
         for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
@@ -2293,7 +2284,30 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
     )
 
 
-def log_progress(folder: RunFolder, search: Search) -> None:
+def title_of(search: Search) -> str:
+    """Rewards depend on the target: a search for another one is another search."""
+    return f"{search.name}, target {search.target}"
+
+
+def load_search(search: Search, folder: RunFolder) -> None:
+    """Go on with what `save_search` kept of this search, if it did."""
+    path = folder.pool(search.name) / "search.pt"
+    keys = search.state_dict().keys()
+    state = models.read_unfinished_work(path, title_of(search), keys)
+    if state:
+        search.load_state_dict(state)
+    elif path.exists():
+        folder.say(
+            f"{path} is damaged, or was for another target or version: that search begins anew"
+        )
+
+
+def save_search(search: Search, folder: RunFolder) -> None:
+    path = folder.pool(search.name) / "search.pt"
+    models.write_tensors(path, search.state_dict() | {"title": title_of(search)})
+
+
+def log_progress(search: Search, folder: RunFolder) -> None:
     """Put into the results how far a search is."""
     folder.log_search(
         search.name,

@@ -1369,7 +1369,7 @@ class Search:
     takes the proposal and what came of it.
 
     `baseline_score` is the whole net's, `reduction_of` gives the MACs reduction of a structure.
-    With `is_random` dice decide instead of the LSTM, and nothing is learned.
+    With `is_random` chance decides instead of the LSTM, and nothing is learned.
     """
 
     rule = ""  # its name in results.json

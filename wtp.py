@@ -471,7 +471,7 @@ def describe_results(results: dict, rows: list[dict]):
         yield f"{row['method']} keeps {describe_widths(results, rows[0]['widths'], row['widths'])}"
     finished = {row["method"] for row in rows}
     if "sep" in finished and has_shared_search(results):
-        yield "sep has the scheme of lstm's search; its time includes that search"
+        yield "sep has the structure of lstm's search; its time includes that search"
     if "static" in finished:
         yield "static begins with sep's net; its time includes sep's"
     for method, log in results["search"].items():

@@ -228,8 +228,10 @@ def describe_data(name: str, folder: Path) -> str:
 def is_image_folder(folder: Path) -> bool:
     """Whether `folder` is a user's own data set: train/CLASS/images and test/CLASS/images.
 
-    Raises UserError if it is half of one.
+    Raises UserError if it is half of one, or a file.
     """
+    if Path(folder).is_file():
+        raise UserError(f"{folder} is a file; --data-dir names a folder", 2)
     parts = [part for part in ("train", "test") if (Path(folder) / part).is_dir()]
     if len(parts) == 1:
         raise UserError(
@@ -327,7 +329,11 @@ def list_image_files(folder: Path):
     try:
         dataset = VisibleImageFolder(folder, is_valid_file=is_visible_image)
     except OSError as error:
-        raise UserError(f"{folder}: {str(error)[:200]}") from error
+        endings = ", ".join(IMG_EXTENSIONS)
+        raise UserError(
+            f"{folder}: {str(error)[:200].strip('. ')}; a folder for each class holds its images "
+            f"({endings})"
+        ) from error
     paths = [path for path, _ in dataset.samples]
     return paths, dataset.targets, dataset.classes
 
@@ -1028,6 +1034,10 @@ def measure_training_speed(net: Net, device: torch.device) -> float:
 
 # ---- structures --------------------------------------------------------------------------------
 #
+# A structure is a tuple with the number of channels that each prunable layer uses. The widths of a
+# net are the channels that its layers have: the same as its structure, but for a gated net, which
+# has all channels of the baseline and uses some of them for each image.
+#
 # `reduction_of(structure)` is the share of the baseline's MACs that a structure removes.
 
 
@@ -1143,17 +1153,22 @@ def largest_reduction(widths, reduction_of, multiple: int = 1) -> float:
     return reduction_of([min(width, multiple) for width in widths])
 
 
-def check_reachable(widths, reduction_of, target: float | None, multiple: int = 1) -> None:
-    """Raise UserError (status 2) where no structure at multiples of `multiple` removes `target`.
-
-    A layer may also keep all its channels. Nor may `multiple` be larger than every width.
-    """
+def check_multiple(widths, multiple: int) -> None:
+    """Raise UserError (status 2) where no layer has so many channels."""
     if multiple > max(widths):
         raise UserError(
             f"no layer of this net is {multiple} wide, {max(widths)} at most; "
             "give a smaller --round-to",
             2,
         )
+
+
+def check_reachable(widths, reduction_of, target: float | None, multiple: int = 1) -> None:
+    """Raise UserError (status 2) where no structure at multiples of `multiple` removes `target`.
+
+    A layer may also keep all its channels.
+    """
+    check_multiple(widths, multiple)
     most = largest_reduction(widths, reduction_of, multiple)
     if target is None or most >= target:
         return
@@ -1161,7 +1176,7 @@ def check_reachable(widths, reduction_of, target: float | None, multiple: int = 
     option = "--target"
     if multiple > 1:
         condition = f"with widths at multiples of {multiple}"
-        option = "--round-to"
+        option = "--round-to or --target"
     raise UserError(
         f"{condition} this net cannot cut {100 * target:.6g}%, {most:.1%} at most; "
         f"give a smaller {option}",
@@ -1293,8 +1308,11 @@ class Settings:
     pruning_rate: float  # share of a layer's channels that one step removes
     target: float | None  # the MACs reduction that the user or the paper asks for
     candidates_per_lstm_epoch: int
-    patience: int  # LSTM epochs without a larger reward that end a ReinforceSearch
-    max_candidates: int | None  # that end a RegressionSearch
+    # Idle LSTM epochs that end a search. Idle is without a larger reward in a ReinforceSearch, and
+    # without a new structure in a RegressionSearch (whose `idle_walks_per_patience` lengthens it).
+    patience: int
+    # That end a RegressionSearch. None: every search is a ReinforceSearch, which has no such end.
+    max_candidates: int | None
     seed: int
 
     def searches_by_regression(self, target: float | None) -> bool:
@@ -1481,9 +1499,7 @@ class ReinforceSearch(Search):
         if not self.waiting_parents:
             if self.idle_epochs >= self.settings.patience:
                 return None
-            parents = self.rank_parents()
-            self.waiting_parents = [parent.structure for parent in parents]
-            self.best_reward = parents[0].reward
+            self.start_lstm_epoch()
         parent = self.waiting_parents[0]
         logits, actions = sample_actions(
             self.policy,
@@ -1494,6 +1510,11 @@ class ReinforceSearch(Search):
         actions = tuple(actions.tolist())
         structure = shrink(parent, actions, self.settings.pruning_rate)
         return Proposal(parent, actions, structure, logits)
+
+    def start_lstm_epoch(self) -> None:
+        parents = self.rank_parents()
+        self.waiting_parents = [parent.structure for parent in parents]
+        self.best_reward = parents[0].reward
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
         self.add_candidate(score)
@@ -1687,7 +1708,7 @@ class RegressionSearch(Search):
 #   Run.make_baseline()         the teacher, trained or given
 #   Run.make_row(method, goal)  a row of the table: its structure, then the final training
 #   run_search()                proposes structures until the search ends, and scores each
-#   Trainer.recover()           prunes a parent to a structure, and trains it a little
+#   Trainer.make_candidate()    prunes a parent to a structure, and trains it a little
 #   Trainer.train()             any training, going on where it was stopped
 #
 # RunFolder keeps what each of them has done.
@@ -1711,7 +1732,7 @@ SOFT = PruningKind(sep.add_gates, sep.count_macs)
 KIND_OF = {"lstm": HARD, "random": HARD, "uniform": HARD, "sep": SOFT, "static": SOFT}
 
 
-def reduction_for(kind: PruningKind, net: Net) -> Callable:
+def make_reduction_of(kind: PruningKind, net: Net) -> Callable:
     """reduction_of(structure): the share of `net`'s MACs that a structure of it removes."""
     whole = models.count_macs(net)
 
@@ -1723,10 +1744,11 @@ def reduction_for(kind: PruningKind, net: Net) -> Callable:
 
 @dataclass(frozen=True)
 class Goal:
-    """The MACs reduction that a row has to reach, and whether it must.
+    """The MACs reduction that a row aims at; None: as far as the reward finds worth it.
 
-    None: as far as the reward finds worth it. It must where the user or the paper asks for it; it
-    need not where it is only the cut of another row, for comparison.
+    `is_required`: the user or the paper asks for it, so a row that cannot get there is an error.
+    Otherwise it is only the cut of another row, to compare at; a row that cannot get there goes as
+    far as it can.
     """
 
     macs_reduction: float | None
@@ -1814,9 +1836,13 @@ class RunFolder:
             if is_fresh:
                 self.remove_run()
         except BlockingIOError as error:
-            raise UserError(f"{self.path} is in use by another process") from error
+            raise UserError(
+                f"{self.path} is in use by another process; wait for it, or give another --out"
+            ) from error
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; give another --out"
+            ) from error
 
     def remove_run(self) -> None:
         rows = [method for method in METHODS if self.checkpoint(method).exists()]
@@ -1824,8 +1850,8 @@ class RunFolder:
             self.say(f"{self.path} starts over, without its rows {', '.join(rows)}")
         for row in ROWS:
             self.remove_pool(row)
-            self.checkpoint(row).unlink(missing_ok=True)
-        for name in RUN_FILES:
+        checkpoint_names = [self.checkpoint(row).name for row in ROWS]
+        for name in (*checkpoint_names, *RUN_FILES):
             for path in (self.path / f"{name}.part", self.path / name):
                 path.unlink(missing_ok=True)
 
@@ -1860,6 +1886,9 @@ class RunFolder:
         ours = json.loads(json.dumps(description))
         different = [key for key in IDENTITY if results[key] != ours[key]]
         if different:
+            if "source" in different:
+                # Another net may be validated by other images: no difference of its own.
+                different = [key for key in different if key != "images"]
             names = ["checkpoint (source)" if key == "source" else key for key in different]
             raise UserError(
                 f"{self.path} holds a run with other {' and '.join(names)}; give another --out, "
@@ -2117,6 +2146,7 @@ class Trainer:
             state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
             state.seconds = time.time() - start
             self.save_progress(title, state, net, optimizer)
+            self.folder.save_results()  # the seconds so far
             seconds_per_epoch = state.seconds / state.epochs
             self.reporter.finish_epoch(title, epoch, plan.epochs, loss, accuracy, seconds_per_epoch)
         if state.best_weights is not None:
@@ -2140,9 +2170,9 @@ class Trainer:
         content = vars(state) | weights | {"title": title}
         models.write_tensors(self.folder.progress_path, content)
 
-    def reduction_of(self, method: str) -> Callable:
-        """What a structure of the baseline removes as a net of that method."""
-        return reduction_for(KIND_OF[method], self.baseline)
+    def make_reduction_of(self, method: str) -> Callable:
+        """reduction_of(structure): what a structure removes of the baseline, by that method."""
+        return make_reduction_of(KIND_OF[method], self.baseline)
 
     def score_baseline(self, target: float | None) -> ScoredStructure:
         """The baseline as a search sees it."""
@@ -2151,10 +2181,10 @@ class Trainer:
         reward = compute_reward(accuracy, 0.0, target)
         return ScoredStructure(self.baseline.structure, accuracy, row["macs"], 0.0, reward)
 
-    def recover(
+    def make_candidate(
         self,
         method: str,
-        parent: Net,
+        parent_net: Net,
         structure,
         *,
         actions: tuple[int, ...],
@@ -2162,10 +2192,10 @@ class Trainer:
         lstm_epoch: int,
         number: int,
     ) -> tuple[Net, Candidate]:
-        """Bring a parent to a structure, train it with the teacher, and score it."""
+        """Bring a parent to a structure, recover it with the teacher, and score it."""
         # For the weights of fresh gates.
         torch.manual_seed(seed_for(self.settings.seed, method, structure))
-        child = KIND_OF[method].apply(parent, structure)
+        child = KIND_OF[method].apply(parent_net, structure)
         trained = self.train(
             f"{method}: candidate {number}, {structure_name(structure)}",
             child,
@@ -2183,32 +2213,32 @@ class Trainer:
             macs=macs,
             macs_reduction=macs_reduction,
             reward=compute_reward(accuracy, macs_reduction, target),
-            parent=parent.structure,
+            parent=parent_net.structure,
             actions=actions,
             lstm_epoch=lstm_epoch,
             seconds=round(trained.seconds, 2),
         )
         return trained.net, candidate
 
-    def recover_once(
+    def load_or_make_candidate(
         self,
         path: Path,
         method: str,
-        parent: Net,
+        parent_net: Net,
         structure,
         *,
         target: float | None,
         lstm_epoch: int,
         number: int,
     ) -> tuple[Net, Candidate]:
-        """`recover`, kept in a file of the pool: net and candidate come from there if it exists."""
+        """`make_candidate`, kept in a file of the pool: both come from there if it exists."""
         if not path.exists():
             actions = tuple(
-                int(width != before) for width, before in zip(structure, parent.structure)
+                int(width != before) for width, before in zip(structure, parent_net.structure)
             )
-            net, candidate = self.recover(
+            net, candidate = self.make_candidate(
                 method,
-                parent,
+                parent_net,
                 structure,
                 actions=actions,
                 target=target,
@@ -2243,7 +2273,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     while (proposal := search.propose()) is not None:
         score = search.known.get(proposal.structure)
         if score is None:
-            net, score = trainer.recover(
+            net, score = trainer.make_candidate(
                 method,
                 trainer.load(weights_of(proposal.parent))[0],
                 proposal.structure,
@@ -2269,7 +2299,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
 def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
     """The search that the settings ask for. Raises UserError where the target is out of reach."""
     baseline = trainer.baseline
-    reduction_of = trainer.reduction_of(method)
+    reduction_of = trainer.make_reduction_of(method)
     check_reachable(baseline.widths, reduction_of, target)
     by_regression = trainer.settings.searches_by_regression(target)
     search_class = RegressionSearch if by_regression else ReinforceSearch
@@ -2473,9 +2503,12 @@ class Run:
         target = self.lower_goal(method, goal)
         net, score, seconds = self.find_structure(method, target)
         if self.round_to:
-            net, score, more_seconds = self.round_widths(method, net, score, target, goal)
+            net, score, more_seconds = self.round_widths(
+                method, net, score, target, is_required=goal.is_required
+            )
             seconds += more_seconds
         trained = self.trainer.train(f"{method}: final", net, self.data.all, self.settings.final)
+        # No image is left to validate the final training: the accuracy is the recovered net's.
         self.save_net(
             method, trained.net, score.validation_accuracy, trained.seconds + seconds, trained.curve
         )
@@ -2486,7 +2519,7 @@ class Run:
         if target is None or goal.is_required:
             return target
         widths = self.trainer.baseline.widths
-        most = largest_reduction(widths, self.trainer.reduction_of(method))
+        most = largest_reduction(widths, self.trainer.make_reduction_of(method))
         if most >= target:
             return target
         self.reporter.say(
@@ -2513,14 +2546,18 @@ class Run:
         return net, score, seconds
 
     def find_uniform(self, target: float | None) -> tuple[Net, ScoredStructure]:
-        """The same share of every layer, in steps of the pruning rate with a recovery each, as the
-        papers' search goes; in one step where the search of the other rows goes in one."""
+        """(recovered net, its score) with the same share of every layer, at a cut of `target`.
+
+        It gets there in steps of the pruning rate with a recovery each, as the papers' search goes;
+        in one step where the search of the other rows goes in one. Raises UserError without a
+        target.
+        """
         if target is None:
             raise UserError(
                 "uniform needs a cut to land on: run it with, or after, another method", 2
             )
         end = uniform_structure(
-            self.trainer.baseline.widths, self.trainer.reduction_of("uniform"), target
+            self.trainer.baseline.widths, self.trainer.make_reduction_of("uniform"), target
         )
         is_one_step = self.settings.searches_by_regression(self.settings.target)
         net = self.trainer.load_baseline()
@@ -2532,8 +2569,9 @@ class Run:
                 smaller = shrink_all(net.structure, self.settings.pruning_rate)
                 structure = tuple(max(width, last) for width, last in zip(smaller, end))
             number = len(candidates) + 1
-            path = self.folder.pool("uniform") / f"{structure_name((number, *end))}.pt"
-            net, score = self.trainer.recover_once(
+            # Each step counts as an LSTM epoch of its own.
+            path = self.folder.pool("uniform") / f"{number}-{structure_name(end)}.pt"
+            net, score = self.trainer.load_or_make_candidate(
                 path, "uniform", net, structure, target=target, lstm_epoch=number, number=number
             )
             candidates.append(score)
@@ -2548,22 +2586,16 @@ class Run:
         again, and gated nets cost more to train.
         """
         trainer = self.trainer
-        candidates = self.folder.searched_candidates("lstm") if self.row("lstm") else []
-        if candidates:
-            lstm_target = self.results["search"]["lstm"]["target"]
-            baseline_score = trainer.score_baseline(lstm_target)
-            chosen = choose_best([baseline_score, *candidates], lstm_target)
-        else:
-            _, chosen = run_search(trainer, "lstm", target)
+        # Gates cost MACs, too: so a little more has to go.
         structure = prune_further(
-            chosen.structure,
+            self.choose_by_lstm(target).structure,
             trainer.baseline.widths,
-            trainer.reduction_of("sep"),
+            trainer.make_reduction_of("sep"),
             target,
             self.settings.pruning_rate,
         )
         path = self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt"
-        net, candidate = trainer.recover_once(
+        net, candidate = trainer.load_or_make_candidate(
             path,
             "sep",
             trainer.load_baseline(),
@@ -2576,28 +2608,40 @@ class Run:
         self.folder.save_results()
         return net, candidate
 
-    def round_widths(self, method: str, net: Net, score, target: float | None, goal: Goal):
+    def choose_by_lstm(self, target: float) -> ScoredStructure:
+        """What `lstm`'s search chooses: by its row where that is finished, else by the search."""
+        candidates = self.folder.searched_candidates("lstm") if self.row("lstm") else []
+        if not candidates:
+            return run_search(self.trainer, "lstm", target)[1]
+        lstm_target = self.results["search"]["lstm"]["target"]
+        baseline_score = self.trainer.score_baseline(lstm_target)
+        return choose_best([baseline_score, *candidates], lstm_target)
+
+    def round_widths(
+        self, method: str, net: Net, score, target: float | None, *, is_required: bool
+    ):
         """(net, score, seconds) with widths at multiples (ours: as machines like them).
 
         The net is made from the baseline, with a recovery of its own. Kept in the results is what
-        that costs and gains. Another row's cut is kept only where that can be.
+        that costs and gains. A target that is not required is dropped where multiples cannot reach
+        it.
         """
         trainer = self.trainer
         widths = trainer.baseline.widths
-        reduction_of = trainer.reduction_of(method)
+        reduction_of = trainer.make_reduction_of(method)
         most = largest_reduction(widths, reduction_of, self.round_to)
-        kept_target = target
-        if target is not None and target > most and not goal.is_required:
-            kept_target = None
+        target_of_rounding = target
+        if target is not None and target > most and not is_required:
+            target_of_rounding = None
         structure = round_structure(
-            score.structure, widths, reduction_of, kept_target, self.round_to
+            score.structure, widths, reduction_of, target_of_rounding, self.round_to
         )
         rounded_net, rounded_score = net, score
         seconds = 0.0
         if structure != score.structure:
             candidates = self.folder.searched_candidates(method)
             path = self.folder.pool(method) / f"rounded-{structure_name(structure)}.pt"
-            rounded_net, rounded_score = trainer.recover_once(
+            rounded_net, rounded_score = trainer.load_or_make_candidate(
                 path,
                 method,
                 trainer.load_baseline(),

@@ -702,7 +702,7 @@ def read_checkpoint(path: Path) -> dict:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint", 2)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}", 2)
+        raise UserError(f"there is no checkpoint {path}; give the path of a .pt or .pth file", 2)
     if path.suffix.lower() in (".pt2", ".onnx"):
         raise UserError(
             f"{path} is an export, not a checkpoint; give the file that it was made from", 2
@@ -714,6 +714,10 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
+# The first byte of a pickle, which old versions of PyTorch wrote without a zip file around it.
+PICKLE_START = b"\x80"
+
+
 def read_tensors(path: Path):
     """torch.load of weights alone, checksums included. Raises UserError."""
     try:
@@ -722,7 +726,8 @@ def read_tensors(path: Path):
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:
-        if "Weights only load failed" in str(error) or "weights_only" in str(error):
+        is_pickle = zipfile.is_zipfile(path) or path.read_bytes()[:1] == PICKLE_START
+        if is_pickle and "weights_only" in str(error):
             raise UserError(
                 f"{path} is not a file of weights alone (reading it could run code); "
                 "save the state dict and try again"
@@ -817,7 +822,7 @@ def describe_shape(tensor: torch.Tensor) -> str:
 KNOWN_NETS = (
     "LeNet-5 (conv1, conv2, fc1, fc2), "
     "VGG with batch norm (features.N, classifier, as in torchvision), "
-    "CIFAR ResNets of depth 6n + 2 with option-A shortcuts "
+    "CIFAR ResNets of depth 6n + 2 and widths 16, 32, 64 with option-A shortcuts "
     "(conv1, bn1, layer1.0.conv1, ..., linear)"
 )
 # DataParallel's, Lightning's and torch.compile's prefixes.
@@ -1009,7 +1014,7 @@ def check_image_size(net: Net, size: int) -> None:
         deepcopy(net).cpu().eval()(torch.zeros(2, net.channels, size, size))
     except RuntimeError as error:
         raise UserError(
-            f"this {net.arch} cannot take images of {size} x {size} pixels", 2
+            f"this {net.arch} cannot take images of {size} x {size} pixels; give another --size", 2
         ) from error
 
 
@@ -1087,6 +1092,7 @@ def write_onnx(program, path: Path):
         f=str(path),
         input_names=["images"],
         output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),  # the axis's name in the file
         external_data=False,
         verbose=False,
     )

@@ -400,7 +400,7 @@ class ScreenReporter:
         if self.epoch_share <= LONG_EPOCH_SHARE:
             part = f"{self.epoch_share:.0%} of an epoch"
         whole = format_duration(self.planned_epochs * seconds / self.epoch_share)
-        self.say(f"{seconds:.1f} s for {part}: {whole} for all, less as the nets get smaller")
+        self.say(f"{seconds:.1f} s for {part}: up to {whole} for all")
 
 
 # ---- on the screen: tables ---------------------------------------------------------------------
@@ -741,7 +741,9 @@ def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
 
 def check_share(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
-        raise typer.BadParameter(f"{value} is not between 0 and 1")
+        raise typer.BadParameter(
+            f"{value} is no share above 0 and below 1, as 0.9 is for 90 %",
+        )
     return value
 
 
@@ -924,7 +926,8 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
     if (size, channels, classes) != (net.size, net.channels, net.classes):
         raise UserError(
             f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} "
-            f"classes; {description} has {channels} x {size} x {size} images of {classes} classes"
+            f"classes; given are {channels} x {size} x {size} images of {classes} classes "
+            f"({description})"
         )
     known, names = facts.get("names"), images.class_names
     if not names or not isinstance(known, list) or not known or known == names:
@@ -939,10 +942,10 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
 
 def check_target(net, methods, target: float | None, round_to: int | None) -> None:
     """Refuse a target that `net` cannot reach, before anything is trained."""
-    from controller import KIND_OF, check_reachable, reduction_for
+    from controller import KIND_OF, check_reachable, make_reduction_of
 
     for method in methods:
-        reduction_of = reduction_for(KIND_OF[method], net)
+        reduction_of = make_reduction_of(KIND_OF[method], net)
         check_reachable(net.widths, reduction_of, target, round_to or 1)
 
 
@@ -955,6 +958,30 @@ def split_seed_for(given: GivenNet | None, description: str, seed: int) -> int:
     return seed
 
 
+def load_images_of_run(experiment: Experiment, options: RunOptions, device, say, given=None):
+    """(training images, test images, what they are); `given` is the user's net.
+
+    Raises UserError where the net of the run cannot take them.
+    """
+    import torch
+
+    from controller import load_data
+
+    if given is None:
+        train, test, description = load_data(
+            experiment.data, options.data_dir, crop=experiment.crop, flip=experiment.flip
+        )
+        with torch.device("meta"):
+            build_net(experiment, size=train.size)  # refuses images that are too small
+        return train, test, description
+    train, test, description = load_images_for(
+        given, experiment, options.data_dir, device, options.seed, say
+    )
+    if given.facts.get("data") not in (None, description):
+        say(f"the net was trained on {given.facts['data']}, and is pruned on {description}")
+    return train, test, description
+
+
 def open_run(
     folder: Path, name: str, experiment: Experiment, options: RunOptions, reporter, given=None
 ):
@@ -962,21 +989,10 @@ def open_run(
 
     Raises UserError.
     """
-    from controller import Run, load_data, make_data_split
+    from controller import Run, make_data_split
 
     device = select_device(options.device)
-    if given is not None:
-        train, test, description = load_images_for(
-            given, experiment, options.data_dir, device, options.seed, reporter.say
-        )
-        if given.facts.get("data") not in (None, description):
-            reporter.say(
-                f"the net was trained on {given.facts['data']}, and is pruned on {description}"
-            )
-    else:
-        train, test, description = load_data(
-            experiment.data, options.data_dir, crop=experiment.crop, flip=experiment.flip
-        )
+    train, test, description = load_images_of_run(experiment, options, device, reporter.say, given)
     schedule = SCHEDULES[options.schedule]
     split_seed = split_seed_for(given, description, options.seed)
     data = make_data_split(train, test, split_seed, max_images=schedule.max_images)
@@ -1098,6 +1114,30 @@ def check_checkpoint_output(path: Path, run_folder: Path) -> None:
         raise UserError(
             f"{path} would be a checkpoint under an export's ending; call it NAME.pt", 2
         )
+
+
+def shows_finished_work(
+    checkpoint: Path, output: Path, options: RunOptions, *, source: str | None, data: str
+) -> bool:
+    """Show the table again where `output` is what the very same command made; whether it is.
+
+    `checkpoint` is the row's in its run folder, `source` describes the user's net, and `data` the
+    images that the command would read.
+    """
+    import filecmp
+
+    from controller import read_results
+
+    if options.fresh or not output.is_file() or not checkpoint.is_file():
+        return False
+    if not filecmp.cmp(output, checkpoint, shallow=False):
+        return False
+    results = read_results(checkpoint.parent, missing_ok=True)
+    if results is None or results["source"] != source or results["data"] != data:
+        return False
+    show_results(results)
+    print_line(f"nothing is left to do: {output} is the net that this command made")
+    return True
 
 
 def deliver(checkpoint: Path, output: Path) -> None:
@@ -1263,17 +1303,27 @@ def train(
     fresh: Fresh = False,
 ):
     """The baseline of an experiment alone, to a checkpoint."""
-    found = find_experiment(experiment)
     options = RunOptions(schedule, data_dir, out, device, seed, fresh)
-    folder = options.folder(experiment + own_images_suffix(data_dir))
+    train_baseline(experiment, options, output)
+
+
+def train_baseline(name: str, options: RunOptions, output: Path | None) -> None:
+    """Train the baseline of an experiment, and copy it to `output`. Raises UserError."""
+    from controller import describe_data
+
+    experiment = find_experiment(name)
+    folder = options.folder(name + own_images_suffix(options.data_dir))
+    checkpoint = folder / "baseline.pt"
     if output:
+        data = describe_data(experiment.data, options.data_dir)
+        if shows_finished_work(checkpoint, output, options, source=None, data=data):
+            return
         check_checkpoint_output(output, folder)
     reporter = ScreenReporter()
-    run = open_run(folder, experiment, found, options, reporter)
+    run = open_run(folder, name, experiment, options, reporter)
     announce(run, reporter, [], is_given=False)
     with resumable(reporter):
-        run.make_baseline(build_untrained(found, run))
-    checkpoint = run.folder.checkpoint("baseline")
+        run.make_baseline(build_untrained(experiment, run))
     if output:
         deliver(checkpoint, output)
     finish_run(run)
@@ -1349,8 +1399,14 @@ def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: 
     experiment = replace(find_experiment_for(given, options.data_dir), target=target)
     check_target(given.net, [row], target, options.round_to)
     folder = folder_of_prune(given, row, target, options)
-    data = controller.describe_data(experiment.data, options.data_dir)
-    if shows_finished_prune(given, row, data, options, folder, output):
+    is_finished = shows_finished_work(
+        folder / f"{row}.pt",
+        output,
+        options,
+        source=given.describe_source(),
+        data=controller.describe_data(experiment.data, options.data_dir),
+    )
+    if is_finished:
         return
     check_checkpoint_output(output, folder)
     reporter = ScreenReporter()
@@ -1378,30 +1434,6 @@ def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> P
     return options.folder(name + own_images_suffix(options.data_dir))
 
 
-def shows_finished_prune(
-    given: GivenNet, row: str, data: str, options: RunOptions, folder: Path, output: Path
-) -> bool:
-    """Show the table again where `output` is what the very same command made; whether it is.
-
-    `data` describes the images that the command would read.
-    """
-    import filecmp
-
-    from controller import read_results
-
-    checkpoint = folder / f"{row}.pt"
-    if options.fresh or not output.is_file() or not checkpoint.is_file():
-        return False
-    if not filecmp.cmp(output, checkpoint, shallow=False):
-        return False
-    results = read_results(folder, missing_ok=True)
-    if results is None or results["source"] != given.describe_source() or results["data"] != data:
-        return False
-    show_results(results)
-    print_line(f"nothing is left to do: {output} is the net that this command made")
-    return True
-
-
 # ---- commands: evaluate ------------------------------------------------------------------------
 
 
@@ -1424,7 +1456,10 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
         accuracy = measure_accuracy(net, test, in_float32=True)
     whole_net = build_whole_net(given, device)
     baseline = known_baseline(given.facts, whole_net, len(test), description)
+    if "test_accuracy" in (given.facts.get("baseline") or {}) and "test_accuracy" not in baseline:
+        print_note("the baseline's accuracy is not shown: it was measured on other test images")
     own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
+    print_note("measures how long one image takes, and 128 at once")
     skipping_gates = add_latencies(own, baseline, net, whole_net, test)
     gated = ", gated" if net.gates else ""
     title = f"{ckpt}: {net.arch}{gated}, on {description}, {len(test):,} test images"
@@ -1605,12 +1640,16 @@ def report(
 
     folder = run.parent if run.name == "results.json" else run
     if not (folder / "results.json").is_file():
-        raise UserError(f"{run} is no run folder: it has no results.json", 2)
+        raise UserError(
+            f"{run} is no run folder: it has no results.json; `reproduce` and `prune` name theirs "
+            "at the end",
+            2,
+        )
     if output is not None:
         if output.suffix.lower() not in PICTURE_ENDINGS:
             raise UserError(f"{output}: the ending says the format, .svg, .png or .pdf", 2)
         check_output(output)
-    results = read_results(folder, hint="")
+    results = read_results(folder, hint="; make the run again")
     show_results(results)
     output = output or folder / "report.svg"
     draw_report(results, output)
@@ -1735,7 +1774,7 @@ def make_static_for_export(gated, train):
         pass
     before = measure_accuracy(plain, train)
     after = measure_accuracy(recovered, train)
-    left_out = "" if after > before else ", which are left out"
+    left_out = "" if after > before else ", so it is left out"
     print_line(
         f"of the training images right: {gated_accuracy:.2%} with gates, {before:.2%} without, "
         f"{after:.2%} after {steps} steps of recovery{left_out}"
@@ -1799,6 +1838,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision", "rich"):
         return f"{error.name} is missing; pip install -r requirements.txt", 1
     if isinstance(error, OSError):
+        if error.filename is None and error.strerror:  # of a stream: files have names
+            return f"cannot write the output: {error.strerror}", 1
         return " ".join(str(error).split()), 1
     is_out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or is_out_of_memory:

@@ -1103,12 +1103,37 @@ def test_a_killed_run_with_rounded_widths_and_a_plain_net_ends_like_an_undisturb
 def test_fresh_removes_what_a_run_left_and_nothing_else(tmp_path):
     make_rows(tmp_path, Spy(), methods=("lstm",))
     (tmp_path / "baseline-pruned.pt").write_text("the user's")
+    (tmp_path / "lstm.pt.part").write_text("half written")
 
     make_run(tmp_path, is_fresh=True)
 
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["baseline-pruned.pt", "lock", "results.json"]
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == []
+
+
+def test_a_stopped_training_keeps_its_seconds(tmp_path, monkeypatch):
+    clock = itertools.count(step=100.0)
+    monkeypatch.setattr(controller.time, "time", lambda: next(clock))
+    spy = Spy()
+    spy.epochs_left = 2
+    with pytest.raises(Interrupted):
+        make_run(tmp_path, spy).make_baseline(make_lenet())
+
+    results = json.loads((tmp_path / "results.json").read_text())
+
+    assert results["rows"] == []
+    assert results["seconds"] > 200
+
+
+def test_another_net_is_named_and_not_its_images(tmp_path):
+    make_run(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results |= {"source": "a.pt", "images": "others"}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+
+    with pytest.raises(UserError, match=r"holds a run with other checkpoint \(source\); give"):
+        make_run(tmp_path)
 
 
 def test_another_target_is_another_search(tmp_path):
@@ -1400,7 +1425,7 @@ def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_
 
     hard = tuple(run.row("lstm")["widths"])
     # A gate has MACs of its own, for which some more kernels go.
-    reduction_of = run.trainer.reduction_of("sep")
+    reduction_of = run.trainer.make_reduction_of("sep")
     cut = goal.macs_reduction
     soft = controller.prune_further(hard, baseline.widths, reduction_of, cut, TINY.pruning_rate)
     assert run.row("sep")["widths"] == list(soft)
@@ -1422,9 +1447,9 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
     baseline = run.make_baseline(make_lenet())
     deepest = [1] * len(baseline.widths)
 
-    run.make_row("sep", Goal(run.trainer.reduction_of("lstm")(deepest)))
+    run.make_row("sep", Goal(run.trainer.make_reduction_of("lstm")(deepest)))
 
-    most = run.trainer.reduction_of("sep")(deepest)
+    most = run.trainer.make_reduction_of("sep")(deepest)
     assert 0 < run.row("sep")["macs_reduction"] <= most
     assert max_candidates is None or run.row("sep")["macs_reduction"] == most
     assert any(line.startswith("sep cannot cut") for line in spy.lines)

@@ -495,6 +495,10 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path,
         assert name in str(refusal.value), name
         assert "\n" not in str(refusal.value), name
     assert not (tmp_path / "hacked").exists()
+    with pytest.raises(UserError, match=r"pickle\.pt is not a file of weights alone"):
+        models.read_checkpoint(tmp_path / "pickle.pt")
+    with pytest.raises(UserError, match=r"text\.pt is not a checkpoint that torch can read"):
+        models.read_checkpoint(tmp_path / "text.pt")
     with pytest.raises(UserError, match=r"no checkpoint .*gone") as refusal:
         models.read_checkpoint(tmp_path / "gone.pt")
     assert refusal.value.status == 2
@@ -592,6 +596,8 @@ def test_onnxruntime_runs_an_exported_net(tmp_path, is_gated):
 
     assert difference < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 3, 32, 32]
+    assert session.get_outputs()[0].shape == ["batch", 10]
     for x in (images, images[:1]):
         logits = session.run(None, {"images": x.numpy()})[0]
         with torch.no_grad():

@@ -421,6 +421,27 @@ def test_prune_that_finds_its_work_done_shows_the_table_again(capsys, pruned):
     assert output.read_bytes() == made
 
 
+def test_train_that_finds_its_work_done_shows_the_table_again(capsys, smoke, tmp_path):
+    shutil.copytree(smoke[0], tmp_path / "digits-smoke-s0")
+    output = tmp_path / "net.pt"
+    command = ["train", "digits", "--schedule", "smoke", "--out", tmp_path, "--output", output]
+    status, first_out, err = call(capsys, *command)
+    assert status == 0, err
+
+    status, out, err = call(capsys, *command)
+
+    assert status == 0
+    assert not err
+    assert "baseline" in out
+    line = f"nothing is left to do: {output} is the net that this command made"
+    assert out.splitlines()[-1] == line
+    assert first_out.splitlines()[-1] == f"wrote {output}"
+    for other in ([*command, "--fresh"], [*command, "--seed", "1"]):
+        status, _, err = call(capsys, *other)
+        assert status == 2
+        assert "exists already" in err
+
+
 @pytest.mark.parametrize(
     "change", ["another file", "another checkpoint", "other images", "lost results", "fresh"]
 )
@@ -605,7 +626,7 @@ def test_a_long_epoch_says_before_its_end_how_long_a_run_may_take(capsys, monkey
     next(steps)
     next(steps)
 
-    line = r"0\.0 s for this epoch: 0 s for all, less as the nets get smaller\n"
+    line = r"0\.0 s for this epoch: up to 0 s for all\n"
     assert re.fullmatch(line, capsys.readouterr().err)
     list(steps)
     list(reporter.wrap_steps(range(4)))
@@ -615,7 +636,7 @@ def test_a_long_epoch_says_before_its_end_how_long_a_run_may_take(capsys, monkey
 def test_the_first_of_many_short_trainings_is_no_measure(capsys):
     reporter = wtp.ScreenReporter()
     reporter.plan(10, 8)
-    line = "1.0 s for 50% of an epoch: 20 s for all, less as the nets get smaller"
+    line = "1.0 s for 50% of an epoch: up to 20 s for all"
 
     for seconds, expected in ((9.0, []), (1.0, [line]), (1.0, [])):
         reporter.start_training("a", 1, 0)
@@ -1062,6 +1083,19 @@ def test_what_validated_a_baseline_validates_it_in_every_schedule(smoke):
     assert not trained & validating
 
 
+def test_images_too_small_for_a_net_are_refused_before_a_run_begins(capsys, tmp_path):
+    save_pictures(tmp_path / "pictures", size=5)
+    folders = ["--data-dir", tmp_path / "pictures", "--out", tmp_path / "runs"]
+
+    status, out, err = call(capsys, "reproduce", "mnist", "--schedule", "smoke", *folders)
+
+    assert status == 1
+    assert "lenet5 needs images of at least 16 x 16 pixels, not 5 x 5" in err
+    assert is_one_line(err)
+    assert not out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_weights_for_other_classes_are_refused(capsys, tmp_path, monkeypatch):
     def load_zeros(*_, **__):
         return torch.zeros(200, 32, 32, 3, dtype=torch.uint8), torch.arange(200) % 10
@@ -1075,7 +1109,7 @@ def test_weights_for_other_classes_are_refused(capsys, tmp_path, monkeypatch):
     status, out, err = call(capsys, *command, *folders)
 
     assert status == 1
-    assert "images of 100 classes; cifar10 has 3 x 32 x 32 images of 10 classes" in err
+    assert "images of 100 classes; given are 3 x 32 x 32 images of 10 classes (cifar10)" in err
     assert is_one_line(err)
     assert not out
     assert not (tmp_path / "runs").exists()
@@ -1172,11 +1206,11 @@ WRONG_CALLS = [
     (2, "no checkpoint gone.pt", "prune gone.pt"),
     (2, "no checkpoint gone.pt", "evaluate gone.pt"),
     (2, "folder is a folder, not a checkpoint", "evaluate folder"),
-    (2, "1.0 is not between 0 and 1", "prune net.pt --rate 1"),
-    (2, "-0.1 is not between 0 and 1", "prune net.pt --rate -0.1"),
-    (2, "nan is not between 0 and 1", "prune net.pt --rate nan"),
-    (2, "0.0 is not between 0 and 1", "prune net.pt --target 0"),
-    (2, "7.0 is not between 0 and 1", "prune net.pt --target 7"),
+    (2, "1.0 is no share above 0 and below 1", "prune net.pt --rate 1"),
+    (2, "-0.1 is no share above 0 and below 1", "prune net.pt --rate -0.1"),
+    (2, "nan is no share above 0 and below 1", "prune net.pt --rate nan"),
+    (2, "0.0 is no share above 0 and below 1", "prune net.pt --target 0"),
+    (2, "7.0 is no share above 0 and below 1", "prune net.pt --target 7"),
     (2, "--rate", "prune net.pt --rate lots"),
     (2, "--speed", "reproduce mnist --speed"),
     (2, "quick", "reproduce mnist --schedule quick"),
@@ -1196,7 +1230,7 @@ WRONG_CALLS = [
     (1, "cannot write", "prune drawn.pt --schedule smoke --out /proc/nothing"),
     (1, "no complete mnist data", "evaluate net.pt --data-dir folder"),
     (1, "no complete mnist data", "reproduce mnist --data-dir folder"),
-    (1, "no complete cifar10 data", "reproduce vgg-cifar10 --data-dir taken.pt"),
+    (2, "taken.pt is a file; --data-dir", "reproduce vgg-cifar10 --data-dir taken.pt"),
     (1, "no data set here has 2 channels", "evaluate odd.pt"),
     (1, "the net reads 1 x 32 x 32 images", "evaluate large.pt"),
     (2, "uniform needs a cut", "reproduce digits --schedule smoke --method uniform"),

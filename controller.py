@@ -30,6 +30,7 @@ from functools import cached_property
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -329,11 +330,12 @@ def list_image_files(folder: Path):
     try:
         dataset = VisibleImageFolder(folder, is_valid_file=is_visible_image)
     except OSError as error:
-        endings = ", ".join(IMG_EXTENSIONS)
-        raise UserError(
-            f"{folder}: {str(error)[:200].strip('. ')}; a folder for each class holds its images "
-            f"({endings})"
-        ) from error
+        advice = ""
+        if isinstance(error, FileNotFoundError):
+            endings = ", ".join(IMG_EXTENSIONS)
+            advice = f"; a folder for each class holds its images ({endings})"
+        reason = shorten(str(error), 200, placeholder=" ...").rstrip(".")
+        raise UserError(f"{folder}: {reason}{advice}") from error
     paths = [path for path, _ in dataset.samples]
     return paths, dataset.targets, dataset.classes
 
@@ -1173,13 +1175,12 @@ def check_reachable(widths, reduction_of, target: float | None, multiple: int = 
     if target is None or most >= target:
         return
     condition = "with one channel left in every layer"
-    option = "--target"
+    advice = "give a smaller --target"
     if multiple > 1:
         condition = f"with widths at multiples of {multiple}"
-        option = "--round-to or --target"
+        advice = "give a smaller --round-to, or ask for a smaller cut"
     raise UserError(
-        f"{condition} this net cannot cut {100 * target:.6g}%, {most:.1%} at most; "
-        f"give a smaller {option}",
+        f"{condition} this net cannot cut {100 * target:.6g}%, {most:.1%} at most; {advice}",
         2,
     )
 
@@ -1887,8 +1888,8 @@ class RunFolder:
         different = [key for key in IDENTITY if results[key] != ours[key]]
         if different:
             if "source" in different:
-                # Another net may be validated by other images: no difference of its own.
-                different = [key for key in different if key != "images"]
+                # Another net may be for other images: no differences of their own.
+                different = ["source"]
             names = ["checkpoint (source)" if key == "source" else key for key in different]
             raise UserError(
                 f"{self.path} holds a run with other {' and '.join(names)}; give another --out, "
@@ -2352,9 +2353,10 @@ def log_progress(search: Search, folder: RunFolder) -> None:
 def describe_search(search: Search, lstm_epoch: int) -> str:
     """How far a search is, in one line for the user."""
     best = search.best
+    epoch = f"round {lstm_epoch}" if search.is_random else f"LSTM epoch {lstm_epoch}"
     return (
-        f"{search.name}: LSTM epoch {lstm_epoch}, {len(search.candidates)} candidates, best by "
-        f"reward {best.validation_accuracy:.2%} at a cut of {best.macs_reduction:.1%} "
+        f"{search.name}: {epoch}, {len(search.candidates)} candidates, best by reward: accuracy "
+        f"{best.validation_accuracy:.2%}, cut {best.macs_reduction:.1%} "
         f"({structure_name(best.structure)}); {search.describe_end()}"
     )
 

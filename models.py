@@ -714,8 +714,16 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
-# The first byte of a pickle, which old versions of PyTorch wrote without a zip file around it.
+# The first byte of PyTorch's pickles, which old versions wrote without a zip file around them.
 PICKLE_START = b"\x80"
+
+
+def starts_as_pickle(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == PICKLE_START
+    except OSError:
+        return False
 
 
 def read_tensors(path: Path):
@@ -726,13 +734,16 @@ def read_tensors(path: Path):
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:
-        is_pickle = zipfile.is_zipfile(path) or path.read_bytes()[:1] == PICKLE_START
+        is_pickle = zipfile.is_zipfile(path) or starts_as_pickle(path)
         if is_pickle and "weights_only" in str(error):
             raise UserError(
                 f"{path} is not a file of weights alone (reading it could run code); "
                 "save the state dict and try again"
             ) from error
-        raise UserError(f"{path} is not a checkpoint that torch can read") from error
+        raise UserError(
+            f"{path} is not a checkpoint that torch can read; "
+            "torch.save(net.state_dict(), FILE) makes one"
+        ) from error
     # Files older than PyTorch 1.6 are no zip files and have no checksums.
     if zipfile.is_zipfile(path) and not is_intact(path):
         raise UserError(f"{path} is damaged: its checksums are wrong")
@@ -871,7 +882,7 @@ def unwrap_state_dict(content, path: Path) -> OrderedDict:
     if not is_state_dict or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise UserError(
             f"{path} holds no state dict (bare, or under state_dict, model_state_dict, "
-            "model or net)"
+            "model or net); torch.save(net.state_dict(), FILE) makes such a file"
         )
     state = OrderedDict()
     for key, value in content.items():

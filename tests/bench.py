@@ -7,8 +7,10 @@
     bench.py DATA_DIR size                         the time of --help, the memory of a MNIST run
     bench.py . search                              what an LSTM learns where accuracies are made up
 
+    bench.py DATA_DIR narrow ARCH SHARE EPOCHS FILE
+                                                   a baseline with that share of its widths
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and different structures
-    bench.py DATA_DIR recipes BASELINE CUT EPOCHS [TEMPERATURE:PEAK ...]
+    bench.py DATA_DIR recipes BASELINE CUT EPOCHS [TEMPERATURE:PEAK[:OPTION ...] ...]
                                                    final trainings by several losses and rates
     bench.py DATA_DIR choices BASELINE CUT STEPS   the same channels for all, or each image's own
     bench.py DATA_DIR signals BASELINE CUT COUNT   do images that the baseline saw rank alike?
@@ -22,6 +24,7 @@ RUN a run folder. This file has the measurements in that order.
 """
 
 import io
+import math
 import resource
 import subprocess
 import sys
@@ -37,6 +40,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, transforms
 
@@ -102,12 +106,13 @@ class SpeedTest:
     warm_up_steps: int
     steps: int
     rounds: int
+    cut: float | None = None  # of the pruned net, the paper's
 
 
 SPEED_TESTS = (
     SpeedTest("lenet5", "mnist", 20, 300, 5),
-    SpeedTest("resnet56", "cifar10", 3, 15, 3),
-    SpeedTest("vgg19", "cifar10", 3, 15, 3),
+    SpeedTest("resnet56", "cifar10", 3, 15, 3, cut=0.475),
+    SpeedTest("vgg19", "cifar10", 3, 15, 3, cut=0.701),
 )
 GPU_STEPS = {"warm_up_steps": 20, "steps": 100, "rounds": 3}
 
@@ -127,7 +132,8 @@ class RandomPictures(TensorDataset):
 
 def speed(folder):
     """A recovery by the loop that a user would write (DataLoader with 2 workers, transforms,
-    float32, the teacher run on every batch) and by `fit`, in turns."""
+    float32, the teacher run on every batch) and by `fit`, in turns; then by `fit` of the whole net
+    and of a pruned one."""
     for test in SPEED_TESTS:
         if DEVICE.type == "cuda":
             test = replace(test, **GPU_STEPS)
@@ -156,8 +162,32 @@ def speed(folder):
         )
         if DEVICE.type == "cuda":
             compare_with_chip(student, fit)
+        if test.cut is not None:
+            compare_pruned_speed(images, teacher, student, test)
     is_native = controller.autocast_for(DEVICE)._enabled
     say(f"bfloat16 {'is' if is_native else 'is not'} native here")
+
+
+def compare_pruned_speed(images, teacher, whole, test):
+    """What of a cut arrives in training: `fit` of the whole net and of `uniform`'s, in turns."""
+
+    def reduction_of(structure):
+        return 1 - models.count_macs(whole, structure) / models.count_macs(whole)
+
+    structure = controller.uniform_structure(whole.widths, reduction_of, test.cut)
+    pruned = models.prune_channels(whole, structure)
+    rounds = [
+        [measure_fit(images, teacher, net, test) for net in (whole, pruned)]
+        for _ in range(test.rounds)
+    ]
+    speeds = [median(column) for column in zip(*rounds)]
+    macs_ratio = 1 / (1 - reduction_of(structure))
+    speed_ratio = speeds[1] / speeds[0]
+    say(
+        f"fit of {1 / macs_ratio:.0%} of the MACs: {speeds[0]:,.0f} -> {speeds[1]:,.0f} images/s "
+        f"({speed_ratio:.2f}x), {speed_ratio / macs_ratio:.2f} of what the MACs say "
+        f"({macs_ratio:.2f}x)"
+    )
 
 
 def load_speed_data(name, folder):
@@ -450,7 +480,22 @@ def rank_correlations(rows):
     return torch.corrcoef(torch.tensor(rows).argsort(0).argsort(0).float().T)
 
 
-# ---- structures, recipes, choices --------------------------------------------------------------
+# ---- baselines, structures, recipes, choices ---------------------------------------------------
+
+
+def narrow(folder, arch, share, epochs, file):
+    """Train a narrower net than the papers', which stands in for them where time is short: to a
+    checkpoint that has not seen its validation images."""
+    train, _, data = controller.load_data("cifar10", folder, crop=4, flip=True)
+    training, validation = (each.to(DEVICE) for each in controller.split_images(train, 0))
+    torch.manual_seed(0)
+    widths = [int(float(share) * width) for width in models.default_widths(arch)]
+    net = models.build(arch, widths, classes=10, channels=3, size=32).to(DEVICE)
+    plan = TrainingPlan(int(epochs), 0.1, is_one_cycle=True)
+    for epoch, trained in enumerate(train_copy(net, plan, training, None), 1):
+        say(f"epoch {epoch}: validation accuracy {measure_accuracy(trained, validation):.2%}")
+    facts = {"data": data, "split": 0, "mean": list(train.mean), "std": list(train.std)}
+    models.save_checkpoint(Path(file), trained.cpu(), facts)
 
 
 def structures(folder, checkpoint, cut):
@@ -483,21 +528,86 @@ def list_lenets(baseline, cut):
 
 
 DEFAULT_RECIPES = ("0:0.1", "0:0.03", "4:0.06", "4:0.02", "4:0.006")
+# Of the weights that a final training averages over its last third, for each step.
+AVERAGE_DECAY = 0.999
+
+
+class CosinePlan(TrainingPlan):
+    """A twentieth of the training up to the peak, then down to 0 along half a cosine."""
+
+    def lr_at(self, progress):
+        warm_up = 0.05
+        if progress < warm_up:
+            return self.lr * progress / warm_up
+        angle = math.pi * (progress - warm_up) / (1 - warm_up)
+        return self.lr * (1 + math.cos(angle)) / 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A final training, by a name as 4:0.02:cosine:decay=0.0001:labels=0.5."""
+
+    plan: TrainingPlan
+    weight_decay: float
+    label_weight: float  # of the cross-entropy beside the teacher's outputs
+
+
+def parse_recipe(name, epochs):
+    temperature, peak, *words = name.split(":")
+    options = dict(word.split("=") for word in words if word != "cosine")
+    plan_class = CosinePlan if "cosine" in words else TrainingPlan
+    plan = plan_class(
+        epochs, float(peak), is_one_cycle=True, temperature=float(temperature) or None
+    )
+    return Recipe(
+        plan,
+        float(options.get("decay", controller.WEIGHT_DECAY)),
+        float(options.get("labels", controller.CROSS_ENTROPY_WEIGHT)),
+    )
+
+
+def train_by_recipe(net, recipe, images, teacher, seed=0):
+    """Yield (a copy of `net`, the average of its weights or None) after each epoch."""
+    copy = deepcopy(net).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(copy, recipe.plan.lr)
+    optimizer.param_groups[0]["weight_decay"] = recipe.weight_decay
+    average = AveragedModel(
+        copy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True
+    )
+    is_averaging = False
+
+    def average_after_each(steps):
+        for step in steps:
+            yield step
+            if is_averaging:
+                average.update_parameters(copy)
+
+    options = {"optimizer": optimizer, "seed": seed, "teacher": teacher}
+    epochs = controller.fit(copy, images, recipe.plan, wrap_steps=average_after_each, **options)
+    for epoch, _ in epochs:
+        yield copy, average.module if is_averaging else None
+        is_averaging = epoch + 1 >= 2 / 3 * recipe.plan.epochs
 
 
 def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
-    temperature 0 is the papers' MSE: on validation images that the baseline has not seen."""
+    temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
+    it the average of the weights over the last third. Options: `cosine`, decay=W, labels=W."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
     teacher_probs = compute_logits(baseline.net, baseline.validation).softmax(1)
+    say(f"the baseline: {measure_accuracy(baseline.net, baseline.validation):.2%}")
     for name in names or DEFAULT_RECIPES:
-        temperature, peak = (float(number) for number in name.split(":"))
-        plan = TrainingPlan(int(epochs), peak, is_one_cycle=True, temperature=temperature or None)
-        trainings = train_copy(small, plan, baseline.train, baseline.teacher)
-        for epoch, trained in enumerate(trainings, 1):
+        recipe = parse_recipe(name, int(epochs))
+        controller.CROSS_ENTROPY_WEIGHT = recipe.label_weight
+        trainings = train_by_recipe(small, recipe, baseline.train, baseline.teacher)
+        for epoch, (trained, average) in enumerate(trainings, 1):
             accuracy, loss = judge(trained, baseline.validation, teacher_probs)
-            say(f"{name}, epoch {epoch}: {accuracy:.2%}, {loss:.4f}")
+            line = f"{name}, epoch {epoch}: {accuracy:.2%}, {loss:.4f}"
+            if average is not None:
+                accuracy, loss = judge(average, baseline.validation, teacher_probs)
+                line += f"; average {accuracy:.2%}, {loss:.4f}"
+            say(line)
 
 
 class StrongestGate(sep.SEGate):
@@ -748,7 +858,7 @@ def count_bytes(net):
 # ---- the command -------------------------------------------------------------------------------
 
 USUAL = (exactness, speed, size, search)
-OTHERS = (structures, recipes, choices, signals, budgets, seeds, small)
+OTHERS = (narrow, structures, recipes, choices, signals, budgets, seeds, small)
 
 
 def main(folder="data", name="", *arguments):

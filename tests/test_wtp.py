@@ -5,12 +5,14 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
@@ -107,8 +109,9 @@ def test_a_checkpoint_is_pruned_as_the_experiment_of_its_kind_and_data(name, tmp
     for each in found:
         assert each.classes == experiment.classes
         assert each.channels == experiment.channels
-        assert each.one_cycle_final_epochs == experiment.one_cycle_final_epochs
-        assert each.one_cycle_final_lr == experiment.one_cycle_final_lr
+        assert each.short_final_epochs == experiment.short_final_epochs
+        assert each.short_final_lr == experiment.short_final_lr
+        assert each.long_final_lr == experiment.long_final_lr
     final = settings_of(name, "fast").final
     expected = {"lenet5": (10, 0.02), "resnet56": (20, 0.005)}.get(experiment.arch, (20, 0.01))
     assert (final.epochs, final.lr) == expected
@@ -130,6 +133,17 @@ def test_the_published_schedule_is_the_papers():
     assert (controller.BATCH_SIZE, controller.VALIDATION_SHARE) == (128, 0.1)
     assert (controller.LSTM_HIDDEN, controller.LSTM_LAYERS) == (100, 2)
     assert (controller.LSTM_DROPOUT, controller.ADVANTAGE_SCALE) == (0.8, 10)
+
+
+@pytest.mark.parametrize("name", wtp.EXPERIMENTS)
+def test_the_full_schedule_searches_as_fast_and_trains_as_long_as_the_papers(name):
+    full, fast, published = (settings_of(name, each) for each in ("full", "fast", "published"))
+
+    assert replace(full, baseline=fast.baseline, final=fast.final) == fast
+    assert full.baseline == published.baseline
+    assert full.final.epochs == published.final.epochs
+    assert full.final.is_one_cycle
+    assert full.final.temperature == 4
 
 
 def test_what_a_run_may_take_is_counted():
@@ -440,6 +454,38 @@ def test_train_that_finds_its_work_done_shows_the_table_again(capsys, smoke, tmp
         status, _, err = call(capsys, *other)
         assert status == 2
         assert "exists already" in err
+
+
+def test_a_run_without_the_row_is_not_finished(capsys, smoke, tmp_path):
+    folder = tmp_path / "digits-smoke-s0"
+    shutil.copytree(smoke[0], folder)
+    results = read_results(folder)
+    edited = results | {"rows": [], "search": {}, "curves": {}, "rounded": {}}
+    (folder / "results.json").write_text(json.dumps(edited))
+    shutil.copy(folder / "baseline.pt", tmp_path / "net.pt")
+    command = ["train", "digits", "--schedule", "smoke", "--out", tmp_path, "--output"]
+
+    for output in (tmp_path / "net.pt", folder / "baseline.pt"):
+        status, out, err = call(capsys, *command, output)
+        assert status == 2
+        assert "exists already" in err or "is a run's own file" in err
+        assert not out
+
+
+def test_a_finished_run_with_other_settings_is_another_run(capsys, smoke, tmp_path):
+    folder = tmp_path / "digits-smoke-s0"
+    shutil.copytree(smoke[0], folder)
+    results = read_results(folder)
+    results["settings"]["patience"] += 1
+    (folder / "results.json").write_text(json.dumps(results))
+    shutil.copy(folder / "baseline.pt", tmp_path / "net.pt")
+    command = ["train", "digits", "--schedule", "smoke", "--out", tmp_path]
+
+    status, out, err = call(capsys, *command, "--output", tmp_path / "net.pt")
+
+    assert status == 2
+    assert "holds a run with other settings" in err
+    assert not out
 
 
 @pytest.mark.parametrize(
@@ -1177,6 +1223,22 @@ def test_a_runs_own_files_are_no_output(capsys, smoke, tmp_path):
         assert not out
     assert sorted(smoke[0].iterdir()) == before
     assert not runs.exists()
+
+
+def test_a_full_disk_and_a_closed_output_end_in_one_line(smoke):
+    command = [sys.executable, wtp.__file__, "report", smoke[0], "--output"]
+
+    for redirection, status in ((">/dev/full", 1), (">&-", 0), (">&- 2>&-", 0)):
+        output = smoke[0].parent / f"report{status}{len(redirection)}.svg"
+        line = shlex.join([*map(str, command), str(output)])
+        done = subprocess.run(
+            ["bash", "-c", f"{line} {redirection}"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stderr.count("\n") == status
+        assert "Traceback" not in done.stderr
+        if status:
+            assert "cannot write the output: No space left on device" in done.stderr
 
 
 def test_a_target_out_of_reach_is_refused(capsys, smoke, tmp_path):

@@ -499,13 +499,16 @@ def make_data_split(
 # ---- training ----------------------------------------------------------------------------------
 
 
-def autocast_for(device: torch.device) -> torch.autocast:
-    """bfloat16 autocast where the machine computes it natively, else float32."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 natively."""
     if device.type == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_native)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast_for(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where the device computes it natively, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 @torch.no_grad()
@@ -2377,15 +2380,16 @@ def make_plain(gated: Net, images: Images) -> Net:
     return sep.to_static(gated, batches)
 
 
-def describe_device(device: torch.device) -> str:
+def describe_machine(device: torch.device) -> dict:
+    """What else numbers depend on: the device, with threads and precision, and the versions."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"cpu, {threads} thread" if threads == 1 else f"cpu, {threads} threads"
-
-
-def describe_versions() -> dict:
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = "cpu, 1 thread" if threads == 1 else f"cpu, {threads} threads"
+        name += ", bfloat16" if has_bfloat16(device) else ", float32"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {"device": name, "versions": versions}
 
 
 class Run:
@@ -2428,11 +2432,10 @@ class Run:
             "normalisation": [self.data.all.mean, self.data.all.std],
             "seed": self.settings.seed,
             "round_to": self.round_to,
-            "device": describe_device(self.trainer.device),
-            "versions": describe_versions(),
             "seconds": 0.0,
             "settings": asdict(self.settings),
             "layers": [],
+            **describe_machine(self.trainer.device),
         }
 
     @property
@@ -2705,7 +2708,6 @@ class Run:
         """Write the checkpoint of a row."""
         images = self.data.train
         facts = self.identity_facts(row, net) | {
-            "versions": self.results["versions"],
             "mean": list(images.mean),
             "std": list(images.std),
             "names": images.class_names,
@@ -2715,6 +2717,7 @@ class Run:
             "seconds": round(seconds, 1),
             "curve": curve,
             "baseline": self.row("baseline"),
+            **describe_machine(self.trainer.device),
         }
         models.save_checkpoint(self.folder.checkpoint(row), net, facts)
 
@@ -2732,7 +2735,9 @@ class Run:
 
     def is_own_net(self, row: str, net: Net, facts: dict) -> bool:
         """Whether a checkpoint is the one that this run made as that row."""
-        if net.arch != self.arch or not {"validation_accuracy", "seconds"} <= facts.keys():
+        if net.arch != self.arch:
+            return False
+        if not {"validation_accuracy", "seconds", "device", "versions"} <= facts.keys():
             return False
         identity = self.identity_facts(row, net)
         if row == "baseline":
@@ -2774,6 +2779,9 @@ class Run:
             "macs_reduction": 1 - facts["macs"] / baseline["macs"],
             "widths": list(net.structure),
             "seconds": facts["seconds"],
+            # A run may go on elsewhere: these are of the process that ended the row's training.
+            "device": facts["device"],
+            "versions": facts["versions"],
         }
         self.results["rows"].append(numbers)
         self.results["curves"][row] = facts["curve"]

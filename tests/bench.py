@@ -543,18 +543,41 @@ class CosinePlan(TrainingPlan):
         return self.lr * (1 + math.cos(angle)) / 2
 
 
+class MixedImages(Images):
+    """Each image with another one shining through (mixup, Zhang et al. 2018). Teacher and student
+    see the same mixture, and the image itself is the stronger part (Beyer et al. 2021)."""
+
+    def draw_epoch(self, seed, epoch):
+        order, crops = super().draw_epoch(seed, epoch)
+        generator = torch.Generator().manual_seed(controller.seed_for(seed, "mixed", epoch))
+        self.partners = torch.randperm(len(self), generator=generator).to(self.device)
+        self.shares = torch.rand(len(self), generator=generator).div(2).to(self.device)
+        return order, crops
+
+    def batch(self, index, crops=None):
+        share = self.shares[index][:, None, None, None]
+        partners = super().batch(self.partners[index], crops)
+        return super().batch(index, crops).mul_(1 - share).add_(partners.mul_(share))
+
+
+def mix(images):
+    treatment = {name: getattr(images, name) for name in ("mean", "std", "crop", "flip")}
+    return MixedImages(images.pixels, images.labels, **treatment)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A final training, by a name as 4:0.02:cosine:decay=0.0001:labels=0.5."""
+    """A final training, by a name as 4:0.02:cosine:mixed:decay=0.0001:labels=0.5."""
 
     plan: TrainingPlan
     weight_decay: float
     label_weight: float  # of the cross-entropy beside the teacher's outputs
+    is_mixed: bool
 
 
 def parse_recipe(name, epochs):
     temperature, peak, *words = name.split(":")
-    options = dict(word.split("=") for word in words if word != "cosine")
+    options = dict(word.split("=") for word in words if "=" in word)
     plan_class = CosinePlan if "cosine" in words else TrainingPlan
     plan = plan_class(
         epochs, float(peak), is_one_cycle=True, temperature=float(temperature) or None
@@ -563,6 +586,7 @@ def parse_recipe(name, epochs):
         plan,
         float(options.get("decay", controller.WEIGHT_DECAY)),
         float(options.get("labels", controller.CROSS_ENTROPY_WEIGHT)),
+        "mixed" in words,
     )
 
 
@@ -592,7 +616,8 @@ def train_by_recipe(net, recipe, images, teacher, seed=0):
 def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
     temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
-    it the average of the weights over the last third. Options: `cosine`, decay=W, labels=W."""
+    it the average of the weights over the last third. Options: `cosine`, `mixed`, decay=W and
+    labels=W."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
     teacher_probs = compute_logits(baseline.net, baseline.validation).softmax(1)
@@ -600,7 +625,11 @@ def recipes(folder, checkpoint, cut, epochs, *names):
     for name in names or DEFAULT_RECIPES:
         recipe = parse_recipe(name, int(epochs))
         controller.CROSS_ENTROPY_WEIGHT = recipe.label_weight
-        trainings = train_by_recipe(small, recipe, baseline.train, baseline.teacher)
+        images, teacher = baseline.train, baseline.teacher
+        if recipe.is_mixed:
+            images = mix(images)
+            teacher = Teacher(baseline.net, images, 0)
+        trainings = train_by_recipe(small, recipe, images, teacher)
         for epoch, (trained, average) in enumerate(trainings, 1):
             accuracy, loss = judge(trained, baseline.validation, teacher_probs)
             line = f"{name}, epoch {epoch}: {accuracy:.2%}, {loss:.4f}"

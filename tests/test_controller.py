@@ -925,7 +925,8 @@ def test_a_run_leaves_its_results(undisturbed):
     keys = {"experiment", "schedule", "seed", "data", "device", "versions", "seconds"}
     assert {*keys, "rows", "search"} <= results.keys()
     for row in results["rows"]:
-        assert row.keys() == {"method", "widths", *controller.ROW_NUMBERS}
+        words = {"method", "widths", "device", "versions"}
+        assert row.keys() == {*words, *controller.ROW_NUMBERS}
         net, facts = sep.load(folder / f"{row['method']}.pt")
         assert sep.count_macs(net) == row["macs"]
         assert row["macs"] == facts["macs"]
@@ -1315,6 +1316,21 @@ def test_a_baseline_serves_runs_with_another_target_and_other_multiples(undistur
     run.make_baseline(make_lenet())
 
     assert spy.epochs == 0
+
+
+def test_each_row_says_which_machine_made_it(undisturbed, tmp_path, monkeypatch):
+    shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    machine = {"device": "another device", "versions": {"torch": "3.0"}}
+    monkeypatch.setattr(controller, "describe_machine", lambda device: machine)
+
+    results = make_rows(tmp_path, Spy(), methods=("lstm", "sep", "uniform", "random"))
+
+    rows = rows_by_method(results)
+    assert rows["random"]["device"] == "another device"
+    assert rows["random"]["versions"] == {"torch": "3.0"}
+    device = undisturbed[0]["device"]
+    assert device.startswith("cpu, ") and device.endswith(("bfloat16", "float32"))
+    assert results["device"] == rows["lstm"]["device"] == rows["uniform"]["device"] == device
 
 
 def test_unfinished_work_of_another_version_starts_over(tmp_path):

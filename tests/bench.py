@@ -16,6 +16,7 @@
     bench.py DATA_DIR signals BASELINE CUT COUNT   do images that the baseline saw rank alike?
     bench.py DATA_DIR budgets BASELINE CUT COUNT   which recovery ranks as final trainings do?
     bench.py DATA_DIR seeds RUN SEED [...]         a run's final trainings by other seeds
+    bench.py DATA_DIR rivals RUN                   a run's rows beside those of torch-pruning
 
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time
 
@@ -35,10 +36,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -768,6 +771,128 @@ def seeds(folder, run, *numbers):
             say(f"seed {seed}, {row['method']}: loss {loss:.4f}, test accuracy {accuracy:.2%}")
 
 
+# ---- rivals ------------------------------------------------------------------------------------
+#
+# What a user would take instead: torch-pruning (Fang et al. 2023), here as its own script for CIFAR
+# uses it, benchmarks/main.py. It has to be installed; the project itself does not need it.
+
+SPARSITY_WEIGHT = 5e-4  # of the group norms, in the gradients (its script)
+PRUNING_STEPS = 400  # (its script)
+
+
+class StepsPlan(TrainingPlan):
+    """A rate that falls to a tenth after 60 % and after 80 % of the time (its script)."""
+
+    def lr_at(self, progress):
+        return self.lr * 0.1 ** ((progress >= 0.6) + (progress >= 0.8))
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A way of torch-pruning to choose channels."""
+
+    name: str
+    norm: int  # L1 or L2 of a group's weights
+    is_global: bool  # whether the channels of all layers are compared with each other
+    has_sparse_training: bool = False  # before it prunes
+
+
+RIVALS = (
+    Rival("group L1 in each layer", 1, is_global=False),
+    Rival("group L1 of all layers", 1, is_global=True),
+    Rival("group L2 in each layer", 2, is_global=False),
+    Rival("group L2 of all layers", 2, is_global=True),
+    Rival("group sparsity", 2, is_global=True, has_sparse_training=True),
+)
+
+
+def make_pruner(rival, net):
+    import torch_pruning
+
+    prunable = {net.get_submodule(prunable.layer) for prunable in net.prunable}
+    layers = (module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+    images = torch.zeros(1, net.channels, net.size, net.size, device=DEVICE)
+    pruner_class, options = torch_pruning.BasePruner, {}
+    if rival.has_sparse_training:
+        pruner_class = torch_pruning.GroupNormPruner
+        options = {"reg": SPARSITY_WEIGHT}
+    return pruner_class(
+        net,
+        images,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=rival.norm),
+        global_pruning=rival.is_global,
+        iterative_steps=PRUNING_STEPS,
+        pruning_ratio=1.0,
+        ignored_layers=[layer for layer in layers if layer not in prunable],
+        **options,
+    )
+
+
+def train_sparsely(pruner, net, plan, images):
+    """Its script's training before it prunes: the groups' norms take the weight decay's place."""
+    optimizer = make_optimizer(net, plan.lr)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.register_step_pre_hook(lambda *_: pruner.regularize(net))
+    # No graph on a GPU: the hook looks at values.
+    with mock.patch.object(controller, "make_train_step", controller.TrainStep):
+        for _ in controller.fit(net, images, plan, optimizer=optimizer, seed=0):
+            pass
+
+
+def prune_by_rival(rival, baseline, cut, plan):
+    """A net with at least that cut."""
+    net = deepcopy(baseline.net)
+    pruner = make_pruner(rival, net)
+    if rival.has_sparse_training:
+        train_sparsely(pruner, net, plan, baseline.all)
+    net.eval()
+    macs = models.count_macs(net)
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "pruned.pt"
+            torch.save(net.state_dict(), file)
+            pruned = sep.load(file)[0].to(DEVICE)
+        if 1 - models.count_macs(pruned) / macs >= cut:
+            return pruned
+        pruner.step()
+
+
+def rivals(folder, run):
+    """The rows of a finished run beside torch-pruning: from the same baseline, at the same cut,
+    with as many epochs at the end, by the run's final training and by torch-pruning's own."""
+    results = controller.read_results(Path(run))
+    baseline = load_baseline(folder, Path(run) / "baseline.pt")
+    final = TrainingPlan(**results["settings"]["final"])
+    own_plan = StepsPlan(final.epochs, 0.01)
+    seed = results["seed"]
+    teacher = Teacher(baseline.net, baseline.all, seed)
+    say("row; cut; validation accuracy before the final training; test accuracy; seconds in all")
+    for row in results["rows"]:
+        say(
+            f"{row['method']}; {row['macs_reduction']:.2%}; {row['validation_accuracy']:.2%}; "
+            f"{row['test_accuracy']:.2%}; {row['seconds']:.0f}"
+        )
+    cut = results["settings"]["target"] or results["rows"][1]["macs_reduction"]
+    for rival in RIVALS:
+        start = read_clock()
+        net = prune_by_rival(rival, baseline, cut, own_plan)
+        seconds = read_clock() - start
+        before = measure_accuracy(net, baseline.validation)
+        reduction = baseline.reduction_of(net.structure)
+        for name, plan, its_teacher in (
+            ("the run's final training", final, teacher),
+            ("its own", own_plan, None),
+        ):
+            start = read_clock()
+            trained = train_to_the_end(net, plan, baseline.all, its_teacher, seed)
+            accuracy = measure_accuracy(trained, baseline.test, in_float32=True)
+            seconds_in_all = seconds + read_clock() - start
+            say(
+                f"{rival.name}, {name}; {reduction:.2%}; {before:.2%}; {accuracy:.2%}; "
+                f"{seconds_in_all:.0f}; widths {list(net.structure)}"
+            )
+
+
 # ---- small -------------------------------------------------------------------------------------
 
 
@@ -887,7 +1012,7 @@ def count_bytes(net):
 # ---- the command -------------------------------------------------------------------------------
 
 USUAL = (exactness, speed, size, search)
-OTHERS = (narrow, structures, recipes, choices, signals, budgets, seeds, small)
+OTHERS = (narrow, structures, recipes, choices, signals, budgets, seeds, rivals, small)
 
 
 def main(folder="data", name="", *arguments):

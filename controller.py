@@ -28,7 +28,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from io import StringIO
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from textwrap import shorten
 
@@ -917,7 +917,10 @@ def fit(
         yield epoch, total_loss.item() / steps
 
 
-# ---- training: how images were normalised ------------------------------------------------------
+# ---- training: what weights do not tell --------------------------------------------------------
+#
+# A stranger's state dict does not say how images were normalised, nor all of its architecture. What
+# is possible is tried on validation images.
 
 # What other people's nets were trained with, per number of channels.
 COMMON_NORMALISATIONS = {
@@ -941,42 +944,51 @@ def stored_normalisation(net: Net, facts: dict) -> tuple | None:
     return (mean, std) if min(std) > 0 else None
 
 
-def find_normalisation(net: Net, facts: dict, train: Images, seed: int, say) -> tuple:
-    """(mean, std) for `net`: what its facts name, else what validates best. `say` tells the user.
-
-    This is the one place that decides it.
-    """
-    stored = stored_normalisation(net, facts)
-    if stored is not None:
-        return stored
-    say(
-        "how the net's images were normalised is not known: tries the usual ways on the validation "
-        "images"
-    )
-    mean, std, description = guess_normalisation(net, train, seed)
-    say(description)
-    return mean, std
+def list_normalisations(train: Images) -> dict[str, tuple]:
+    """(mean, std) by name: the data set's own and what other people use."""
+    own = {"the data set's own mean and std": (train.mean, train.std)}
+    return own | COMMON_NORMALISATIONS[len(train.mean)]
 
 
-def guess_normalisation(net: Net, train: Images, seed: int) -> tuple:
-    """(mean, std, a sentence on them), with which `net` gets the most validation images right.
+# ours: so many images first, then more for what is left; so many trials are left each time.
+TRIAL_ROUNDS = ((128, 12), (1024, 3), (None, 1))
 
-    Tried are the data set's own and COMMON_NORMALISATIONS.
+
+def find_reading(builders: list[Callable[[], Net]], train: Images, seed: int) -> tuple:
+    """(net, its normalisation's name, accuracy): the net that gets most validation images right.
+
+    `builders` make the nets that somebody's weights may be, the likeliest first; each is tried with
+    each of `list_normalisations`. The accuracy is in [0, 1].
     """
     count = max(100, int(VALIDATION_SHARE * len(train)))
     images = train.select(order_of_split(train, seed)[:count])
-    candidates = {"the data set's own mean and std": (train.mean, train.std)}
-    candidates |= COMMON_NORMALISATIONS[net.channels]
-    accuracies = {
-        name: measure_accuracy(net, images.normalised_by(*statistics))
-        for name, statistics in candidates.items()
-    }
-    best = max(accuracies, key=accuracies.get)
-    description = (
-        f"images normalised with {best}, with which it gets the most validation images right: "
-        f"{accuracies[best]:.2%}"
-    )
-    return *candidates[best], description
+    normalisations = list_normalisations(train)
+    trials = list(product(builders, normalisations))
+    for number, trials_left in TRIAL_ROUNDS:
+        shown = images.select(slice(number))
+        accuracies = [
+            try_reading(build_net, shown.normalised_by(*normalisations[name]))
+            for build_net, name in trials
+        ]
+        # Sorting is stable: of equal ones the likelier comes first.
+        order = sorted(range(len(trials)), key=lambda i: -accuracies[i])[:trials_left]
+        trials = [trials[i] for i in order]
+    build_net, name = trials[0]
+    return build_net().to(train.device), name, accuracies[order[0]]
+
+
+def try_reading(build_net: Callable[[], Net], images: Images) -> float:
+    """Share of the images that a net gets right; 0 where it cannot take them."""
+    try:
+        return measure_accuracy(build_net().to(images.device), images)
+    except RuntimeError:  # nothing is left behind all strides
+        return 0.0
+
+
+def is_near_guessing(accuracy: float, classes: int) -> bool:
+    """ours: whether a net is no better than guessing, or so little that it learned nothing."""
+    guessing = 1 / classes
+    return accuracy < guessing + 0.1 * (1 - guessing)
 
 
 # ---- timing ------------------------------------------------------------------------------------
@@ -1265,7 +1277,7 @@ def layer_features(net: Net, structure) -> torch.Tensor:
     rows = []
     for prunable, width in zip(net.prunable, structure):
         following = prunable.next_layer
-        if prunable.is_pooled:
+        if prunable.pooling:
             next_type, next_size = POOLING_CODE, 2
         else:
             next_type = type_code(following)
@@ -2417,7 +2429,7 @@ class Run:
         self.data = data
         self.reporter = reporter or Reporter()
         self.round_to = round_to
-        self.arch: str | None = None  # of the baseline, and so of every net here
+        self.architecture = None  # of the baseline, and so of every net here
         self.folder = RunFolder(path, self.reporter)
         self.folder.claim(is_fresh=is_fresh)
         self.trainer = Trainer(self.folder, settings, data, self.reporter)
@@ -2466,7 +2478,7 @@ class Run:
     def make_baseline(self, net: Net, *, is_trained: bool = False) -> Net:
         """The trained baseline: from the folder where it has one, else of `net`, which a user may
         have trained already."""
-        self.arch = net.arch
+        self.architecture = net.architecture
         if not self.folder.checkpoint("baseline").exists():
             trained = TrainedNet(net, None, 0.0)
             if not is_trained:
@@ -2735,7 +2747,7 @@ class Run:
 
     def is_own_net(self, row: str, net: Net, facts: dict) -> bool:
         """Whether a checkpoint is the one that this run made as that row."""
-        if net.arch != self.arch:
+        if net.architecture != self.architecture:
             return False
         if not {"validation_accuracy", "seconds", "device", "versions"} <= facts.keys():
             return False

@@ -15,13 +15,14 @@ import os
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BytesIO, StringIO
-from itertools import pairwise
+from itertools import chain, pairwise, product
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -29,12 +30,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 # A filter of the next layer is compensated where it loses a channel that holds more than
 # 0.8 / C_in of its energy (script).
 COMPENSATED_SHARE = 0.8
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 # ours: an exported file whose logits differ by more than this share of the largest is refused.
 EXPORT_TOLERANCE = 1e-2
 
@@ -140,15 +141,154 @@ def convolve_by_matrix_product(x: torch.Tensor, weight: torch.Tensor, bias) -> t
     return F.linear(neighbourhoods, matrix, bias).permute(0, 3, 1, 2)
 
 
-def pool_and_relu(y: torch.Tensor, is_pooled: bool) -> torch.Tensor:
-    """relu, behind a 2 x 2 max-pooling where the net pools.
-
-    The two commute; pooling first spares three quarters of the relu.
-    """
-    return F.relu(F.max_pool2d(y, 2) if is_pooled else y)
-
-
 # ---- nets --------------------------------------------------------------------------------------
+#
+# An Architecture says all of a net but the widths of its prunable layers and its weights. There are
+# two kinds: chains of layers (LeNet, VGG, perceptrons) and residual nets.
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of a chain, and what follows it."""
+
+    kernel: int = 3
+    padding: int = 1
+    has_bias: bool = False
+    has_norm: bool = True
+    pooling: str = ""  # "max" or "average": over 2 x 2 places
+
+
+@dataclass(frozen=True)
+class ChainArchitecture:
+    """Convolutions, then linear layers; LeNet, VGG and perceptrons are such chains.
+
+    The first linear layer reads head_size x head_size places of each channel.
+    """
+
+    name: str
+    classes: int
+    channels: int
+    size: int  # of the images, in pixels
+    convolutions: tuple[Convolution, ...]
+    hidden_norms: tuple[bool, ...]  # of each hidden linear layer, whether a batch norm follows
+    head_size: int
+    # Whether larger maps are averaged to head_size; else only images of `size` fit.
+    is_averaged: bool
+    activation: str = "relu"
+    has_flat_names: bool = False  # conv1, fc1, ... as LeNets have; else features.N, classifier.N
+
+    @property
+    def prunable_layers(self) -> int:
+        return len(self.convolutions) + len(self.hidden_norms)
+
+    @property
+    def smallest_size(self) -> int:
+        """Of images of which all poolings leave something, where convolutions are padded."""
+        return 2 ** sum(bool(convolution.pooling) for convolution in self.convolutions)
+
+    def map_size(self, size: int) -> int:
+        """The pixels of a side that are left of images of that size behind all convolutions."""
+        for convolution in self.convolutions:
+            size += 2 * convolution.padding - convolution.kernel + 1
+            if convolution.pooling:
+                size //= 2
+        return size
+
+    def describe(self) -> str:
+        """What weights do not tell of it, in words for the user."""
+        poolings = [
+            f"{convolution.pooling} pooling behind convolution {number}"
+            for number, convolution in enumerate(self.convolutions, 1)
+            if convolution.pooling
+        ]
+        paddings = sorted({convolution.padding for convolution in self.convolutions})
+        words = [self.name, *poolings]
+        if paddings:
+            words.append(f"padding {' and '.join(map(str, paddings))}")
+        return ", ".join([*words, self.activation])
+
+    def fits_size(self, size: int) -> bool:
+        if self.is_averaged:
+            return size >= self.smallest_size
+        return self.map_size(size) == self.head_size
+
+    def check_size(self, size: int) -> None:
+        """Raise UserError where images of that size are too small for the poolings."""
+        smallest = self.smallest_size
+        if self.is_averaged and size < smallest:
+            raise UserError(
+                f"{self.name} needs images of at least {smallest} x {smallest} pixels, "
+                f"not {size} x {size}"
+            )
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block: the channels that it puts out, and its stride."""
+
+    outputs: int
+    stride: int = 1
+    # Whether a 1 x 1 convolution and a batch norm bring its input into the shape of its output
+    # (option B of He et al. 2016); else zeros pad the channels where it gets wider (option A).
+    has_convolution: bool = False
+
+
+@dataclass(frozen=True)
+class ResNetArchitecture:
+    """A residual net: a first convolution, stages of blocks, a linear layer."""
+
+    name: str
+    classes: int
+    channels: int
+    size: int  # of the images, in pixels
+    stem_width: int
+    stages: tuple[tuple[Block, ...], ...]
+    # Of a block's convolutions: (3, 3) of a basic block, (1, 3, 1) of a bottleneck.
+    kernels: tuple[int, ...] = (3, 3)
+    stem_kernel: int = 3
+    stem_stride: int = 1
+    has_stem_norm: bool = True
+    has_stem_pooling: bool = False  # 3 x 3, stride 2 (ImageNet's nets)
+    is_preactivated: bool = False  # batch norms and relus stand before the convolutions
+    has_last_norm: bool = False  # behind the blocks, of pre-activated nets
+    # Whether the shortcut's convolution of a pre-activated block reads what its own first
+    # convolution reads; else it reads the block's input.
+    is_shortcut_activated: bool = False
+    strided_convolution: int = 0  # which of a block's convolutions has its stride
+    # Option A: how places and channels are brought into shape.
+    is_shortcut_averaged: bool = False  # the mean of 2 x 2 places; else every second place
+    has_zeros_behind: bool = False  # zeros behind the channels; else half of them before
+
+    @property
+    def prunable_layers(self) -> int:
+        return sum(len(stage) for stage in self.stages) * (len(self.kernels) - 1)
+
+    def describe(self) -> str:
+        """What weights do not tell of it, in words for the user."""
+        words = [self.name]
+        if self.has_stem_pooling:
+            words.append("a pooling behind its first convolution")
+        if any(
+            not block.has_convolution and block.stride > 1
+            for stage in self.stages
+            for block in stage
+        ):
+            places = "averaged" if self.is_shortcut_averaged else "every second place"
+            zeros = "behind" if self.has_zeros_behind else "around"
+            words.append(f"shortcuts of {places} with zeros {zeros}")
+        if len(self.kernels) == 3:
+            words.append(f"stride in convolution {self.strided_convolution + 1} of a block")
+        if self.is_preactivated:
+            where = "activated" if self.is_shortcut_activated else "raw"
+            words.append(f"shortcuts from {where} inputs")
+        return ", ".join(words)
+
+    def fits_size(self, size: int) -> bool:
+        """A residual net takes images of any size."""
+        return True
+
+    def check_size(self, size: int) -> None:
+        """Nothing to refuse."""
 
 
 @dataclass(frozen=True)
@@ -158,32 +298,57 @@ class PrunableLayer:
     layer: str  # the convolution or linear layer that computes the channels
     norm: str | None  # their batch normalisation
     next_layer: str  # the layer that reads them
-    is_pooled: bool = False  # a 2 x 2 max-pooling stands in between
+    pooling: str = ""  # "max" or "average", over 2 x 2 places, stands in between
+    activation: str = "relu"
+
+
+def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
+    """The activation of a prunable layer, and its pooling where it has one.
+
+    Max-pooling and an activation commute; pooling first spares three quarters of the latter.
+    """
+    if prunable.pooling == "max":
+        y = F.max_pool2d(y, 2)
+    y = F.relu(y, inplace) if prunable.activation == "relu" else torch.tanh(y)
+    return F.avg_pool2d(y, 2) if prunable.pooling == "average" else y
 
 
 class Net(nn.Module):
-    """A network with prunable layers, for `channels` x `size` x `size` images.
+    """A network with prunable layers.
 
     `widths` are the widths of the prunable layers, in the order of `prunable`. sep.py may put a
     gate on each of them (`gates`), or replace how each is run on single images (`layer_runners`).
     """
 
-    # The first linear layer reads head_size x head_size places of each channel.
-    head_size = 1
-
-    def __init__(self, arch: str, widths, classes: int, channels: int, size: int):
+    def __init__(self, architecture, widths):
         super().__init__()
-        self.arch = arch
+        self.architecture = architecture
         self.widths = tuple(widths)
-        self.classes = classes
-        self.channels = channels
-        self.size = size
         self.prunable: list[PrunableLayer] = []
         self.gates: nn.ModuleList | None = None
         self.layer_runners: list | None = None
 
+    @property
+    def arch(self) -> str:
+        """The name of the architecture."""
+        return self.architecture.name
+
+    @property
+    def classes(self) -> int:
+        return self.architecture.classes
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.architecture.channels
+
+    @property
+    def size(self) -> int:
+        """Pixels of an image's side."""
+        return self.architecture.size
+
     def run_prunable(self, index: int, x: torch.Tensor, input_channels=None):
-        """relu(norm(layer(x))) of a prunable layer, pooled where the net pools.
+        """activation(norm(layer(x))) of a prunable layer, pooled where the net pools.
 
         x (B, C_in', H, W) holds the `input_channels`. Returns y (B, C', H', W') and the indices of
         its channels, None for all: a gate leaves out those that no image of the batch uses.
@@ -196,11 +361,11 @@ class Net(nn.Module):
         norm = attrgetter(prunable.norm)(self) if prunable.norm else None
         gate = self.gates[index] if self.gates is not None else None
         if gate is not None:
-            return gate(x, input_channels, layer, norm, prunable.is_pooled)
+            return gate(x, input_channels, layer, norm, prunable)
         y = run_layer(layer, x, input_channels)
         if norm is not None:
             y = norm(y)
-        return pool_and_relu(y, prunable.is_pooled), None
+        return pool_and_activate(y, prunable), None
 
     @property
     def structure(self) -> tuple[int, ...]:
@@ -219,40 +384,292 @@ class Net(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def layers_and_norms(self) -> list[tuple[str, str]]:
+        """The names of each convolution or linear layer and the batch norm that follows it."""
+        raise NotImplementedError
 
-class LeNet5(Net):
-    """Caffe's LeNet 20-50-500-10 (431,080 parameters at 28 x 28), a relu behind each hidden layer.
 
-    Raises UserError for images of fewer than 16 x 16 pixels.
+class ChainNet(Net):
+    """Convolutions, then linear layers, an activation behind each but the last.
+
+    Keys as in torchvision's VGG, `features.N` and `classifier.N` (one linear layer is `classifier`
+    itself), or as in Caffe's LeNet, `conv1`, ..., `fc1`, ...
     """
 
-    def __init__(self, arch, widths, classes, channels, size):
-        super().__init__(arch, widths, classes, channels, size)
-        map_size = ((size - 4) // 2 - 4) // 2  # behind two convolutions of 5 x 5, each pooled
-        if map_size < 1:
-            raise UserError(f"{arch} needs images of at least 16 x 16 pixels, not {size} x {size}")
-        first, second, hidden = self.widths
-        self.conv1 = nn.Conv2d(channels, first, 5)
-        self.conv2 = nn.Conv2d(first, second, 5)
-        self.fc1 = nn.Linear(second * map_size * map_size, hidden)
-        self.fc2 = nn.Linear(hidden, classes)
+    def __init__(self, architecture: ChainArchitecture, widths):
+        super().__init__(architecture, widths)
+        if architecture.has_flat_names:
+            names = self.add_flat_layers()
+        else:
+            names = self.add_features() + self.add_classifier()
+        self.list_prunable(names)
+        self.initialise_weights()
+
+    @property
+    def head_size(self) -> int:
+        return self.architecture.head_size
+
+    def make_convolutions(self) -> Iterator[tuple[Convolution, nn.Conv2d, int]]:
+        """Yield (what it is, the module, its width) of each convolution."""
+        inputs = self.channels
+        for convolution, width in zip(self.architecture.convolutions, self.widths):
+            layer = nn.Conv2d(
+                inputs,
+                width,
+                convolution.kernel,
+                padding=convolution.padding,
+                bias=convolution.has_bias,
+            )
+            yield convolution, layer, width
+            inputs = width
+
+    def make_linear_layers(self) -> list[nn.Linear]:
+        count = len(self.architecture.convolutions)
+        inputs = self.widths[count - 1] if count else self.channels
+        sizes = [inputs * self.head_size**2, *self.widths[count:], self.classes]
+        return [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)]
+
+    def add_flat_layers(self) -> list[tuple[str, str | None]]:
+        """conv1, bn1, conv2, ..., fc1, ...; returns the names of layers and norms."""
+        names = []
+        for number, (convolution, layer, width) in enumerate(self.make_convolutions(), 1):
+            self.add_module(f"conv{number}", layer)
+            if convolution.has_norm:
+                self.add_module(f"bn{number}", nn.BatchNorm2d(width))
+            names.append((f"conv{number}", f"bn{number}" if convolution.has_norm else None))
+        norms = (*self.architecture.hidden_norms, False)
+        for number, (layer, has_norm) in enumerate(zip(self.make_linear_layers(), norms), 1):
+            self.add_module(f"fc{number}", layer)
+            if has_norm:
+                self.add_module(f"fc_bn{number}", nn.BatchNorm1d(layer.out_features))
+            names.append((f"fc{number}", f"fc_bn{number}" if has_norm else None))
+        return names
+
+    def add_features(self) -> list[tuple[str, str | None]]:
+        """Convolution, batch norm, relu and pooling in torchvision's order; returns the names."""
+        modules, names = [], []
+        for convolution, layer, width in self.make_convolutions():
+            place = len(modules)
+            modules.append(layer)
+            if convolution.has_norm:
+                modules.append(nn.BatchNorm2d(width))
+            modules.append(nn.ReLU())
+            if convolution.pooling:
+                modules.append(nn.MaxPool2d(2))
+            norm = f"features.{place + 1}" if convolution.has_norm else None
+            names.append((f"features.{place}", norm))
+        self.features = nn.Sequential(*modules)
+        return names
+
+    def add_classifier(self) -> list[tuple[str, str | None]]:
+        """The linear layers; returns their names, and those of their norms."""
+        layers = self.make_linear_layers()
+        if len(layers) == 1:
+            self.classifier = layers[0]
+            return [("classifier", None)]
+        # torchvision's numbers: a relu and a dropout stand between two linear layers.
+        modules, names = OrderedDict(), []
+        norms = (*self.architecture.hidden_norms, False)
+        for number, (layer, has_norm) in enumerate(zip(layers, norms)):
+            modules[str(3 * number)] = layer
+            norm = None
+            if has_norm:
+                modules[str(3 * number + 1)] = nn.BatchNorm1d(layer.out_features)
+                norm = f"classifier.{3 * number + 1}"
+            names.append((f"classifier.{3 * number}", norm))
+        self.classifier = nn.Sequential(modules)
+        return names
+
+    def list_prunable(self, names: list[tuple[str, str | None]]) -> None:
+        poolings = [convolution.pooling for convolution in self.architecture.convolutions]
+        poolings += [""] * len(self.architecture.hidden_norms)
+        activation = self.architecture.activation
         self.prunable = [
-            PrunableLayer("conv1", None, "conv2", is_pooled=True),
-            PrunableLayer("conv2", None, "fc1", is_pooled=True),
-            PrunableLayer("fc1", None, "fc2"),
+            PrunableLayer(layer, norm, next_layer, pooling, activation)
+            for ((layer, norm), (next_layer, _)), pooling in zip(pairwise(names), poolings)
+        ]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, classes)."""
+        convolutions = len(self.architecture.convolutions)
+        channels = None
+        for index in range(len(self.prunable)):
+            if index == convolutions:
+                x = self.fit_to_head(x)
+            x, channels = self.run_prunable(index, x, channels)
+        if convolutions == len(self.prunable):
+            x = self.fit_to_head(x)
+        last_layer = attrgetter(self.prunable[-1].next_layer)(self)
+        return run_layer(last_layer, x, channels)
+
+    def fit_to_head(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C', H, W) -> (B, C', head_size, head_size); of a perceptron (B, features)."""
+        if not self.architecture.convolutions:
+            return x.flatten(1)
+        if self.architecture.is_averaged:
+            return F.adaptive_avg_pool2d(x, self.head_size)  # at VGG's 32 x 32 pixels 1 x 1 already
+        # Behind a gate no shape would tell that the images have another size.
+        if tuple(x.shape[2:]) != (self.head_size, self.head_size):
+            raise RuntimeError(f"this {self.arch} takes images of {self.size} x {self.size} pixels")
+        return x
+
+    def layers_and_norms(self) -> list[tuple[str, str]]:
+        return [(prunable.layer, prunable.norm) for prunable in self.prunable if prunable.norm]
+
+
+class ResidualBlock(nn.Module):
+    """Two or three convolutions beside a shortcut. Only the inner widths can be pruned.
+
+    Modules: conv1, bn1, conv2, ...; downsample.0, downsample.1 of a shortcut with weights.
+    """
+
+    def __init__(self, inputs: int, inner_widths, block: Block, architecture: ResNetArchitecture):
+        super().__init__()
+        self.architecture = architecture
+        self.stride = block.stride
+        self.padding_channels = block.outputs - inputs
+        self.has_convolution = block.has_convolution
+        widths = [inputs, *inner_widths, block.outputs]
+        is_preactivated = architecture.is_preactivated
+        for index, (kernel, (before, after)) in enumerate(
+            zip(architecture.kernels, pairwise(widths))
+        ):
+            stride = block.stride if index == architecture.strided_convolution else 1
+            layer = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+            if is_preactivated:
+                self.add_module(f"bn{index + 1}", nn.BatchNorm2d(before))
+            self.add_module(f"conv{index + 1}", layer)
+            if not is_preactivated:
+                self.add_module(f"bn{index + 1}", nn.BatchNorm2d(after))
+        if block.has_convolution:
+            modules = [nn.Conv2d(inputs, block.outputs, 1, block.stride, bias=False)]
+            if not is_preactivated:
+                modules.append(nn.BatchNorm2d(block.outputs))
+            self.downsample = nn.Sequential(*modules)
+
+    def shortcut(self, x: torch.Tensor, activated: torch.Tensor | None = None) -> torch.Tensor:
+        """What is added to the block's last convolution: x itself where no shape changes.
+
+        `activated` is x behind the first norm and relu of a pre-activated block.
+        """
+        if self.has_convolution:
+            x = getattr(self.downsample, "0")(
+                activated if self.architecture.is_shortcut_activated else x
+            )
+            # Not the whole of `downsample` at once: sep.py may have put other layers there.
+            norm = getattr(self.downsample, "1", None)
+            return x if norm is None else norm(x)
+        if self.stride > 1 and self.architecture.is_shortcut_averaged:
+            x = F.avg_pool2d(x, self.stride)
+        elif self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if not self.padding_channels:
+            return x
+        before = 0 if self.architecture.has_zeros_behind else self.padding_channels // 2
+        return F.pad(x, (0, 0, 0, 0, before, self.padding_channels - before))
+
+
+class ResNet(Net):
+    """A residual net (He et al. 2016), keys as in torchvision but for the last layer, `linear`.
+
+    Its prunable layers are the inner widths of its blocks: one each in basic blocks, 27 in
+    ResNet-56, two in bottlenecks.
+    """
+
+    def __init__(self, architecture: ResNetArchitecture, widths):
+        super().__init__(architecture, widths)
+        self.add_stem()
+        blocks = self.add_stages()
+        outputs = architecture.stages[-1][-1].outputs
+        if architecture.has_last_norm:
+            self.bn = nn.BatchNorm2d(outputs)
+        self.linear = nn.Linear(outputs, self.classes)
+        inner = range(1, len(architecture.kernels))
+        # The norm of a pre-activated convolution stands before it.
+        shift = 1 if architecture.is_preactivated else 0
+        self.prunable = [
+            PrunableLayer(f"{name}.conv{i}", f"{name}.bn{i + shift}", f"{name}.conv{i + 1}")
+            for name in blocks
+            for i in inner
         ]
         self.initialise_weights()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, size, size) -> (B, classes)."""
-        x, channels = self.run_prunable(0, x)
-        x, channels = self.run_prunable(1, x, channels)
-        # Behind a gate no shape would tell that the images have another size.
-        if x.shape[2] * x.shape[3] * self.widths[1] != self.fc1.weight.shape[1]:
-            raise RuntimeError(f"this LeNet-5 takes images of {self.size} x {self.size} pixels")
-        x, channels = self.run_prunable(2, x, channels)
-        return run_layer(self.fc2, x, channels)
+    def add_stem(self) -> None:
+        architecture = self.architecture
+        kernel, width = architecture.stem_kernel, architecture.stem_width
+        self.conv1 = nn.Conv2d(
+            self.channels, width, kernel, architecture.stem_stride, kernel // 2, bias=False
+        )
+        if architecture.has_stem_norm:
+            self.bn1 = nn.BatchNorm2d(width)
 
+    def add_stages(self) -> list[str]:
+        """layer1.0, layer1.1, ...; returns their names."""
+        architecture = self.architecture
+        inner_widths = iter(self.widths)
+        inputs = architecture.stem_width
+        names = []
+        for number, stage in enumerate(architecture.stages, 1):
+            blocks = []
+            for block in stage:
+                inner = [next(inner_widths) for _ in architecture.kernels[1:]]
+                names.append(f"layer{number}.{len(blocks)}")
+                blocks.append(ResidualBlock(inputs, inner, block, architecture))
+                inputs = block.outputs
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        return names
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, classes)."""
+        x = self.conv1(x)
+        if self.architecture.has_stem_norm:
+            x = F.relu(self.bn1(x))
+        if self.architecture.has_stem_pooling:
+            x = F.max_pool2d(x, 3, 2, 1)
+        run_block = self.run_block
+        if self.architecture.is_preactivated:
+            run_block = self.run_preactivated_block
+        stages = (getattr(self, f"layer{n}") for n in range(1, len(self.architecture.stages) + 1))
+        index = 0
+        for block in chain.from_iterable(stages):
+            x = run_block(block, index, x)
+            index += len(self.architecture.kernels) - 1
+        if self.architecture.has_last_norm:
+            x = F.relu(self.bn(x))
+        return self.linear(x.mean((2, 3)))
+
+    def run_inner(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
+        """All convolutions of a block: its prunable ones from `index` on, then the last."""
+        channels = None
+        inner = len(self.architecture.kernels) - 1
+        for i in range(inner):
+            x, channels = self.run_prunable(index + i, x, channels)
+        return run_layer(getattr(block, f"conv{inner + 1}"), x, channels)
+
+    def run_block(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
+        outer = self.run_inner(block, index, x)
+        outer = getattr(block, f"bn{len(self.architecture.kernels)}")(outer)
+        return F.relu(outer + block.shortcut(x))
+
+    def run_preactivated_block(self, block: ResidualBlock, index: int, x: torch.Tensor):
+        activated = F.relu(block.bn1(x))
+        return self.run_inner(block, index, activated) + block.shortcut(x, activated)
+
+    def layers_and_norms(self) -> list[tuple[str, str]]:
+        if self.architecture.is_preactivated:
+            return [(prunable.layer, prunable.norm) for prunable in self.prunable]
+        names = [name for name, module in self.named_modules() if isinstance(module, nn.Conv2d)]
+        return [(name, norm_name_of(name)) for name in names]
+
+
+def norm_name_of(convolution: str) -> str:
+    """conv2 -> bn2; downsample.0 -> downsample.1."""
+    if convolution.endswith("downsample.0"):
+        return convolution.removesuffix("0") + "1"
+    return re.sub(r"conv(\d+)$", r"bn\1", convolution)
+
+
+# ---- nets: the usual ones ----------------------------------------------------------------------
 
 # Convolutions per stage; a pooling ends each stage.
 VGG_STAGES = {
@@ -262,159 +679,146 @@ VGG_STAGES = {
     "vgg19": (2, 2, 4, 4, 4),
 }
 VGG_STAGE_WIDTHS = (64, 128, 256, 512, 512)
+# torchvision's, for large images: the kernels of a block, and its blocks per stage.
+LARGE_RESNETS = {
+    "resnet18": ((3, 3), (2, 2, 2, 2)),
+    "resnet34": ((3, 3), (3, 4, 6, 3)),
+    "resnet50": ((1, 3, 1), (3, 4, 6, 3)),
+    "resnet101": ((1, 3, 1), (3, 4, 23, 3)),
+}
+LARGE_STAGE_WIDTHS = (64, 128, 256, 512)
+BOTTLENECK_EXPANSION = 4
+# Of the CIFAR ResNets of depth 6n + 2 (He et al. 2016).
+CIFAR_STAGE_WIDTHS = (16, 32, 64)
+KNOWN_ARCHS = "lenet5, vgg11, 13, 16, 19, resnet18, 34, 50, 101 or resnetN with N = 6n + 2"
 
 
-class VGG(Net):
-    """VGG with batch normalisation, keys `features.N` and `classifier`.
-
-    With as many widths as convolutions it ends in one linear layer (the script's net). With one or
-    two more it has torchvision's head: linear layers `classifier.0`, `.3`, `.6`, which read
-    head_size x head_size places of each channel. Raises UserError for images below 32 x 32 pixels.
-    """
-
-    def __init__(self, arch, widths, classes, channels, size, head_size=1):
-        super().__init__(arch, widths, classes, channels, size)
-        if size < 32:
-            raise UserError(f"{arch} needs images of at least 32 x 32 pixels, not {size} x {size}")
-        self.head_size = head_size
-        self.convolutions = sum(VGG_STAGES[arch])
-        self.add_features(channels)
-        head_names = self.add_head(classes)
-        self.prunable = self.list_prunable(head_names)
-        self.initialise_weights()
-
-    def add_features(self, channels: int) -> None:
-        """Convolution, batch norm and relu for each width, and a pooling behind each stage."""
-        stages = VGG_STAGES[self.arch]
-        stage_ends = {sum(stages[: stage + 1]) for stage in range(len(stages))}
-        modules = []
-        self.convolution_places = []  # (index in features, whether a pooling follows)
-        inputs = channels
-        for number, width in enumerate(self.widths[: self.convolutions], 1):
-            is_pooled = number in stage_ends
-            self.convolution_places.append((len(modules), is_pooled))
-            modules.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
-            modules.append(nn.BatchNorm2d(width))
-            modules.append(nn.ReLU())
-            if is_pooled:
-                modules.append(nn.MaxPool2d(2))
-            inputs = width
-        self.features = nn.Sequential(*modules)
-
-    def add_head(self, classes: int) -> list[str]:
-        """The linear layers; returns their names."""
-        hidden_widths = self.widths[self.convolutions :]
-        inputs = self.widths[self.convolutions - 1] * self.head_size * self.head_size
-        sizes = [inputs, *hidden_widths, classes]
-        layers = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)]
-        if len(layers) == 1:
-            self.classifier = layers[0]
-            return ["classifier"]
-        # torchvision's numbers: a relu and a dropout stand between two linear layers.
-        named = {str(3 * position): layer for position, layer in enumerate(layers)}
-        self.classifier = nn.Sequential(OrderedDict(named))
-        return [f"classifier.{key}" for key in named]
-
-    def list_prunable(self, head_names: list[str]) -> list[PrunableLayer]:
-        names = [f"features.{place}" for place, _ in self.convolution_places] + head_names
-        prunable = [
-            PrunableLayer(names[i], f"features.{place + 1}", names[i + 1], is_pooled)
-            for i, (place, is_pooled) in enumerate(self.convolution_places)
-        ]
-        hidden = [PrunableLayer(name, None, after) for name, after in pairwise(head_names)]
-        return prunable + hidden
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) -> (B, classes)."""
-        channels = None
-        for index in range(len(self.prunable)):
-            x, channels = self.run_prunable(index, x, channels)
-            if index == self.convolutions - 1:
-                x = F.adaptive_avg_pool2d(x, self.head_size)  # 1 x 1 already at 32 x 32 pixels
-        last_layer = attrgetter(self.prunable[-1].next_layer)(self)
-        return run_layer(last_layer, x, channels)
-
-
-class BasicBlock(nn.Module):
-    """Two convolutions beside an option-A shortcut. Only the inner width can be pruned."""
-
-    def __init__(self, inputs: int, inner: int, outputs: int):
-        super().__init__()
-        self.has_wider_output = outputs > inputs
-        self.padding_channels = (outputs - inputs) // 2
-        stride = 2 if self.has_wider_output else 1
-        self.conv1 = nn.Conv2d(inputs, inner, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-
-    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
-        """x itself or, where the block gets wider, every second pixel and channels of zeros."""
-        if not self.has_wider_output:
-            return x
-        padding = (0, 0, 0, 0, self.padding_channels, self.padding_channels)
-        return F.pad(x[:, :, ::2, ::2], padding)
-
-
-class ResNet(Net):
-    """CIFAR ResNet of depth 6n + 2 (He et al. 2016), keys as in akamaster/pytorch_resnet_cifar10.
-
-    Its prunable layers are the inner widths of its blocks, 27 in ResNet-56.
-    """
-
-    STAGE_WIDTHS = (16, 32, 64)
-
-    def __init__(self, arch, widths, classes, channels, size):
-        super().__init__(arch, widths, classes, channels, size)
-        blocks_per_stage = len(self.widths) // 3
-        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        inner_widths = iter(self.widths)
-        stages = []
-        inputs = 16
-        for outputs in self.STAGE_WIDTHS:
-            blocks = []
-            for _ in range(blocks_per_stage):
-                blocks.append(BasicBlock(inputs, next(inner_widths), outputs))
-                inputs = outputs
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3 = stages
-        self.linear = nn.Linear(64, classes)
-        names = [
-            f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(blocks_per_stage)
-        ]
-        self.prunable = [
-            PrunableLayer(f"{name}.conv1", f"{name}.bn1", f"{name}.conv2") for name in names
-        ]
-        self.initialise_weights()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) -> (B, classes)."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for index, block in enumerate([*self.layer1, *self.layer2, *self.layer3]):
-            inner, channels = self.run_prunable(index, x)
-            outer = block.bn2(run_layer(block.conv2, inner, channels))
-            x = F.relu(outer + block.shortcut(x))
-        return self.linear(x.mean((2, 3)))
+def blocks_per_cifar_stage(arch: str) -> int:
+    """The n of a CIFAR ResNet of depth 6n + 2; 0 of another name."""
+    depth = int(arch[6:]) if re.fullmatch(r"resnet\d{1,4}", str(arch)) else 0
+    return depth // 6 if depth % 6 == 2 and arch not in LARGE_RESNETS else 0
 
 
 def default_widths(arch: str) -> tuple[int, ...]:
-    """The widths of the unpruned net. Raises UserError for an unknown arch."""
+    """The widths of the prunable layers of an unpruned net. Raises UserError for an unknown one."""
     if arch == "lenet5":
         return (20, 50, 500)
     if arch in VGG_STAGES:
         stages = zip(VGG_STAGE_WIDTHS, VGG_STAGES[arch])
         return tuple(width for width, count in stages for _ in range(count))
-    depth = int(arch[6:]) if re.fullmatch(r"resnet\d{1,4}", str(arch)) else 0
-    if depth >= 8 and depth % 6 == 2:
-        return tuple(width for width in ResNet.STAGE_WIDTHS for _ in range(depth // 6))
-    raise UserError(
-        f"unknown network '{arch}': lenet5, vgg11, 13, 16, 19 or resnetN with N = 6n + 2"
+    if arch in LARGE_RESNETS:
+        kernels, counts = LARGE_RESNETS[arch]
+        stages = zip(LARGE_STAGE_WIDTHS, counts)
+        return tuple(width for width, n in stages for _ in range(n * (len(kernels) - 1)))
+    count = blocks_per_cifar_stage(arch)
+    if count:
+        return tuple(width for width in CIFAR_STAGE_WIDTHS for _ in range(count))
+    raise UserError(f"unknown network '{arch}': {KNOWN_ARCHS}")
+
+
+def describe_lenet5(classes: int, channels: int, size: int) -> ChainArchitecture:
+    """Caffe's LeNet 20-50-500-10 (431,080 parameters at 28 x 28), a relu behind each hidden layer.
+
+    Raises UserError for images of fewer than 16 x 16 pixels.
+    """
+    map_size = ((size - 4) // 2 - 4) // 2  # behind two convolutions of 5 x 5, each pooled
+    if map_size < 1:
+        raise UserError(f"lenet5 needs images of at least 16 x 16 pixels, not {size} x {size}")
+    convolution = Convolution(5, padding=0, has_bias=True, has_norm=False, pooling="max")
+    return ChainArchitecture(
+        "lenet5",
+        classes,
+        channels,
+        size,
+        convolutions=(convolution, convolution),
+        hidden_norms=(False,),
+        head_size=map_size,
+        is_averaged=False,
+        has_flat_names=True,
     )
 
 
+def describe_vgg(
+    arch: str, classes: int, channels: int, size: int, hidden: int = 0, head_size: int = 1
+) -> ChainArchitecture:
+    """VGG with batch normalisation.
+
+    Without `hidden` linear layers it ends in one (the script's net); with one or two it has
+    torchvision's head. Raises UserError for images below 32 x 32 pixels.
+    """
+    convolutions = []
+    for count in VGG_STAGES[arch]:
+        convolutions += [Convolution()] * (count - 1) + [Convolution(pooling="max")]
+    architecture = ChainArchitecture(
+        arch,
+        classes,
+        channels,
+        size,
+        convolutions=tuple(convolutions),
+        hidden_norms=(False,) * hidden,
+        head_size=head_size,
+        is_averaged=True,
+    )
+    architecture.check_size(size)
+    return architecture
+
+
+def describe_cifar_resnet(arch: str, classes: int, channels: int, size: int) -> ResNetArchitecture:
+    """A CIFAR ResNet of depth 6n + 2 (He et al. 2016), option-A shortcuts."""
+    count = blocks_per_cifar_stage(arch)
+    stages = []
+    for number, outputs in enumerate(CIFAR_STAGE_WIDTHS):
+        first = Block(outputs, stride=2 if number else 1)
+        stages.append((first, *[Block(outputs)] * (count - 1)))
+    return ResNetArchitecture(
+        arch, classes, channels, size, stem_width=CIFAR_STAGE_WIDTHS[0], stages=tuple(stages)
+    )
+
+
+def describe_large_resnet(arch: str, classes: int, channels: int, size: int) -> ResNetArchitecture:
+    """torchvision's ResNets: option-B shortcuts, a first convolution of 7 x 7 and a pooling."""
+    kernels, counts = LARGE_RESNETS[arch]
+    expansion = BOTTLENECK_EXPANSION if len(kernels) == 3 else 1
+    stages = []
+    inputs = LARGE_STAGE_WIDTHS[0]
+    for number, (width, count) in enumerate(zip(LARGE_STAGE_WIDTHS, counts)):
+        outputs = expansion * width
+        first = Block(outputs, stride=2 if number else 1, has_convolution=outputs != inputs)
+        stages.append((first, *[Block(outputs)] * (count - 1)))
+        inputs = outputs
+    return ResNetArchitecture(
+        arch,
+        classes,
+        channels,
+        size,
+        stem_width=LARGE_STAGE_WIDTHS[0],
+        stages=tuple(stages),
+        kernels=kernels,
+        stem_kernel=7,
+        stem_stride=2,
+        has_stem_pooling=True,
+        strided_convolution=1 if len(kernels) == 3 else 0,
+    )
+
+
+def describe(arch: str, *, classes=10, channels=3, size=32, hidden=0, head_size=1):
+    """The architecture of that name for `channels` x `size` x `size` images.
+
+    `hidden` and `head_size` are for the linear layers of a VGG. Raises UserError for an unknown
+    name, or where the images are too small.
+    """
+    default_widths(arch)  # raises where the name is unknown
+    if arch == "lenet5":
+        return describe_lenet5(classes, channels, size)
+    if arch in VGG_STAGES:
+        return describe_vgg(arch, classes, channels, size, hidden, head_size)
+    if arch in LARGE_RESNETS:
+        return describe_large_resnet(arch, classes, channels, size)
+    return describe_cifar_resnet(arch, classes, channels, size)
+
+
 def build(arch: str, widths=None, *, classes=10, channels=3, size=32, head_size=1) -> Net:
-    """A new net of that arch for `channels` x `size` x `size` images.
+    """A new net of that name for `channels` x `size` x `size` images.
 
     `widths` are those of its prunable layers, by default the unpruned ones. A VGG may have up to
     two more, the hidden linear layers of torchvision's head. Raises UserError where they do not
@@ -422,27 +826,30 @@ def build(arch: str, widths=None, *, classes=10, channels=3, size=32, head_size=
     """
     unpruned = default_widths(arch)
     widths = unpruned if widths is None else tuple(widths)
-    most = len(unpruned) + 2 if arch in VGG_STAGES else len(unpruned)
-    if not len(unpruned) <= len(widths) <= most or min(widths) < 1:
-        raise UserError(
-            f"{arch} has {len(unpruned)} prunable layers, each at least 1 wide, not {list(widths)}"
-        )
+    hidden = 0
     if arch in VGG_STAGES:
-        return VGG(arch, widths, classes, channels, size, head_size)
-    net_class = LeNet5 if arch == "lenet5" else ResNet
-    return net_class(arch, widths, classes, channels, size)
-
-
-def build_like(net: Net, widths, size: int | None = None) -> Net:
-    """A new net as `net` but for its widths (and the pixels of its images); without gates."""
-    return build(
-        net.arch,
-        widths,
-        classes=net.classes,
-        channels=net.channels,
-        size=size or net.size,
-        head_size=net.head_size,
+        hidden = max(0, min(2, len(widths) - len(unpruned)))
+    architecture = describe(
+        arch, classes=classes, channels=channels, size=size, hidden=hidden, head_size=head_size
     )
+    return build_net(architecture, widths)
+
+
+def build_net(architecture, widths) -> Net:
+    """A new net of that architecture and those widths. Raises UserError where they do not fit."""
+    count = architecture.prunable_layers
+    if len(widths) != count or min(widths) < 1:
+        raise UserError(
+            f"{architecture.name} has {count} prunable layers, each at least 1 wide, "
+            f"not {list(widths)}"
+        )
+    is_chain = isinstance(architecture, ChainArchitecture)
+    return (ChainNet if is_chain else ResNet)(architecture, widths)
+
+
+def build_like(net: Net, widths) -> Net:
+    """A new net as `net` but for its widths; without gates."""
+    return build_net(net.architecture, widths)
 
 
 # ---- pruning -----------------------------------------------------------------------------------
@@ -534,10 +941,10 @@ def prune_channels(net: Net, structure) -> Net:
 
 
 @lru_cache
-def macs_per_kernel(arch: str, layers: int, channels: int, size: int) -> dict[str, int]:
+def macs_per_kernel(architecture, layers: int) -> dict[str, int]:
     """For each convolution and linear layer, by name, the MACs between one input channel and one
     output channel: the kernel's area times the places where it is applied."""
-    net = build(arch, [1] * layers, channels=channels, size=size).eval()
+    net = build_net(architecture, [1] * layers).eval()
     macs = {}
 
     def make_hook(name):
@@ -552,7 +959,7 @@ def macs_per_kernel(arch: str, layers: int, channels: int, size: int) -> dict[st
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     with torch.no_grad():
-        net(torch.zeros(1, channels, size, size))
+        net(torch.zeros(1, net.channels, net.size, net.size))
     for hook in hooks:
         hook.remove()
     return macs
@@ -570,7 +977,7 @@ def count_macs(net: Net, structure=None) -> int:
         p.next_layer: (count, width) for p, count, width in zip(net.prunable, structure, net.widths)
     }
     total = 0
-    kernels = macs_per_kernel(net.arch, len(net.widths), net.channels, net.size)
+    kernels = macs_per_kernel(net.architecture, len(net.widths))
     for name, macs in kernels.items():
         outputs, inputs = attrgetter(name)(net).weight.shape[:2]
         count, width = inputs_of.get(name, (1, 1))
@@ -658,17 +1065,22 @@ def read_unfinished_work(path: Path, title: str, keys: set[str]) -> dict | None:
 
 # ---- checkpoints: our own ----------------------------------------------------------------------
 
-# What a checkpoint holds, and of which type. `side` is the net's head_size.
+# What a checkpoint holds, and of which type.
 CHECKPOINT_TYPES = {
-    "arch": str,
+    "architecture": dict,
     "widths": list,
+    "gates": list | None,
+    "state": dict,
+    "facts": dict,
+}
+# Format 1, of before December 2026, knew fewer nets and described them so; `side` is a head_size.
+OLD_CHECKPOINT_TYPES = {
+    "arch": str,
     "classes": int,
     "channels": int,
     "size": int,
     "side": int,
-    "gates": list | None,
-    "state": dict,
-    "facts": dict,
+    **{key: CHECKPOINT_TYPES[key] for key in ("widths", "gates", "state", "facts")},
 }
 
 
@@ -679,12 +1091,8 @@ def save_checkpoint(path: Path, net: Net, facts: dict) -> None:
         gates = [None if gate is None else gate.k for gate in net.gates]
     content = {
         "format": CHECKPOINT_FORMAT,
-        "arch": net.arch,
+        "architecture": asdict(net.architecture),
         "widths": list(net.widths),
-        "classes": net.classes,
-        "channels": net.channels,
-        "size": net.size,
-        "side": net.head_size,
         "gates": gates,
         "state": {key: value.detach().cpu() for key, value in net.state_dict().items()},
         "facts": facts,
@@ -711,6 +1119,8 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(content, dict) or "format" not in content:
         return recognise_state_dict(content, path)
     check_checkpoint(content, path)
+    if content["format"] == 1:
+        return translate_old_checkpoint(content, path)
     return content
 
 
@@ -752,17 +1162,22 @@ def read_tensors(path: Path):
 
 def check_checkpoint(content: dict, path: Path) -> None:
     """Raise UserError unless `content` has all that a checkpoint has, each of its type."""
-    if type(content["format"]) is not int or content["format"] != CHECKPOINT_FORMAT:
+    number = content["format"]
+    if type(number) is not int or not 1 <= number <= CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path} has another checkpoint format; this version reads {CHECKPOINT_FORMAT}"
+            f"{path} has another checkpoint format; this version reads 1 to {CHECKPOINT_FORMAT}"
         )
-    missing = CHECKPOINT_TYPES.keys() - content.keys()
+    types = OLD_CHECKPOINT_TYPES if number == 1 else CHECKPOINT_TYPES
+    missing = types.keys() - content.keys()
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    for key in ("arch", "widths", "classes", "channels", "size", "side", "gates", "state"):
-        if not isinstance(content[key], CHECKPOINT_TYPES[key]):
+    for key in types.keys() - {"facts"}:
+        if not isinstance(content[key], types[key]):
             raise UserError(f"{path} is damaged: {key} in it is of the wrong type")
-    sizes = [content[key] for key in ("classes", "channels", "size", "side")]
+    described = content if number == 1 else content["architecture"]
+    sizes = [described.get(key) for key in ("classes", "channels", "size")]
+    if number == 1:
+        sizes.append(content["side"])
     if not all(type(size) is int and size > 0 for size in [*sizes, *content["widths"]]):
         raise UserError(f"{path} is damaged: its widths and sizes are no whole numbers")
     if not all(isinstance(value, torch.Tensor) for value in content["state"].values()):
@@ -784,24 +1199,50 @@ def are_facts(facts) -> bool:
     return all(isinstance(number, int | float) for number in numbers)
 
 
+def translate_old_checkpoint(content: dict, path: Path) -> dict:
+    """A checkpoint of format 1 in today's format. Raises UserError."""
+    try:
+        layers = len(default_widths(content["arch"]))
+        architecture = describe(
+            content["arch"],
+            classes=content["classes"],
+            channels=content["channels"],
+            size=content["size"],
+            hidden=len(content["widths"]) - layers,
+            head_size=content["side"],
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}", error.status) from error
+    # Gated nets of then call the initial scales of a gate `unit`.
+    state = {
+        key.replace(".unit", ".initial_scale"): value for key, value in content["state"].items()
+    }
+    return content | {"architecture": asdict(architecture), "state": state}
+
+
 def build_from_checkpoint(checkpoint: dict) -> Net:
     """The net of a checkpoint, with fresh weights and no gates. Raises UserError."""
-    return build(
-        checkpoint["arch"],
-        checkpoint["widths"],
-        classes=checkpoint["classes"],
-        channels=checkpoint["channels"],
-        size=checkpoint["size"],
-        head_size=checkpoint["side"],
-    )
+    return build_net(read_architecture(checkpoint["architecture"]), checkpoint["widths"])
 
 
-def load_weights(net: Net, state: dict) -> None:
-    """Load a state dict into `net`. Raises UserError where it does not fit, or is not finite."""
+def read_architecture(values: dict):
+    """The architecture of which dataclasses.asdict made `values`."""
+    if "stages" in values:
+        stages = tuple(tuple(Block(**block) for block in stage) for stage in values["stages"])
+        changes = {"stages": stages, "kernels": tuple(values["kernels"])}
+        return ResNetArchitecture(**(values | changes))
+    convolutions = tuple(Convolution(**convolution) for convolution in values["convolutions"])
+    changes = {"convolutions": convolutions, "hidden_norms": tuple(values["hidden_norms"])}
+    return ChainArchitecture(**(values | changes))
+
+
+def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
+    """Load a state dict into `net`, or with `assign` its very tensors. Raises UserError where it
+    does not fit, or is not finite."""
     mismatch = find_mismatch(net, state)
     if mismatch:
         raise UserError(f"its weights do not fit a {net.arch} of the widths they name: {mismatch}")
-    net.load_state_dict(state)
+    net.load_state_dict(state, assign=assign)
     floats = [value for value in state.values() if value.is_floating_point()]
     if not all(value.isfinite().all() for value in floats):
         raise UserError("some of its weights are not finite numbers")
@@ -829,157 +1270,828 @@ def describe_shape(tensor: torch.Tensor) -> str:
 
 
 # ---- checkpoints: state dicts of other people --------------------------------------------------
+#
+# A state dict lists its tensors in the order in which the net's modules were made. The shapes say
+# what each module is, and how it is chained to the next one. What neither says (where poolings
+# stand, which relu it is) has several readings; they are tried on images, see controller.py.
 
 KNOWN_NETS = (
-    "LeNet-5 (conv1, conv2, fc1, fc2), "
-    "VGG with batch norm (features.N, classifier, as in torchvision), "
-    "CIFAR ResNets of depth 6n + 2 and widths 16, 32, 64 with option-A shortcuts "
-    "(conv1, bn1, layer1.0.conv1, ..., linear)"
+    "LeNets and perceptrons, VGGs, ResNets of basic blocks, bottlenecks and pre-activated blocks"
 )
-# DataParallel's, Lightning's and torch.compile's prefixes.
-KEY_PREFIXES = re.compile(r"^((module|model|net|_orig_mod)\.)+")
+# Where a training loop puts a net's weights, the averaged ones first.
+AVERAGE_WORDS = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|shadow)($|[._\d-])")
+OPTIMIZER_WORDS = re.compile(r"optim|scheduler|scaler|momentum")
+# Parts of names that wrappers add.
+WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
+SHORTCUT_WORDS = re.compile(r"short|down|skip|proj|identity|convdim|residual_conv|resample")
+
+
+@dataclass
+class Reading:
+    """What a state dict may be: an architecture, and the weights under its names."""
+
+    architecture: ChainArchitecture | ResNetArchitecture
+    widths: list[int]
+    state: dict[str, torch.Tensor]
+
+    def build(self) -> Net:
+        """The net, which shares the reading's weights. Raises UserError."""
+        with torch.device("meta"):
+            net = build_net(self.architecture, self.widths)
+        load_weights(net, self.state, assign=True)
+        return net
+
+    def for_size(self, size: int) -> "Reading | None":
+        """The reading for images of that size; None where they do not fit."""
+        if not self.architecture.fits_size(size):
+            return None
+        return replace(self, architecture=replace(self.architecture, size=size))
+
+
+@dataclass
+class FoundModule:
+    """A module of somebody's net: its name and tensors."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.tensors["weight"]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.tensors.get("bias")
+
+    @property
+    def is_norm(self) -> bool:
+        return "running_mean" in self.tensors
+
+    @property
+    def is_convolution(self) -> bool:
+        return not self.is_norm and self.weight.dim() == 4
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.is_norm and self.weight.dim() == 2
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        return len(self.tensors["running_mean"] if self.is_norm else self.weight)
+
+    @property
+    def kernel(self) -> int:
+        return self.weight.shape[2]
+
+
+class UnreadableError(Exception):
+    """Why a state dict is not of some kind of net."""
 
 
 def recognise_state_dict(content, path: Path) -> dict:
-    """A state dict as a checkpoint: arch and widths follow from names and shapes.
+    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first.
 
     Raises UserError where it is of no net that this tool knows.
     """
-    state = unwrap_state_dict(content, path)
+    state = find_state_dict(content, path)
     if any(key.startswith("gates.") for key in state):
         raise UserError(
             f"{path}: weights alone of a gated net do not say how many kernels its gates keep; "
             "give the checkpoint that they are from"
         )
-    for key in state:
-        if ".shortcut." in key or ".downsample." in key:
-            raise UserError(
-                f"{path}: a ResNet whose shortcuts are convolutions ({key}); known are {KNOWN_NETS}"
-            )
-    checkpoint = {"format": CHECKPOINT_FORMAT, "size": 32, "side": 1, "gates": None, "facts": {}}
     try:
-        checkpoint |= recognise_architecture(state)
-        fold_biases(state, build_from_checkpoint(checkpoint))
-    except (KeyError, IndexError, ZeroDivisionError, RuntimeError, UserError) as error:
-        missing = ""
-        if isinstance(error, KeyError) and state.keys() & {"conv1.weight", "features.0.weight"}:
-            missing = f" (it lacks {error.args[0]})"
-        raise UserError(
-            f"{path}: its names and shapes are of no net that this tool knows{missing}: "
-            f"{KNOWN_NETS}"
-        ) from error
-    return checkpoint | {"state": state}
+        modules = list_modules(state)
+        readings = read_modules(modules)
+    except UnreadableError as error:
+        raise UserError(f"{path}: {error}; known are {KNOWN_NETS}") from error
+    first = readings[0]
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "architecture": asdict(first.architecture),
+        "widths": first.widths,
+        "gates": None,
+        "state": first.state,
+        "facts": {},
+        "readings": readings,
+    }
 
 
-def unwrap_state_dict(content, path: Path) -> OrderedDict:
-    """The state dict in what torch.load found, keys without prefixes, numbers in float32."""
+# ---- checkpoints: finding the weights in a file
+
+
+def find_state_dict(content, path: Path) -> dict[str, torch.Tensor]:
+    """The weights in what torch.load found, in float32, their names without wrappers' parts."""
     if isinstance(content, dict) and {"title", "epoch"} <= content.keys():
         raise UserError(f"{path} is the state of unfinished work, not a checkpoint")
-    for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    is_state_dict = isinstance(content, dict) and content
-    if not is_state_dict or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    found = dict(list_state_dicts(content))
+    if not found:
         raise UserError(
-            f"{path} holds no state dict (bare, or under state_dict, model_state_dict, "
-            "model or net); torch.save(net.state_dict(), FILE) makes such a file"
+            f"{path} holds no state dict (bare, or in a dict under any name); "
+            "torch.save(net.state_dict(), FILE) makes such a file"
         )
-    state = OrderedDict()
+    averaged = [name for name in found if AVERAGE_WORDS.search(name.lower())]
+    name = averaged[0] if averaged else next(iter(found))
+    state = {}
+    for key, value in found[name].items():
+        if value.is_quantized:
+            raise UserError(f"{path}: {key} is quantised; give the weights from before that")
+        value = value.to_dense() if value.layout != torch.strided else value
+        state[key] = value.float() if value.is_floating_point() else value
+    return strip_wrappers(apply_masks(state))
+
+
+def list_state_dicts(content, name: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield (where it is, tensors by name) for every state dict in `content`, however deep."""
+    if not isinstance(content, dict):
+        return
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if any(value.dim() > 1 for value in tensors.values()):
+        yield name, tensors
     for key, value in content.items():
-        bare_key = KEY_PREFIXES.sub("", str(key))
-        state[bare_key] = value.float() if value.is_floating_point() else value
+        if isinstance(key, str) and not OPTIMIZER_WORDS.search(key.lower()):
+            yield from list_state_dicts(value, f"{name}.{key}" if name else key)
+
+
+def apply_masks(state: dict) -> dict:
+    """Weights that torch.nn.utils.prune masks, as it computes them: NAME_orig times NAME_mask."""
+    masked = {}
+    for key, value in state.items():
+        if key.endswith("_orig") and key.removesuffix("_orig") + "_mask" in state:
+            key = key.removesuffix("_orig")
+            value = value * state[f"{key}_mask"]
+        elif key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state:
+            continue
+        masked[key] = value
+    return masked
+
+
+def strip_wrappers(state: dict) -> dict:
+    """The names without parts that wrappers add, and without what all of them begin with.
+
+    Where two copies of a net lie beside each other, the averaged one is taken.
+    """
+    parts = {key: [part for part in key.split(".") if part not in WRAPPER_PARTS] for key in state}
+    while True:
+        shapes = {}
+        for key, names in parts.items():
+            if state[key].dim() > 1:
+                shapes.setdefault(names[0], []).append(state[key].shape)
+        averaged = [name for name in shapes if AVERAGE_WORDS.search(name.lower())]
+        has_copies = (
+            len(shapes) > 1 and averaged and list(shapes.values()).count(shapes[averaged[0]]) > 1
+        )
+        if len(shapes) > 1 and not has_copies:
+            break
+        chosen = averaged[0] if has_copies else next(iter(shapes))
+        inner = {key: names for key, names in parts.items() if names[0] == chosen}
+        if any(len(names) <= 2 for key, names in inner.items() if state[key].dim() > 1):
+            break  # the part is a layer's own name
+        parts = {key: names[1:] for key, names in inner.items()}
+    return {".".join(names): state[key] for key, names in parts.items()}
+
+
+# ---- checkpoints: modules and what they are
+
+
+def list_modules(state: dict) -> list[FoundModule]:
+    """Convolutions, batch norms and linear layers in their order; nothing else may be there."""
+    found: dict[str, FoundModule] = {}
+    for key, value in state.items():
+        name, _, parameter = key.rpartition(".")
+        found.setdefault(name, FoundModule(name, {})).tensors[parameter] = value
+    modules = []
+    for module in found.values():
+        tensors = module.tensors
+        if "running_mean" in tensors or ("weight" in tensors and tensors["weight"].dim() in (2, 4)):
+            modules.append(module)
+        elif any(value.dim() > 1 for value in tensors.values()):
+            parameter = next(key for key, value in tensors.items() if value.dim() > 1)
+            key = f"{module.name}.{parameter}".strip(".")
+            raise UnreadableError(
+                f"{key} is {describe_shape(tensors[parameter])}, of no known layer"
+            )
+    first = next((i for i, module in enumerate(modules) if not module.is_norm), None)
+    if first is None:
+        raise UnreadableError("it holds neither a convolution nor a linear layer")
+    check_kernels(modules)
+    check_other_modules(found, modules)
+    return modules
+
+
+def check_kernels(modules: list[FoundModule]) -> None:
+    for module in modules:
+        if module.is_convolution and module.weight.shape[2] != module.weight.shape[3]:
+            raise UnreadableError(f"{module.name} has kernels that are not square")
+        if module.weight.is_complex() if "weight" in module.tensors else False:
+            raise UnreadableError(f"{module.name} has complex weights")
+
+
+def check_other_modules(found: dict[str, FoundModule], modules: list[FoundModule]) -> None:
+    """Refuse what has weights between the layers and is no batch norm. Counters, weights of losses
+    and the like stand outside them."""
+    names = list(found)
+    first, last = names.index(modules[0].name), names.index(modules[-1].name)
+    for name in names[first : last + 1]:
+        weight = found[name].tensors.get("weight")
+        if weight is not None and weight.dim() == 1 and not found[name].is_norm:
+            kind = "a PReLU" if "bias" not in found[name].tensors else "a layer or group norm"
+            raise UnreadableError(f"{name} looks like {kind}, not a batch norm")
+
+
+def read_modules(modules: list[FoundModule]) -> list[Reading]:
+    """All that these modules may be, the likeliest first. Raises UnreadableError."""
+    blocks = group_blocks(modules)
+    if blocks is not None:
+        return read_residual_net(modules, blocks)
+    return read_chain(modules)
+
+
+# ---- checkpoints: chains
+
+
+def read_chain(modules: list[FoundModule]) -> list[Reading]:
+    """The readings of a chain of convolutions and linear layers. Raises UnreadableError."""
+    convolutions = [module for module in modules if module.is_convolution]
+    linear_layers = [module for module in modules if module.is_linear]
+    if not linear_layers:
+        raise UnreadableError("it does not end in a linear layer")
+    check_chain(convolutions, linear_layers)
+    norm_of = match_norms(modules)
+    if any(norm_of.get(module.name) for module in linear_layers[-1:]):
+        raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
+    channels, head_size = find_inputs(convolutions, linear_layers)
+    widths = [module.outputs for module in [*convolutions, *linear_layers[:-1]]]
+    readings = []
+    for architecture in list_chains(
+        convolutions, linear_layers, norm_of, channels=channels, head_size=head_size
+    ):
+        net = build_net(architecture, [1] * len(widths))
+        names = [prunable.layer for prunable in net.prunable] + [net.prunable[-1].next_layer]
+        state = {}
+        for name, prunable, module in zip(
+            names, [*net.prunable, None], convolutions + linear_layers
+        ):
+            norm = norm_of.get(module.name)
+            put_layer(state, name, module, prunable.norm if prunable else None, norm)
+        readings.append(Reading(architecture, widths, state))
+    return readings
+
+
+def check_chain(convolutions: list[FoundModule], linear_layers: list[FoundModule]) -> None:
+    """Raise UnreadableError where a layer reads another number of channels than the one before it
+    puts out."""
+    for before, after in [*pairwise(convolutions), *pairwise(linear_layers)]:
+        if after.inputs != before.outputs:
+            kind = ""
+            if after.is_convolution and before.outputs % after.inputs == 0:
+                kind = " (a grouped convolution?)"
+            raise UnreadableError(
+                f"{after.name} reads {after.inputs} channels and {before.name}, before it, puts "
+                f"out {before.outputs}{kind}"
+            )
+
+
+def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
+    """The batch norm of each layer by its name: the one right behind it or, where norms are listed
+    by themselves, the first that has its width. Raises UnreadableError where one is left over."""
+    norm_of = {}
+    loose = []
+    for before, module in zip([None, *modules], modules):
+        if not module.is_norm:
+            continue
+        if before is None or before.is_norm or before.outputs != module.outputs:
+            loose.append(module)
+        else:
+            norm_of[before.name] = module
+    for norm in loose:
+        for layer in modules:
+            if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
+                norm_of[layer.name] = norm
+                break
+        else:
+            raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
+    return norm_of
+
+
+def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
+    """(channels of the images, places of each channel that the first linear layer reads, of a
+    side). Raises UnreadableError."""
+    features = linear_layers[0].inputs
+    if convolutions:
+        channels, width = convolutions[0].inputs, convolutions[-1].outputs
+    else:
+        channels = width = 1 if round(features**0.5) ** 2 == features else 3
+    head_size = round((features / width) ** 0.5)
+    if width * head_size**2 != features:
+        raise UnreadableError(
+            f"{linear_layers[0].name} reads {features} numbers, which are no square maps of "
+            f"{width} channels"
+        )
+    return channels, head_size
+
+
+def put_layer(state: dict, name: str, module: FoundModule, norm_name, norm) -> None:
+    """Put the tensors of a layer and its norm into `state`, under our names.
+
+    norm(y + b) has the running mean less b, so a bias in front of a norm goes there.
+    """
+    state[f"{name}.weight"] = module.weight
+    bias = module.bias
+    if norm is None:
+        if module.is_linear and bias is None:
+            bias = torch.zeros(module.outputs)
+        if bias is not None:
+            state[f"{name}.bias"] = bias
+        return
+    if module.is_linear:
+        state[f"{name}.bias"] = torch.zeros(module.outputs)
+    put_norm(state, norm_name, norm, bias)
+
+
+def put_norm(state: dict, name: str, norm: FoundModule, bias=None) -> None:
+    """Put a norm's tensors into `state`; one without scale and shift has scales 1 and shifts 0."""
+    tensors = norm.tensors
+    mean = tensors["running_mean"]
+    state[f"{name}.weight"] = tensors.get("weight", torch.ones_like(mean))
+    state[f"{name}.bias"] = tensors.get("bias", torch.zeros_like(mean))
+    state[f"{name}.running_mean"] = mean if bias is None else mean - bias
+    state[f"{name}.running_var"] = tensors["running_var"]
+    state[f"{name}.num_batches_tracked"] = torch.tensor(0)
+
+
+# From this many convolutions on a chain is a VGG, and its poolings follow the stages.
+VGG_CONVOLUTIONS = 7
+# Sizes of images, the usual ones first.
+GRAY_SIZES = (28, 32, *range(8, 257))
+COLOUR_SIZES = (32, 64, 96, 128, 224, *range(8, 257))
+MOST_READINGS = 48
+
+
+def list_chains(
+    convolutions, linear_layers, norm_of, *, channels: int, head_size: int
+) -> list[ChainArchitecture]:
+    """The architectures that fit, the likeliest first. Raises UnreadableError where none does."""
+    has_norm = [module.name in norm_of for module in convolutions]
+    hidden_norms = tuple(module.name in norm_of for module in linear_layers[:-1])
+    classes = linear_layers[-1].outputs
+    is_vgg = len(convolutions) >= VGG_CONVOLUTIONS
+    sizes = GRAY_SIZES if channels == 1 else COLOUR_SIZES
+    architectures = []
+    for poolings in list_poolings(convolutions):
+        for paddings in list_paddings(convolutions):
+            described = tuple(
+                Convolution(
+                    module.kernel,
+                    padding,
+                    has_bias=module.bias is not None and not normed,
+                    has_norm=normed,
+                    pooling=pooling,
+                )
+                for module, padding, normed, pooling in zip(
+                    convolutions, paddings, has_norm, poolings
+                )
+            )
+            architecture = ChainArchitecture(
+                name_chain(convolutions),
+                classes,
+                channels,
+                sizes[0],
+                convolutions=described,
+                hidden_norms=hidden_norms,
+                head_size=head_size,
+                is_averaged=is_vgg,
+                has_flat_names=not is_vgg,
+            )
+            fitting = fit_size(architecture, sizes)
+            if fitting is not None:
+                architectures.append(fitting)
+    if not architectures:
+        raise UnreadableError(
+            f"{linear_layers[0].name} reads {head_size} x {head_size} places of each channel, "
+            "which no usual paddings and poolings leave of any image"
+        )
+    architectures.sort(key=lambda architecture: sizes.index(architecture.size))
+    relu = [name_as_lenet5(architecture) for architecture in architectures[:MOST_READINGS]]
+    if is_vgg:
+        return relu
+    return relu + [replace(architecture, activation="tanh") for architecture in relu]
+
+
+def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None:
+    """The architecture for the first of these sizes of images that it can take."""
+    for size in sizes:
+        if architecture.fits_size(size):
+            return replace(architecture, size=size)
+    return None
+
+
+def list_paddings(convolutions) -> list[tuple[int, ...]]:
+    """Each convolution padded so that maps keep their size, or none, or of a few each its own."""
+    same = [module.kernel // 2 if module.kernel % 2 else 0 for module in convolutions]
+    if len(convolutions) >= VGG_CONVOLUTIONS:
+        return [tuple(same)]
+    if len(convolutions) > 3:
+        return list(dict.fromkeys([tuple(same), (0,) * len(same)]))
+    return list(dict.fromkeys(product(*((0, padding) for padding in same))))
+
+
+def list_poolings(convolutions) -> list[tuple[str, ...]]:
+    """What may follow each convolution: "max", "average" or nothing; the likeliest first."""
+    count = len(convolutions)
+    if count == 0:
+        return [()]
+    if count >= VGG_CONVOLUTIONS:
+        places = list_stage_ends(convolutions)
+        with_max = [tuple("max" if i in ends else "" for i in range(count)) for ends in places]
+        # The last one is often an average over all that is left.
+        return [*with_max, *((*poolings[:-1], "") for poolings in with_max)]
+    everywhere = [tuple(choice) for choice in product((True, False), repeat=count)]
+    everywhere.sort(key=lambda choice: (not all(choice), not choice[-1], -sum(choice)))
+    return [
+        tuple(kind if is_pooled else "" for is_pooled in choice)
+        for choice in everywhere
+        for kind in (("max", "average") if any(choice) else ("",))
+    ]
+
+
+def list_stage_ends(convolutions) -> list[frozenset[int]]:
+    """Sets of convolutions that a pooling may follow, in a VGG."""
+    count = len(convolutions)
+    names = [module.name for module in convolutions]
+    last = count - 1
+    found = []
+    # Numbers in one sequence: a pooling leaves a gap.
+    numbers = [int(name.rpartition(".")[2]) for name in names if name.rpartition(".")[2].isdigit()]
+    parents = {name.rpartition(".")[0] for name in names}
+    if len(numbers) == count and len(parents) == 1:
+        gaps = [after - before for before, after in pairwise(numbers)]
+        wide = frozenset(i for i, gap in enumerate(gaps) if gap > min(gaps))
+        found.append(wide | {last})
+    # A stage to each parent, or to each first number: conv1_1, block1.conv1.
+    for stages in (
+        [name.rpartition(".")[0] for name in names],
+        [(re.findall(r"\d+", name) or [""])[0] for name in names],
+    ):
+        ends = frozenset(i for i, (a, b) in enumerate(pairwise(stages)) if a != b)
+        if 0 < len(ends) < last:
+            found.append(ends | {last})
+    for counts in VGG_STAGES.values():
+        if sum(counts) == count:
+            found.append(frozenset(sum(counts[: n + 1]) - 1 for n in range(len(counts))))
+    widths = [module.outputs for module in convolutions]
+    found.append(frozenset(i for i, (a, b) in enumerate(pairwise(widths)) if b > a) | {last})
+    return [ends for ends in dict.fromkeys(found) if 2 <= len(ends) <= 6]
+
+
+def name_as_lenet5(architecture: ChainArchitecture) -> ChainArchitecture:
+    """The architecture under the name lenet5 where it is that one."""
+    size = max(16, architecture.size)
+    lenet5 = describe_lenet5(architecture.classes, architecture.channels, size)
+    return lenet5 if replace(architecture, name=lenet5.name) == lenet5 else architecture
+
+
+def name_chain(convolutions) -> str:
+    count = len(convolutions)
+    if count >= VGG_CONVOLUTIONS:
+        return f"vgg{count + 3}"
+    return "lenet" if count else "perceptron"
+
+
+# ---- checkpoints: residual nets
+
+
+def group_blocks(modules: list[FoundModule]) -> list[list[FoundModule]] | None:
+    """The modules of each residual block, by how deep names are alike; None for a chain.
+
+    In a residual net the first convolution stands alone. All others stand in blocks of two to four.
+    """
+    convolutions = [module for module in modules if module.is_convolution]
+    deepest = max(module.name.count(".") for module in modules)
+    for depth in range(deepest, 0, -1):
+        names = [tuple(module.name.split(".")[:depth]) for module in convolutions]
+        counts = Counter(names)
+        block_names = list(dict.fromkeys(names))[1:]
+        if len(block_names) < 2 or counts[names[0]] != 1:
+            continue
+        if all(2 <= counts[name] <= 4 for name in block_names):
+            return [
+                [module for module in modules if tuple(module.name.split(".")[:depth]) == name]
+                for name in block_names
+            ]
+    return None
+
+
+@dataclass
+class FoundBlock:
+    """The parts of a residual block."""
+
+    convolutions: list[FoundModule]  # along the main path
+    norms: list[FoundModule]
+    shortcut: FoundModule | None = None
+    shortcut_norm: FoundModule | None = None
+
+    @property
+    def inputs(self) -> int:
+        return self.convolutions[0].inputs
+
+    @property
+    def outputs(self) -> int:
+        return self.convolutions[-1].outputs
+
+    @property
+    def inner_widths(self) -> list[int]:
+        return [module.outputs for module in self.convolutions[:-1]]
+
+    @property
+    def is_preactivated(self) -> bool:
+        """Whether its norms have the widths of what its convolutions read."""
+        return [norm.outputs for norm in self.norms] == [conv.inputs for conv in self.convolutions]
+
+    @property
+    def is_postactivated(self) -> bool:
+        return [norm.outputs for norm in self.norms] == [conv.outputs for conv in self.convolutions]
+
+
+def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
+    """What is what in a block that reads `inputs` channels. Raises UnreadableError."""
+    convolutions = [module for module in modules if module.is_convolution]
+    norms = [module for module in modules if module.is_norm]
+    linear = next((module for module in modules if module.is_linear), None)
+    name = convolutions[0].name
+    if linear is not None:
+        raise UnreadableError(
+            f"{linear.name} is a linear layer in a block (squeeze-and-excitation?)"
+        )
+    block = None
+    for shortcut in list_shortcuts(convolutions):
+        path = [module for module in convolutions if module is not shortcut]
+        widths = [inputs, *(module.outputs for module in path)]
+        reads = [module.inputs for module in path]
+        fits = shortcut is None or (shortcut.inputs, shortcut.outputs) == (inputs, widths[-1])
+        if len(path) in (2, 3) and reads == widths[:-1] and fits:
+            block = FoundBlock(path, norms, shortcut)
+            break
+    if block is None:
+        raise UnreadableError(
+            f"the convolutions of the block of {name} do not chain from {inputs} channels "
+            "(grouped or dense ones?)"
+        )
+    if block.shortcut is not None and len(norms) > len(block.convolutions):
+        block.shortcut_norm = find_shortcut_norm(modules, block)
+        block.norms = [norm for norm in norms if norm is not block.shortcut_norm]
+    if len(block.norms) != len(block.convolutions):
+        raise UnreadableError(
+            f"the block of {name} has {len(block.convolutions)} convolutions and "
+            f"{len(block.norms)} batch norms"
+        )
+    return block
+
+
+def list_shortcuts(convolutions: list[FoundModule]) -> list[FoundModule | None]:
+    """What may be the shortcut of a block: by its name, then 1 x 1 ones from behind, then none."""
+    named = [module for module in convolutions if SHORTCUT_WORDS.search(module.name.lower())]
+    small = [module for module in reversed(convolutions) if module.kernel == 1]
+    if len(convolutions) == 2:
+        return [None]
+    return [*named, *small, None] if len(convolutions) == 4 else [*named, None, *small]
+
+
+def find_shortcut_norm(modules: list[FoundModule], block: FoundBlock) -> FoundModule:
+    """The norm that shares the shortcut's parent, else the one behind it."""
+    parent = block.shortcut.name.rpartition(".")[0]
+    others = {module.name.rpartition(".")[0] for module in block.convolutions}
+    position = modules.index(block.shortcut)
+    behind = [module for module in modules[position:] if module.is_norm]
+    beside = [norm for norm in block.norms if norm.name.rpartition(".")[0] == parent]
+    named = [norm for norm in block.norms if SHORTCUT_WORDS.search(norm.name.lower())]
+    if beside and parent not in others:
+        return beside[0]
+    return (named or behind or block.norms[-1:])[0]
+
+
+def read_residual_net(modules: list[FoundModule], groups: list[list[FoundModule]]) -> list[Reading]:
+    """The readings of a residual net. Raises UnreadableError."""
+    in_blocks = {module.name for group in groups for module in group}
+    others = [module for module in modules if module.name not in in_blocks]
+    stem = next(module for module in others if module.is_convolution)
+    linear_layers = [module for module in others if module.is_linear]
+    if len(linear_layers) != 1:
+        raise UnreadableError(f"a residual net with {len(linear_layers)} linear layers, not one")
+    blocks = []
+    inputs = stem.outputs
+    for group in groups:
+        blocks.append(parse_block(group, inputs))
+        inputs = blocks[-1].outputs
+    if linear_layers[0].inputs != inputs:
+        raise UnreadableError(
+            f"{linear_layers[0].name} reads {linear_layers[0].inputs} numbers and the blocks put "
+            f"out {inputs} channels"
+        )
+    kernels = {tuple(module.kernel for module in block.convolutions) for block in blocks}
+    if len(kernels) != 1:
+        raise UnreadableError("its blocks are of different kinds")
+    norms = [module for module in others if module.is_norm]
+    names = [common_name(group) for group in groups]
+    readings = []
+    for is_preactivated in list_orders(modules, groups, blocks):
+        stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, inputs)
+        for architecture in list_residual_architectures(
+            stem,
+            blocks,
+            names,
+            classes=linear_layers[0].outputs,
+            is_preactivated=is_preactivated,
+            has_stem_norm=stem_norm is not None,
+            has_last_norm=last_norm is not None,
+        ):
+            widths = [width for block in blocks for width in block.inner_widths]
+            state = translate_residual_state(
+                architecture, stem, stem_norm, blocks, last_norm, linear_layers[0]
+            )
+            readings.append(Reading(architecture, widths, state))
+    return readings
+
+
+def common_name(modules: list[FoundModule]) -> tuple[str, ...]:
+    """The parts with which all names of a block begin."""
+    parts = [module.name.split(".") for module in modules]
+    return tuple(next(iter(set(column))) for column in zip(*parts) if len(set(column)) == 1)
+
+
+def list_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
+    """Whether batch norms stand before the convolutions: the likelier first.
+
+    Raises UnreadableError.
+    """
+    fitting = []
+    if all(block.is_postactivated for block in blocks):
+        fitting.append(False)
+    if all(block.is_preactivated for block in blocks):
+        fitting.append(True)
+    if not fitting:
+        raise UnreadableError(
+            "the widths of its batch norms fit its convolutions in no usual order"
+        )
+    norms_first = groups[0][0].is_norm
+    position = {module.name: i for i, module in enumerate(modules)}
+    last_block = max(position[module.name] for module in groups[-1])
+    ends_in_norm = any(module.is_norm for module in modules[last_block + 1 :])
+    fitting.sort(key=lambda is_preactivated: is_preactivated != (norms_first or ends_in_norm))
+    return fitting
+
+
+def place_outer_norms(norms, stem, is_preactivated: bool, outputs: int):
+    """(the norm behind the first convolution or None, the one behind the blocks or None)."""
+    if len(norms) > 2:
+        raise UnreadableError(f"it has {len(norms)} batch norms outside its blocks")
+    if len(norms) == 2:
+        stem_norm, last_norm = norms
+    elif is_preactivated and norms and norms[0].outputs == outputs:
+        stem_norm, last_norm = None, norms[0]
+    else:
+        stem_norm, last_norm = (norms or [None])[0], None
+    if stem_norm is not None and stem_norm.outputs != stem.outputs:
+        raise UnreadableError(f"{stem_norm.name} has another width than {stem.name}")
+    return stem_norm, last_norm
+
+
+def list_residual_architectures(
+    stem,
+    blocks: list[FoundBlock],
+    names: list[tuple[str, ...]],
+    *,
+    classes: int,
+    is_preactivated: bool,
+    has_stem_norm: bool,
+    has_last_norm: bool,
+) -> Iterator[ResNetArchitecture]:
+    """The architectures that fit, the likeliest first."""
+    is_large = stem.kernel >= 7
+    kernels = tuple(module.kernel for module in blocks[0].convolutions)
+    is_bottleneck = len(kernels) == 3
+    has_convolutions = any(block.shortcut is not None for block in blocks)
+    pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
+    for (
+        stages,
+        has_stem_pooling,
+        strided_convolution,
+        is_shortcut_averaged,
+        has_zeros_behind,
+        is_shortcut_activated,
+    ) in product(
+        list_stages(blocks, names),
+        (is_large, not is_large),
+        (1, 0) if is_bottleneck else (0,),
+        (False, True) if pads else (False,),
+        (False, True) if pads else (False,),
+        (False, True) if is_preactivated and has_convolutions else (False,),
+    ):
+        yield ResNetArchitecture(
+            name_residual_net(stem, blocks, kernels, is_preactivated),
+            classes,
+            stem.inputs,
+            224 if is_large else 32,
+            stem_width=stem.outputs,
+            stages=stages,
+            kernels=kernels,
+            stem_kernel=stem.kernel,
+            stem_stride=2 if is_large else 1,
+            has_stem_norm=has_stem_norm,
+            has_stem_pooling=has_stem_pooling,
+            is_preactivated=is_preactivated,
+            has_last_norm=has_last_norm,
+            is_shortcut_activated=is_shortcut_activated,
+            strided_convolution=strided_convolution,
+            is_shortcut_averaged=is_shortcut_averaged,
+            has_zeros_behind=has_zeros_behind,
+        )
+
+
+def list_stages(blocks: list[FoundBlock], names: list[tuple[str, ...]]) -> list[tuple]:
+    """How blocks may be grouped into stages, whose first blocks (but the net's) have stride 2."""
+    parents = [name[:-1] for name in names]
+    by_name = [i > 0 and parents[i] != parents[i - 1] for i in range(len(blocks))]
+    by_width = [i > 0 and block.inputs != block.outputs for i, block in enumerate(blocks)]
+    by_shortcut = [i > 0 and block.shortcut is not None for i, block in enumerate(blocks)]
+    ways = [by_name, by_width, by_shortcut]
+    if all(by_name[1:]) and not all(by_width[1:]):
+        ways.remove(by_name)  # names that number the blocks, not the stages
+    if any(map(any, ways)):
+        ways = [starts for starts in ways if any(starts)]
+    found = []
+    for starts in ways:
+        stages = []
+        for is_start, block in zip(starts, blocks):
+            if is_start or not stages:
+                stages.append([])
+            described = Block(block.outputs, 2 if is_start else 1, block.shortcut is not None)
+            stages[-1].append(described)
+        found.append(tuple(tuple(stage) for stage in stages))
+    return list(dict.fromkeys(found))
+
+
+def name_residual_net(stem, blocks, kernels, is_preactivated: bool) -> str:
+    depth = 2 + len(blocks) * len(kernels)
+    return f"preresnet{depth}" if is_preactivated else f"resnet{depth}"
+
+
+def translate_residual_state(
+    architecture: ResNetArchitecture, stem, stem_norm, blocks, last_norm, linear
+) -> dict[str, torch.Tensor]:
+    """The tensors under our names. Raises UnreadableError where a bias cannot be folded."""
+    state = {}
+    put_layer(state, "conv1", stem, "bn1", stem_norm)
+    names = [
+        f"layer{number}.{i}"
+        for number, stage in enumerate(architecture.stages, 1)
+        for i in range(len(stage))
+    ]
+    for name, block in zip(names, blocks):
+        put_block(state, name, block, architecture.is_preactivated)
+    if last_norm is not None:
+        put_norm(state, "bn", last_norm)
+    put_layer(state, "linear", linear, None, None)
+    if "conv1.bias" in state:
+        raise UnreadableError(f"{stem.name} has a bias, and no batch norm follows")
     return state
 
 
-def recognise_architecture(state: dict) -> dict:
-    """arch, widths, classes, channels and what else rebuilds the net, by names and shapes.
-
-    Brings the names of `state` into our form, in place. Raises KeyError where one is missing.
-    """
-    if "layer1.0.conv1.weight" in state:
-        return recognise_resnet(state)
-    if "features.0.weight" in state:
-        return recognise_vgg(state)
-    return recognise_lenet(state)
-
-
-def output_widths(state: dict, layers: list[str]) -> list[int]:
-    return [state[f"{layer}.weight"].shape[0] for layer in layers]
-
-
-def find_layers(state: dict, pattern: str, dimensions: int) -> list[str]:
-    """The layers whose name matches and whose weight has so many dimensions, by their numbers."""
-    layers = [
-        key.removesuffix(".weight")
-        for key, value in state.items()
-        if re.fullmatch(pattern + r"\.weight", key) and value.dim() == dimensions
-    ]
-    return sorted(layers, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-
-
-def recognise_resnet(state: dict) -> dict:
-    for part in ("weight", "bias"):
-        if f"fc.{part}" in state:  # torchvision's name
-            state[f"linear.{part}"] = state.pop(f"fc.{part}")
-    blocks = find_layers(state, r"layer\d\.\d+\.conv1", dimensions=4)
-    return {
-        "arch": f"resnet{2 * len(blocks) + 2}",
-        "widths": output_widths(state, blocks),
-        "classes": state["linear.weight"].shape[0],
-        "channels": state["conv1.weight"].shape[1],
-    }
+def put_block(state: dict, name: str, block: FoundBlock, is_preactivated: bool) -> None:
+    biases = [module.bias for module in block.convolutions]
+    for number, (convolution, norm) in enumerate(zip(block.convolutions, block.norms), 1):
+        state[f"{name}.conv{number}.weight"] = convolution.weight
+        # The bias of the convolution that this norm follows.
+        bias = biases[number - 1]
+        if is_preactivated:
+            bias = biases[number - 2] if number > 1 else None
+        put_norm(state, f"{name}.bn{number}", norm, bias)
+    shortcut, shortcut_norm = block.shortcut, block.shortcut_norm
+    if is_preactivated and biases[-1] is not None:
+        raise UnreadableError(
+            f"{block.convolutions[-1].name} has a bias, and no batch norm follows"
+        )
+    if shortcut is None:
+        return
+    state[f"{name}.downsample.0.weight"] = shortcut.weight
+    if is_preactivated:
+        if shortcut.bias is not None or shortcut_norm is not None:
+            raise UnreadableError(
+                f"{shortcut.name} has a bias or a batch norm in a pre-activated block"
+            )
+        return
+    if shortcut_norm is None:
+        shortcut_norm = make_identity_norm(shortcut.outputs)
+    put_norm(state, f"{name}.downsample.1", shortcut_norm, shortcut.bias)
 
 
-def recognise_vgg(state: dict) -> dict:
-    convolutions = find_layers(state, r"features\.\d+", dimensions=4)
-    linear_layers = find_layers(state, r"classifier(\.\d+)?", dimensions=2)
-    last_width = state[f"{convolutions[-1]}.weight"].shape[0]
-    places = state[f"{linear_layers[0]}.weight"].shape[1] / last_width
-    found = {
-        "arch": f"vgg{len(convolutions) + 3}",
-        "widths": output_widths(state, convolutions + linear_layers[:-1]),
-        "classes": state[f"{linear_layers[-1]}.weight"].shape[0],
-        "channels": state[f"{convolutions[0]}.weight"].shape[1],
-        "side": round(places**0.5),
-    }
-    rename_linear_layers(state, linear_layers)
-    return found
-
-
-def rename_linear_layers(state: dict, linear_layers: list[str]) -> None:
-    """Give a VGG's linear layers torchvision's numbers: more dropouts in between shift them."""
-    renamed = {}
-    for position, name in enumerate(linear_layers):
-        own_name = f"classifier.{3 * position}" if len(linear_layers) > 1 else "classifier"
-        for part in ("weight", "bias"):
-            if f"{name}.{part}" in state:
-                renamed[f"{own_name}.{part}"] = state.pop(f"{name}.{part}")
-    state.update(renamed)
-
-
-def recognise_lenet(state: dict) -> dict:
-    widths = output_widths(state, ["conv1", "conv2", "fc1"])
-    # fc1 reads map_size x map_size places of each channel: LeNet5's arithmetic, backwards.
-    map_size = round((state["fc1.weight"].shape[1] / widths[1]) ** 0.5)
-    return {
-        "arch": "lenet5",
-        "widths": widths,
-        "classes": state["fc2.weight"].shape[0],
-        "channels": state["conv1.weight"].shape[1],
-        "size": (map_size * 2 + 4) * 2 + 4,
-    }
-
-
-def fold_biases(state: dict, net: Net) -> None:
-    """Move each convolution's bias into the batch norm behind it, in place:
-    norm(y + b) has the running mean less b."""
-    for prunable in net.prunable:
-        if prunable.norm is None:
-            continue
-        bias = state.pop(f"{prunable.layer}.bias", None)
-        if bias is not None:
-            key = f"{prunable.norm}.running_mean"
-            state[key] = state[key] - bias
+def make_identity_norm(width: int) -> FoundModule:
+    """A batch norm that changes nothing."""
+    variance = torch.full((width,), 1 - nn.BatchNorm2d(1).eps)
+    return FoundModule("", {"running_mean": torch.zeros(width), "running_var": variance})
 
 
 # ---- export ------------------------------------------------------------------------------------
@@ -1003,17 +2115,13 @@ class NormalisedNet(nn.Module):
 
 @torch.no_grad()
 def fold_batch_norms(net: Net) -> Net:
-    """A copy of `net` for inference, each batch norm folded into the convolution before it."""
+    """A copy of `net` for inference, each batch norm folded into the layer before it."""
     net = deepcopy(net).eval()
-    layers = [
-        (name, module)
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
-    ]
-    for (layer_name, layer), (norm_name, norm) in pairwise(layers):
-        if isinstance(norm, nn.BatchNorm2d):
-            net.set_submodule(layer_name, fuse_conv_bn_eval(layer, norm))
-            net.set_submodule(norm_name, nn.Identity())
+    for layer_name, norm_name in net.layers_and_norms():
+        layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
+        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        net.set_submodule(layer_name, fuse(layer, norm))
+        net.set_submodule(norm_name, nn.Identity())
     net.prunable = [replace(prunable, norm=None) for prunable in net.prunable]
     return net
 

@@ -98,8 +98,8 @@ class SEGate(nn.Module):
             self.usage += torch.stack([mask.sum(0), scales.sum(0)])
         return scales
 
-    def forward(self, x, input_channels, layer, norm, is_pooled: bool):
-        """scales * relu(norm(layer(x))), pooled where the net pools.
+    def forward(self, x, input_channels, layer, norm, prunable: PrunableLayer):
+        """scales * activation(norm(layer(x))), pooled where the net pools.
 
         x (B, C_in', H, W) holds the `input_channels` of what the layer reads. Returns y
         (B, C', H', W') and the indices of its channels, None for all.
@@ -122,7 +122,7 @@ class SEGate(nn.Module):
         y = models.run_layer(layer, x, input_channels, output_channels)
         if norm is not None:
             y = masked_batch_norm(y, scales.detach(), norm, output_channels)
-        y = models.pool_and_relu(y, is_pooled)
+        y = models.pool_and_activate(y, prunable)
         places = [1] * (y.dim() - 2)
         return y * scales.reshape(*scales.shape, *places).to(y.dtype), output_channels
 
@@ -152,12 +152,15 @@ def channels_to_gather(is_used: torch.Tensor) -> torch.Tensor | None:
 def masked_batch_norm(y, scales, norm: nn.BatchNorm2d, channels) -> torch.Tensor:
     """Batch norm whose statistics count only the images that use a channel.
 
-    y (B, C', H, W); scales (B, C'), 0 where an image excludes a channel; `channels` are the C' of
-    `norm` that y holds, None for all. Excluded channels take no part, forward or backward.
+    y (B, C', H, W) or (B, C'); scales (B, C'), 0 where an image excludes a channel; `channels` are
+    the C' of `norm` that y holds, None for all. Excluded channels take no part, forward or
+    backward.
     """
     if channels is None and not norm.training:
         return norm(y)
     index = slice(None) if channels is None else channels
+    if y.dim() == 2:
+        return masked_batch_norm(y[..., None, None], scales, norm, index)[..., 0, 0]
     if norm.training:
         return train_masked_batch_norm(y, scales, norm, index)
     mean, var = norm.running_mean[index], norm.running_var[index]
@@ -347,24 +350,27 @@ def load(path) -> tuple[Net, dict]:
 
     Raises UserError, naming the file.
     """
+    net, facts, _ = load_with_readings(path)
+    return net, facts
+
+
+def load_with_readings(path) -> tuple[Net, dict, list[models.Reading]]:
+    """`load`, and all that a stranger's state dict may be, the net being the likeliest; none of a
+    checkpoint of this tool."""
     checkpoint = models.read_checkpoint(path)
     try:
         net = models.build_from_checkpoint(checkpoint)
         if checkpoint["gates"] is not None:
             attach_gates(net, checkpoint["gates"])
-        # Gated nets of before December 2026 call the initial scales of a gate `unit`.
-        state = {
-            key.replace(".unit", ".initial_scale"): value
-            for key, value in checkpoint["state"].items()
-        }
-        models.load_weights(net, state)
+        models.load_weights(net, checkpoint["state"])
     except UserError as error:
         raise UserError(f"{path}: {error}", error.status) from error
-    except Exception as error:  # of tensors that are sparse or quantised, of sizes beyond reason
+    except Exception as error:  # sizes beyond reason, tensors of odd kinds
+        name = checkpoint["architecture"].get("name")
         raise UserError(
-            f"{path}: its weights do not fit a {checkpoint['arch']} of the widths it names"
+            f"{path}: its weights do not fit a {name} of the widths it names"
         ) from error
-    return net, checkpoint["facts"]
+    return net, checkpoint["facts"], checkpoint.get("readings", [])
 
 
 # ---- fast single images ------------------------------------------------------------------------
@@ -433,21 +439,21 @@ class GatheringLayer:
 class PlainRunner:
     """A prunable layer without a gate, on one image."""
 
-    def __init__(self, layer: GatheringLayer, is_pooled: bool):
+    def __init__(self, layer: GatheringLayer, prunable: PrunableLayer):
         self.layer = layer
-        self.is_pooled = is_pooled
+        self.prunable = prunable
 
     def __call__(self, x, input_channels):
         """As Net.run_prunable, for a batch of one."""
-        return models.pool_and_relu(self.layer(x, input_channels), self.is_pooled), None
+        return models.pool_and_activate(self.layer(x, input_channels), self.prunable), None
 
 
 class GatedRunner:
     """A prunable layer with its gate, on one image: SEGate.forward in few and cheap operators."""
 
-    def __init__(self, layer: GatheringLayer, is_pooled: bool, gate: SEGate):
+    def __init__(self, layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate):
         self.layer = layer
-        self.is_pooled = is_pooled
+        self.prunable = prunable
         self.k = gate.k
         self.inverse_initial_scale = 1 / gate.initial_scale
         self.mean_of_k = torch.full_like(gate.initial_scale[: gate.k], 1 / gate.k)
@@ -485,7 +491,7 @@ class GatedRunner:
         if not self.is_skipping:
             scales = torch.zeros_like(logits).index_copy_(0, selected, scales)
         y = self.layer(x, input_channels, output_channels)
-        y = (torch.max_pool2d(y, 2) if self.is_pooled else y).relu_()
+        y = models.pool_and_activate(y, self.prunable, inplace=True)
         if y.dim() == 4:
             scales = scales.view(-1, 1, 1)
         return y.mul_(scales), output_channels
@@ -545,8 +551,8 @@ def make_single_image_net(net: Net) -> Net:
 
 def make_runner(layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate | None):
     if gate is None:
-        return PlainRunner(layer, prunable.is_pooled)
-    return GatedRunner(layer, prunable.is_pooled, gate)
+        return PlainRunner(layer, prunable)
+    return GatedRunner(layer, prunable, gate)
 
 
 class TunedNet:

@@ -812,13 +812,28 @@ class RunOptions:
         return self.out / f"{name}-{self.schedule}-s{self.seed}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class GivenNet:
-    """A net of the user's, from a checkpoint, and the facts in it."""
+    """A net of the user's, from a checkpoint, and the facts in it.
+
+    A stranger's state dict has `readings`, all that it may be. `net` is the likeliest of them until
+    images tell which it is.
+    """
 
     path: Path
     net: object
     facts: dict
+    readings: list
+
+    def fit_size(self, size: int) -> None:
+        """Keep the readings that take images of that size, if some do."""
+        fitting = [reading.for_size(size) for reading in self.readings]
+        fitting = [reading for reading in fitting if reading is not None]
+        if fitting:
+            self.readings = fitting
+            self.net = fitting[0].build()
+        elif self.readings:
+            self.readings[0].architecture.check_size(size)
 
     def describe_source(self) -> str:
         """Name and content of the file: another file is another run."""
@@ -832,7 +847,7 @@ def load_given(path: Path) -> GivenNet:
     """A user's checkpoint. Raises UserError."""
     import sep
 
-    return GivenNet(path, *sep.load(path))
+    return GivenNet(path, *sep.load_with_readings(path))
 
 
 def find_experiment(name: str) -> Experiment:
@@ -910,8 +925,8 @@ def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, dev
     They are normalised as the net is used to. A net from a state dict takes the images' size.
     Raises UserError where it cannot read the images or has other classes.
     """
-    from controller import find_normalisation, load_data
-    from models import UserError, build_like
+    from controller import load_data
+    from models import UserError
 
     net, facts = given.net, given.facts
     try:
@@ -926,13 +941,36 @@ def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, dev
                 f"classes is taken to be for {experiment.data}"
             )
         raise UserError(f"{error}{guess}", error.status) from error
-    if not facts and net.arch != "lenet5":
-        # A state dict does not tell the images' size, and these nets average over places.
-        net.size = build_like(net, net.widths, train.size).size
-    check_net_fits(net, facts, train, description)
+    given.fit_size(train.size)
+    check_net_fits(given.net, facts, train, description)
     train, test = train.to(device), test.to(device)
-    mean, std = find_normalisation(net.to(device), facts, train, seed, say)
+    mean, std = settle_reading(given, train, seed, say)
     return train.normalised_by(mean, std), test.normalised_by(mean, std), description
+
+
+def settle_reading(given: GivenNet, train, seed: int, say) -> tuple:
+    """(mean, std) for the images of a user's net: what its facts name, else what validates best.
+
+    Of a stranger's state dict all readings are tried, and `given.net` becomes the best. `say` tells
+    the user.
+    """
+    from controller import find_reading, list_normalisations, stored_normalisation
+
+    stored = stored_normalisation(given.net, given.facts)
+    if stored is not None:
+        return stored
+    given.net.to(train.device)
+    builders = [reading.build for reading in given.readings] or [lambda: given.net]
+    say(
+        "the weights alone do not tell how images were normalised, nor all of the net: tries what "
+        "is usual on the validation images"
+    )
+    given.net, name, accuracy = find_reading(builders, train, seed)
+    say(
+        f"images normalised with {name}, and the net read as {given.net.architecture.describe()}: "
+        f"so it gets the most validation images right, {accuracy:.2%}"
+    )
+    return list_normalisations(train)[name]
 
 
 def check_net_fits(net, facts: dict, images, description: str) -> None:
@@ -1764,6 +1802,7 @@ def prepare_export(
     try:
         experiment = find_experiment_for(given, data_dir)
         train, _, _ = load_images_for(given, experiment, data_dir, device, 0, print_line)
+        net = given.net  # images may have told what the weights did not
     except UserError as error:
         purpose = "a recovery"
         if not is_static:

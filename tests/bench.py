@@ -646,8 +646,8 @@ class StrongestGate(sep.SEGate):
     """Selects for each image the channels that are the strongest in it. It computes them all first,
     so no gate can know it better."""
 
-    def forward(self, x, input_channels, layer, norm, is_pooled):
-        y = models.pool_and_relu(norm(models.run_layer(layer, x, input_channels)), is_pooled)
+    def forward(self, x, input_channels, layer, norm, prunable):
+        y = models.pool_and_activate(norm(models.run_layer(layer, x, input_channels)), prunable)
         strength = self.importance * y.detach().float().square().mean((2, 3))
         selected = strength.topk(self.k, 1).indices
         mask = torch.zeros_like(strength).scatter_(1, selected, 1.0)

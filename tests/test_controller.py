@@ -6,10 +6,13 @@ import shutil
 from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from test_models import NETS
+from torch import nn
 from torch.nn import functional as F
 
 import controller
@@ -272,21 +275,74 @@ def test_bfloat16_agrees_with_float32_within_noise(monkeypatch):
     assert min(accuracies) > 0.8
 
 
-def test_the_normalisation_that_the_facts_name_goes_before_a_guess():
-    net, images = make_lenet(), make_digits(300)
-    lines = []
+def test_only_a_usable_normalisation_is_taken_from_the_facts():
+    net = make_lenet()
 
-    stored = controller.find_normalisation(
-        net, {"mean": [0.5], "std": [0.25]}, images, 0, lines.append
-    )
+    stored = controller.stored_normalisation(net, {"mean": [0.5], "std": [0.25]})
     assert stored == ([0.5], [0.25])
-    assert lines == []
 
     for facts in ({}, {"mean": [0.5], "std": [0.0]}, {"mean": [1], "std": [2]}, {"mean": [0.5]}):
-        lines.clear()
-        mean, std = controller.find_normalisation(net, facts, images, 0, lines.append)
-        assert (mean, std) == controller.guess_normalisation(net, images, 0)[:2]
-        assert len(lines) == 2
+        assert controller.stored_normalisation(net, facts) is None
+
+
+@torch.no_grad()
+def label_by(net, images):
+    """What the net says of each image."""
+    return net(images.batch(torch.arange(len(images)))).argmax(1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LeNet, averaged, tanh",
+        "LeNet by letters",
+        "VGG-19 pruned, average at its end",
+        "ResNet, averaged shortcut",
+        "bottlenecks, stride first",
+        "wide ResNet",
+    ],
+)
+@pytest.mark.parametrize("statistics", ["the data set's own mean and std", "mean and std 0.5"])
+def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(name, statistics):
+    case = zoo.CASES[name]
+    net, _ = zoo.make_lively(case)
+    pixels = torch.randint(0, 256, (1500, case.size, case.size, case.channels), dtype=torch.uint8)
+    pixels = smooth(pixels)
+    own = controller.STATISTICS["mnist" if case.channels == 1 else "cifar10"]
+    images = Images(pixels, torch.zeros(len(pixels)), mean=own[0], std=own[1])
+    used = images.normalised_by(*controller.list_normalisations(images)[statistics])
+    spread_logits(net, used.batch(torch.arange(500)))
+    images = images.replace(pixels, label_by(net, used))
+    readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
+    fitting = [reading.for_size(case.size) for reading in readings]
+
+    found, normalisation, accuracy = controller.find_reading(
+        [reading.build for reading in fitting if reading], images, seed=0
+    )
+
+    x = images.batch(torch.arange(8))
+    with torch.no_grad():
+        assert torch.allclose(found.eval()(x), net(x), atol=1e-4)
+    assert normalisation == statistics
+    assert accuracy > 0.9  # bfloat16 may change the largest of two near ones
+
+
+@torch.no_grad()
+def spread_logits(net, x):
+    """Let no class be the largest for most images: each class's mean and spread become alike."""
+    *_, last = (module for module in net.modules() if isinstance(module, nn.Linear))
+    last.weight /= net(x).std(0)[:, None]
+    last.bias /= net(x).std(0)
+    last.bias -= net(x).mean(0)
+
+
+def smooth(pixels):
+    """Noise that is alike in neighbouring places, as images are, each image at its own contrast."""
+    x = pixels.permute(0, 3, 1, 2).float()
+    x = F.interpolate(F.avg_pool2d(x, 4), size=x.shape[2:], mode="bilinear")
+    contrast = torch.rand(len(x), 1, 1, 1) * 3
+    x = ((x - 128) * contrast + 128 * torch.rand(len(x), x.shape[1], 1, 1) * 2).clamp(0, 255)
+    return x.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 # ---- training on a GPU, as far as a CPU can show it

@@ -7,10 +7,15 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -241,6 +246,82 @@ def to_double(state):
     }
 
 
+def largest_difference(logits, expected):
+    """The largest difference, as a share of the largest logit."""
+    return (largest(logits - expected) / largest(expected)).item()
+
+
+def read_case(name):
+    """(the net of the zoo, a batch, its logits, the readings that take images of its size)."""
+    case = zoo.CASES[name]
+    net, x = zoo.make_lively(case)
+    with torch.no_grad():
+        expected = net(x)
+    readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
+    fitting = (reading.for_size(case.size) for reading in readings)
+    return net, x, expected, [reading for reading in fitting if reading is not None]
+
+
+@torch.no_grad()
+def find_right_reading(name):
+    """(the net of the reading that computes what the zoo's net does, a batch, its logits)."""
+    _, x, expected, readings = read_case(name)
+    for reading in readings:
+        net = reading.build().eval()
+        if largest_difference(net(x), expected) < 1e-4:
+            return net, x, expected
+    raise AssertionError(f"no reading of {name} computes its logits")
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_the_nets_of_public_repositories_are_read(name):
+    _, x, expected, readings = read_case(name)
+
+    with torch.no_grad():
+        differences = [largest_difference(r.build().eval()(x), expected) for r in readings]
+
+    assert min(differences) < 1e-4
+    # Where names and shapes settle it, it is the first.
+    assert not zoo.CASES[name].is_first_reading or differences[0] < 1e-4
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_the_nets_of_public_repositories_are_pruned_gated_and_counted(name):
+    net, x, _ = find_right_reading(name)
+    structure = smaller_structure(net, share=0.5)
+
+    small = prune_channels(net, structure).eval()
+    soft = sep.add_gates(net, structure).eval()
+    freeze_gates(soft, models.most_important_channels(net, structure))
+
+    with torch.no_grad():
+        assert largest_difference(small(x), soft(x)) < 1e-4
+        tuned = sep.TunedNet(soft)
+        assert largest_difference(tuned(x[:1]), soft(x[:1])) < 1e-4
+        assert largest_difference(models.fold_batch_norms(net)(x), net(x)) < 1e-4
+    for candidate in (net, small):
+        assert count_macs(candidate) * 2 == count_flops(candidate, x[:1])
+    assert small.structure == structure
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LeNet, padded", "VGG-16, batch norm in its head", "ResNet, zeros behind", "wide ResNet"],
+)
+def test_the_nets_of_public_repositories_are_saved_and_exported(tmp_path, name):
+    net, x, _ = find_right_reading(name)
+    net = prune_channels(net, smaller_structure(net)).eval()
+
+    models.save_checkpoint(tmp_path / "a.pt", net, {})
+    loaded_net, _ = sep.load(tmp_path / "a.pt")
+    statistics = [[0.5] * net.channels, [0.25] * net.channels]
+    difference = models.export_net(net, tmp_path / "a.pt2", *statistics, net.size)
+
+    assert loaded_net.architecture == net.architecture
+    assert torch.equal(loaded_net.eval()(x), net(x))
+    assert difference < 1e-4
+
+
 WRAPPERS = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"state_dict": state, "best_prec1": 1.0},
@@ -248,6 +329,23 @@ WRAPPERS = {
     "Lightning": lambda state: {"epoch": 3, "state_dict": prefix_keys(state, "model.")},
     "torch.compile": lambda state: prefix_keys(state, "_orig_mod.module."),
     "model, float64": lambda state: {"model": to_double(state)},
+    "prefixes of all layers": lambda state: prefix_keys(state, "backbone.net."),
+    "any name, nested": lambda state: {"epoch": 3, "weights": {"network": state}},
+    "losses and counters": lambda state: {
+        "criterion.weight": torch.ones(10),
+        **state,
+        "total_ops": torch.zeros(1),
+        "n_averaged": torch.tensor(3),
+    },
+    "the average beside it": lambda state: {
+        "state_dict": {key: torch.zeros_like(value) for key, value in state.items()},
+        "state_dict_ema": prefix_keys(state, "module."),
+        "optimizer": {"momentum": {"fc.weight": torch.ones(2, 2)}},
+    },
+    "both copies in one": lambda state: {
+        **{f"model.{key}": torch.zeros_like(value) for key, value in state.items()},
+        **prefix_keys(state, "ema_model.module."),
+    },
 }
 
 
@@ -335,25 +433,32 @@ def make_torchvision_vgg(has_bias, dropout_first):
     return net, x, net["classifier"](pooled)
 
 
-def rename_conv2(state):
-    return {key.replace("conv2", "other"): value for key, value in state.items()}
+def without(part):
+    """A change of a state dict: it loses what has that part in its name."""
+    return lambda state: {key: value for key, value in state.items() if part not in key}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (rename_conv2, r"layer1\.0\.conv2\.weight is missing"),
-        (
-            lambda state: state | {"extra.weight": torch.ones(2)},
-            r"extra\.weight is not in this net",
-        ),
+        (without("layer2.0.conv2"), r"batch norm layer2\.0\.bn2 follows no layer of its width"),
+        (without("layer2.0.bn2"), "has 2 convolutions and 1 batch norms"),
+        (without("linear"), "0 linear layers, not one"),
         (
             lambda state: state | {"linear.weight": torch.ones(10, 63)},
-            "linear.weight is 10 x 63, not 10 x 64",
+            "linear reads 63 numbers and the blocks put out 64 channels",
         ),
         (
-            lambda state: state | {"layer2.0.shortcut.0.weight": torch.ones(32, 16, 1, 1)},
-            "shortcuts are convolutions",
+            lambda state: state | {"layer1.0.conv2.weight": torch.ones(16, 8, 3, 3)},
+            r"convolutions of the block of layer1\.0\.conv1 do not chain",
+        ),
+        (
+            lambda state: state | {"layer1.0.se.weight": torch.ones(16, 16)},
+            r"layer1\.0\.se is a linear layer in a block \(squeeze-and-excitation",
+        ),
+        (
+            lambda state: state | {"linear.bias": torch.full((10,), float("nan"))},
+            "not finite",
         ),
         (
             lambda state: state | {"gates.0.initial_scale": torch.ones(16)},
@@ -420,6 +525,11 @@ class Evil:
         return os.system, ("touch hacked",)
 
 
+def quantise(tensor):
+    with warnings.catch_warnings(action="ignore"):
+        return torch.quantize_per_tensor(tensor, scale=0.1, zero_point=0, dtype=torch.qint8)
+
+
 def write_broken_files(folder):
     """Files that are no checkpoints, each in another way; returns their names."""
     net = build("resnet8")
@@ -450,7 +560,7 @@ def write_broken_files(folder):
         "nan": state | {"linear.bias": torch.full((10,), float("nan"))},
         "format": {"format": torch.ones(2)},
         "complex": complex_state,
-        "sparse": state | {"linear.weight": state["linear.weight"].to_sparse()},
+        "quantised": state | {"linear.weight": quantise(state["linear.weight"])},
         "half": {"format": 1, "arch": "resnet8"},
         "widths": checkpoint,
         "types": checkpoint | {"widths": "abc", "classes": None},
@@ -468,12 +578,31 @@ def write_broken_files(folder):
     return [f"{name}.pt" for name in ("cut", "empty", "text", "pickle", *contents)]
 
 
-def test_what_a_state_dict_lacks_is_named(tmp_path):
-    state = build("lenet5", channels=1, size=28).state_dict()
-    del state["fc2.weight"]
-    torch.save(state, tmp_path / "a.pt")
+def test_sparse_weights_and_those_that_torch_masks_are_read_as_they_compute(tmp_path):
+    net, x = make_lively_net("lenet5")
+    pruned = deepcopy(net)
+    prune.random_unstructured(pruned.conv2, "weight", amount=0.5)
+    expected = pruned(x)  # before it is saved: here the mask is applied
 
-    with pytest.raises(UserError, match=r"of no net that this tool knows \(it lacks fc2\.weight\)"):
+    torch.save(pruned.state_dict(), tmp_path / "masked.pt")
+    prune.remove(pruned.conv2, "weight")
+    state = pruned.state_dict()
+    torch.save(state | {"fc1.weight": state["fc1.weight"].to_sparse()}, tmp_path / "sparse.pt")
+
+    for name in ("masked.pt", "sparse.pt"):
+        assert torch.equal(sep.load(tmp_path / name)[0].eval()(x), expected)
+
+
+def test_what_a_chain_lacks_is_named(tmp_path):
+    state = build("lenet5", channels=1, size=28).state_dict()
+    without_last = {key: value for key, value in state.items() if not key.startswith("fc")}
+    torch.save(without_last, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match="it does not end in a linear layer"):
+        models.read_checkpoint(tmp_path / "a.pt")
+
+    torch.save(state | {"conv2.weight": torch.ones(50, 10, 5, 5)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"conv2 reads 10 channels .*grouped"):
         models.read_checkpoint(tmp_path / "a.pt")
 
 

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from test_models import NETS, freeze_gates, largest, make_lively_net, smaller_structure
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -275,16 +276,36 @@ def test_gates_that_fit_no_net_are_refused_by_name(tmp_path, gates):
         sep.load(tmp_path / "b.pt")
 
 
-def test_a_gated_net_whose_gates_are_named_as_before_comes_back(tmp_path):
-    net, x = make_gated_net("lenet5")
-    models.save_checkpoint(tmp_path / "a.pt", net, {})
+@pytest.mark.parametrize("arch", ["lenet5", "vgg11", "resnet8"])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_a_checkpoint_of_the_format_before_comes_back(tmp_path, arch, is_gated):
+    net, x = make_gated_net(arch) if is_gated else make_lively_net(arch)
+    models.save_checkpoint(tmp_path / "a.pt", net, {"seed": 3})
     content = torch.load(tmp_path / "a.pt")
+    # It named a few nets alone, and the initial scales of gates otherwise.
+    sizes = {"classes": 10, "channels": net.channels, "size": net.size}
+    sizes["side"] = net.architecture.head_size if arch == "lenet5" else 1
     state = {key.replace("initial_scale", "unit"): value for key, value in content["state"].items()}
-    torch.save(content | {"state": state}, tmp_path / "a.pt")
+    del content["architecture"]
+    torch.save(content | sizes | {"format": 1, "arch": arch, "state": state}, tmp_path / "a.pt")
 
-    loaded_net, _ = sep.load(tmp_path / "a.pt")
+    loaded_net, facts = sep.load(tmp_path / "a.pt")
 
     assert torch.equal(loaded_net.eval()(x), net(x))
+    assert loaded_net.architecture == net.architecture
+    assert facts == {"seed": 3}
+
+
+def test_a_batch_norm_of_a_linear_layer_counts_the_images_that_use_a_channel():
+    torch.manual_seed(0)
+    norm, other = nn.BatchNorm1d(5), nn.BatchNorm2d(5)
+    y, scales = torch.randn(8, 5), torch.rand(8, 5) * (torch.rand(8, 5) > 0.4)
+
+    found = sep.masked_batch_norm(y, scales, norm, None)
+    expected = sep.masked_batch_norm(y[..., None, None], scales, other, None)
+
+    assert torch.equal(found, expected[..., 0, 0])
+    assert torch.equal(norm.running_mean, other.running_mean)
 
 
 def test_a_gate_counts_whom_it_chose():

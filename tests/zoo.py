@@ -1,0 +1,509 @@
+"""Nets as public repositories name and build them, each in a few lines from its definition.
+
+Names and shapes are facts about those repositories; no line here is theirs. Every case is a fresh,
+narrow net with the module names of its repository: what torch.save(net.state_dict()) gives there.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net of the zoo: the repository, how to make it, and the images that it takes."""
+
+    repository: str
+    make: object
+    channels: int = 3
+    size: int = 32
+    is_first_reading: bool = True  # whether shapes and names alone settle it
+
+
+def conv(inputs, outputs, kernel=3, stride=1, bias=False):
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
+
+
+class Layers(nn.Module):
+    """A net whose forward pass is a function of it."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def sequence(*modules, names=None):
+    """nn.Sequential, numbered or with names."""
+    if names is None:
+        return nn.Sequential(*modules)
+    return nn.Sequential(OrderedDict(zip(names, modules, strict=True)))
+
+
+# ---- LeNets and perceptrons --------------------------------------------------------------------
+
+
+def run_lenet(net, x, *, pool=F.max_pool2d, activate=torch.relu):
+    x = pool(activate(net.conv1(x)), 2)
+    x = pool(activate(net.conv2(x)), 2).flatten(1)
+    linear = [module for module in net.children() if isinstance(module, nn.Linear)]
+    for layer in linear[:-1]:
+        x = activate(layer(x))
+    return linear[-1](x)
+
+
+def make_lenet(channels=1, widths=(6, 16), kernel=5, padding=0, hidden=(120, 84), places=25, **run):
+    sizes = [widths[1] * places, *hidden, 10]
+    linear = {f"fc{i}": nn.Linear(*pair) for i, pair in enumerate(pairwise(sizes), 1)}
+    return Layers(
+        partial(run_lenet, **run),
+        conv1=nn.Conv2d(channels, widths[0], kernel, padding=padding),
+        conv2=nn.Conv2d(*widths, kernel),
+        **linear,
+    )
+
+
+def make_mnist_example():
+    def run(net, x):
+        x = F.relu(net.conv2(F.relu(net.conv1(x))))
+        return net.fc2(F.relu(net.fc1(F.max_pool2d(x, 2).flatten(1))))
+
+    return Layers(
+        run,
+        conv1=nn.Conv2d(1, 32, 3),
+        conv2=nn.Conv2d(32, 64, 3),
+        fc1=nn.Linear(9216, 128),
+        fc2=nn.Linear(128, 10),
+    )
+
+
+def make_named_lenet():
+    """Three convolutions, the last of which sees all of its map."""
+    names = ["c1", "relu1", "s2", "c3", "relu3", "s4", "c5", "relu5"]
+    features = sequence(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(16, 120, 5), nn.ReLU(), names=names,
+    )  # fmt: skip
+    head = sequence(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10), names=["f6", "relu6", "f7"])
+    return Layers(lambda net, x: net.fc(net.convnet(x).flatten(1)), convnet=features, fc=head)
+
+
+def make_normed_lenet():
+    """Batch norms behind convolutions and the hidden linear layer."""
+
+    def run(net, x):
+        x = F.max_pool2d(F.relu(net.bn1(net.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(net.bn2(net.conv2(x))), 2)
+        return net.fc2(F.relu(net.bn3(net.fc1(x.flatten(1)))))
+
+    return Layers(
+        run,
+        conv1=nn.Conv2d(1, 8, 3, padding=1),
+        conv2=nn.Conv2d(8, 12, 3, padding=1),
+        bn1=nn.BatchNorm2d(8),
+        bn2=nn.BatchNorm2d(12),
+        fc1=nn.Linear(12 * 49, 30),
+        bn3=nn.BatchNorm1d(30),
+        fc2=nn.Linear(30, 10),
+    )
+
+
+def make_perceptron(inputs=784):
+    layers = sequence(nn.Linear(inputs, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+                      nn.Linear(100, 10))  # fmt: skip
+    return Layers(lambda net, x: net.layers(x.flatten(1)), layers=layers)
+
+
+# ---- VGGs --------------------------------------------------------------------------------------
+
+VGG16 = (8, 8, "M", 12, 12, "M", 16, 16, 16, "M", 20, 20, 20, "M", 20, 20, 20, "M")
+# Ends in an average.
+VGG19 = (8, 8, "M", 12, 10, "M", 16, 14, 16, 9, "M", 20, 20, 7, 20, "M", 20, 20, 20, 11)
+
+
+def vgg_layers(widths, *, has_norm=True, bias=False, has_dropout=False):
+    inputs, modules = 3, []
+    for width in widths:
+        if width == "M":
+            modules.append(nn.MaxPool2d(2))
+            continue
+        modules.append(conv(inputs, width, bias=bias))
+        if has_norm:
+            modules.append(nn.BatchNorm2d(width))
+        modules.append(nn.ReLU())
+        if has_dropout:
+            modules.append(nn.Dropout(0.3))
+        inputs = width
+    return sequence(*modules)
+
+
+def make_vgg(widths=VGG16, *, features="features", head=None, classes=10, places=1, **options):
+    layers = vgg_layers(widths, **options)
+    width = [width for width in widths if width != "M"][-1] * places
+    head = nn.Linear(width, classes) if head is None else head(width, classes)
+
+    def run(net, x):
+        x = F.adaptive_avg_pool2d(getattr(net, features)(x), round(places**0.5))
+        return net.classifier(x.flatten(1))
+
+    return Layers(run, **{features: layers, "classifier": head})
+
+
+def two_hidden(inputs, classes):
+    return sequence(nn.Dropout(), nn.Linear(inputs, 24), nn.ReLU(), nn.Dropout(),
+                    nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, classes))  # fmt: skip
+
+
+def normed_hidden(inputs, classes):
+    return sequence(nn.Linear(inputs, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, classes))
+
+
+def make_staged_vgg():
+    """A module for each stage: block1.conv1, block1.bn1, block1.conv2, ..."""
+
+    def run_stage(stage, x):
+        names = [name for name, _ in stage.named_children() if name.startswith("conv")]
+        for name in names:
+            x = F.relu(getattr(stage, name.replace("conv", "bn"))(getattr(stage, name)(x)))
+        return F.max_pool2d(x, 2)
+
+    stages, inputs = {}, 3
+    for number, (count, width) in enumerate(((2, 8), (2, 12), (3, 12), (3, 16), (3, 16)), 1):
+        modules = {}
+        for i in range(1, count + 1):
+            modules |= {f"conv{i}": conv(inputs, width), f"bn{i}": nn.BatchNorm2d(width)}
+            inputs = width
+        stages[f"block{number}"] = Layers(run_stage, **modules)
+
+    def run(net, x):
+        for number in range(1, 6):
+            x = getattr(net, f"block{number}")(x)
+        return net.fc(x.flatten(1))
+
+    return Layers(run, **stages, fc=nn.Linear(16, 10))
+
+
+# ---- residual nets -----------------------------------------------------------------------------
+
+
+def run_basic(block, x):
+    y = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+    return F.relu(y + block.shortcut_of(x))
+
+
+def run_bottleneck(block, x):
+    y = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
+    return F.relu(block.bn3(block.conv3(y)) + block.shortcut_of(x))
+
+
+def run_preactivated(block, x, *, is_shortcut_activated=False):
+    h = F.relu(block.bn1(x))
+    y = block.conv1(h)
+    for number in range(2, 4):
+        if hasattr(block, f"conv{number}"):
+            y = getattr(block, f"conv{number}")(F.relu(getattr(block, f"bn{number}")(y)))
+    reads_activated = is_shortcut_activated and x.shape != y.shape
+    return y + block.shortcut_of(h if reads_activated else x)
+
+
+def make_block(inputs, inner, outputs, stride, run, *, kernels=(3, 3), strided=0, norms_first=False,
+               shortcut="", shortcut_norm=True, shortcut_of=None):  # fmt: skip
+    """A block with the usual names; `shortcut` names its 1 x 1 convolution, if it has one."""
+    widths = [inputs, *inner, outputs]
+    modules = {}
+    for i, kernel in enumerate(kernels):
+        layer = conv(widths[i], widths[i + 1], kernel, stride if i == strided else 1)
+        norm = nn.BatchNorm2d(widths[i] if norms_first else widths[i + 1])
+        pair = {f"conv{i + 1}": layer, f"bn{i + 1}": norm}
+        modules |= dict(reversed(pair.items())) if norms_first else pair
+    block = Layers(run, **modules)
+    block.shortcut_of = lambda x: x
+    if shortcut and (stride > 1 or inputs != outputs):
+        projection = [conv(inputs, outputs, 1, stride)]
+        if shortcut_norm:
+            projection.append(nn.BatchNorm2d(outputs))
+        module = sequence(*projection) if shortcut_norm is not None else projection[0]
+        block.add_module(shortcut, module)
+        block.shortcut_of = module.forward
+    elif shortcut_of and inputs != outputs:
+        block.shortcut_of = partial(shortcut_of, stride=stride, zeros=outputs - inputs)
+    return block
+
+
+def pad_around(x, stride, zeros):
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, zeros // 2, zeros // 2))
+
+
+def pad_behind(x, stride, zeros):
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, zeros))
+
+
+def average_and_pad(x, stride, zeros):
+    return F.pad(F.avg_pool2d(x, stride), (0, 0, 0, 0, 0, zeros))
+
+
+def make_resnet(outputs=(8, 12, 16), blocks=2, *, inner=None, stem=8, stem_kernel=3, last="fc",
+                stage="layer{}", run=run_basic, stem_norm=True, last_norm="", classes=10,
+                **options):  # fmt: skip
+    """conv1, bn1, layer1.0.conv1, ..., and a linear layer."""
+    is_large = stem_kernel == 7
+    modules = {"conv1": conv(3, stem, stem_kernel, 2 if is_large else 1)}
+    if stem_norm:
+        modules["bn1"] = nn.BatchNorm2d(stem)
+    inputs = stem
+    for number, width in enumerate(outputs, 1):
+        stage_blocks = []
+        for i in range(blocks):
+            stride = 2 if number > 1 and i == 0 else 1
+            hidden = inner(number) if inner else (width,)
+            stage_blocks.append(make_block(inputs, hidden, width, stride, run, **options))
+            inputs = width
+        name, _, within = stage.format(number).partition(".")
+        stage_module = sequence(*stage_blocks)
+        modules[name] = nn.ModuleDict({within: stage_module}) if within else stage_module
+    if last_norm:
+        modules[last_norm] = nn.BatchNorm2d(inputs)
+
+    def forward(net, x):
+        x = net.conv1(x)
+        if stem_norm:
+            x = F.relu(net.bn1(x))
+        if is_large:
+            x = F.max_pool2d(x, 3, 2, 1)
+        for number in range(1, len(outputs) + 1):
+            name, _, within = stage.format(number).partition(".")
+            module = getattr(net, name)
+            x = (module[within] if within else module)(x)
+        if last_norm:
+            x = F.relu(getattr(net, last_norm)(x))
+        return getattr(net, last)(x.mean((2, 3)))
+
+    return Layers(forward, **modules, **{last: nn.Linear(inputs, classes)})
+
+
+def bottleneck_widths(number):
+    return (4 * number, 4 * number)
+
+
+BOTTLENECK = {
+    "run": run_bottleneck,
+    "kernels": (1, 3, 1),
+    "inner": bottleneck_widths,
+    "strided": 1,
+}
+PREACTIVATED = {"run": run_preactivated, "norms_first": True, "shortcut_norm": False}
+
+
+def make_nested_resnet():
+    """Sequences within sequences: conv2_x.0.residual_function.0, conv2_x.0.shortcut.0."""
+
+    def block(inputs, outputs, stride):
+        path = sequence(conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(),
+                        conv(outputs, outputs), nn.BatchNorm2d(outputs))  # fmt: skip
+        shortcut = sequence()
+        if stride > 1 or inputs != outputs:
+            shortcut = sequence(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+        return Layers(lambda net, x: F.relu(net.residual_function(x) + net.shortcut(x)),
+                      residual_function=path, shortcut=shortcut)  # fmt: skip
+
+    stages = {"conv1": sequence(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())}
+    inputs = 8
+    for number, width in enumerate((8, 12, 16, 20), 2):
+        stride = 2 if number > 2 else 1
+        stages[f"conv{number}_x"] = sequence(block(inputs, width, stride), block(width, width, 1))
+        inputs = width
+
+    def run(net, x):
+        for name in stages:
+            x = getattr(net, name)(x)
+        return net.fc(x.mean((2, 3)))
+
+    return Layers(run, **stages, fc=nn.Linear(20, 10))
+
+
+def make_lettered_resnet(shortcut_of=pad_behind):
+    """conv_1_3x3, bn_1, stage_1.0.conv_a, stage_1.0.bn_a, ..., classifier."""
+
+    def run_block(block, x):
+        y = block.bn_b(block.conv_b(F.relu(block.bn_a(block.conv_a(x)))))
+        return F.relu(y + block.shortcut_of(x))
+
+    modules = {"conv_1_3x3": conv(3, 8), "bn_1": nn.BatchNorm2d(8)}
+    inputs = 8
+    for number, width in enumerate((8, 16, 32), 1):
+        blocks = []
+        for i in range(2):
+            stride = 2 if number > 1 and i == 0 else 1
+            block = Layers(run_block, conv_a=conv(inputs, width, 3, stride),
+                           bn_a=nn.BatchNorm2d(width), conv_b=conv(width, width),
+                           bn_b=nn.BatchNorm2d(width))  # fmt: skip
+            block.shortcut_of = lambda x: x
+            if width != inputs:
+                block.shortcut_of = partial(shortcut_of, stride=stride, zeros=width - inputs)
+            blocks.append(block)
+            inputs = width
+        modules[f"stage_{number}"] = sequence(*blocks)
+
+    def run(net, x):
+        x = F.relu(net.bn_1(net.conv_1_3x3(x)))
+        for number in (1, 2, 3):
+            x = getattr(net, f"stage_{number}")(x)
+        return net.classifier(x.mean((2, 3)))
+
+    return Layers(run, **modules, classifier=nn.Linear(32, 10))
+
+
+def make_torchvision(name):
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None, num_classes=7)
+
+
+CASES = {
+    "LeNet of 10, 20 and 50": Case(
+        "pytorch/examples (2017)",
+        partial(make_lenet, widths=(10, 20), hidden=(50,), places=16),
+        1,
+        28,
+    ),
+    "MNIST example": Case("pytorch/examples", make_mnist_example, 1, 28),
+    "LeNet of 6-16-120-84": Case("kuangliu/pytorch-cifar", partial(make_lenet, channels=3)),
+    "LeNet, padded": Case("d2l-ai/d2l-en", partial(make_lenet, padding=2), 1, 28),
+    "LeNet, averaged, tanh": Case(
+        "erykml/medium_articles",
+        partial(make_lenet, pool=F.avg_pool2d, activate=torch.tanh),
+        1,
+        32,
+        False,
+    ),
+    "LeNet by letters": Case("activatedgeek/LeNet-5", make_named_lenet, 1, 32, False),
+    "LeNet with batch norms": Case("written for this test", make_normed_lenet, 1, 28),
+    "perceptron": Case("mi-lad/snip", make_perceptron, 1, 28),
+    "VGG-16, one linear layer": Case("kuangliu/pytorch-cifar", make_vgg),
+    "VGG-16 with biases": Case("kuangliu/pytorch-cifar", partial(make_vgg, bias=True)),
+    "VGG-19 pruned, average at its end": Case(
+        "Eric-mingjie/network-slimming",
+        partial(make_vgg, VGG19, features="feature"),
+        is_first_reading=False,
+    ),
+    "VGG-16, batch norm in its head": Case(
+        "Eric-mingjie/rethinking-network-pruning",
+        partial(make_vgg, (*VGG16[:-1], "M"), features="feature", head=normed_hidden),
+    ),
+    "VGG-16 without batch norms": Case(
+        "chengyangfu/pytorch-vgg-cifar10",
+        partial(make_vgg, has_norm=False, bias=True, head=two_hidden),
+    ),
+    "VGG-16 with dropout": Case("geifmany/cifar-vgg", partial(make_vgg, has_dropout=True)),
+    "VGG in stages": Case("written for this test", make_staged_vgg),
+    "VGG-11 of torchvision": Case("pytorch/vision", partial(make_torchvision, "vgg11"), size=64),
+    "ResNet-18 of torchvision": Case(
+        "pytorch/vision", partial(make_torchvision, "resnet18"), size=64
+    ),
+    "ResNet-50 of torchvision": Case(
+        "pytorch/vision", partial(make_torchvision, "resnet50"), size=64
+    ),
+    "ResNet, option A": Case(
+        "akamaster/pytorch_resnet_cifar10",
+        partial(make_resnet, last="linear", shortcut_of=pad_around),
+    ),
+    "ResNet, zeros behind": Case(
+        "he-y/soft-filter-pruning", make_lettered_resnet, is_first_reading=False
+    ),
+    "ResNet, averaged shortcut": Case(
+        "written for this test",
+        partial(make_lettered_resnet, average_and_pad),
+        is_first_reading=False,
+    ),
+    "ResNet, option B": Case(
+        "chenyaofo/pytorch-cifar-models", partial(make_resnet, shortcut="downsample")
+    ),
+    "ResNet-18, 3 x 3": Case(
+        "kuangliu/pytorch-cifar",
+        partial(make_resnet, (8, 12, 16, 20), shortcut="shortcut", last="linear"),
+    ),
+    "ResNet, pruned inside": Case(
+        "written for this test",
+        partial(
+            make_resnet, (8, 12, 16), shortcut="downsample", inner=lambda number: (3 + number,)
+        ),
+    ),
+    "bottlenecks": Case(
+        "bearpaw/pytorch-classification",
+        partial(make_resnet, (16, 24, 32), shortcut="downsample", **BOTTLENECK),
+    ),
+    "bottlenecks, stride first": Case(
+        "written for this test",
+        partial(make_resnet, (16, 24, 32), shortcut="downsample", **(BOTTLENECK | {"strided": 0})),
+        is_first_reading=False,
+    ),
+    "nested sequences": Case("weiaicunzai/pytorch-cifar100", make_nested_resnet),
+    "PreActResNet-18": Case(
+        "kuangliu/pytorch-cifar",
+        partial(
+            make_resnet,
+            (8, 12, 16),
+            stem_norm=False,
+            last="linear",
+            shortcut="shortcut",
+            **(PREACTIVATED | {"run": partial(run_preactivated, is_shortcut_activated=True)}),
+        ),
+        is_first_reading=False,
+    ),
+    "pre-activated bottlenecks": Case(
+        "Eric-mingjie/network-slimming",
+        partial(
+            make_resnet,
+            (16, 24, 32),
+            stem_norm=False,
+            last_norm="bn",
+            shortcut="downsample",
+            **(BOTTLENECK | PREACTIVATED),
+        ),
+    ),
+    "wide ResNet": Case(
+        "xternalz/WideResNet-pytorch",
+        partial(
+            make_resnet,
+            (16, 24, 32),
+            stage="block{}.layer",
+            stem_norm=False,
+            last_norm="bn1",
+            shortcut="convShortcut",
+            **(
+                PREACTIVATED
+                | {
+                    "shortcut_norm": None,
+                    "run": partial(run_preactivated, is_shortcut_activated=True),
+                }
+            ),
+        ),
+        is_first_reading=False,
+    ),
+}
+
+
+def make_lively(case):
+    """(a net of that case in evaluation mode, whose batch norms have seen something; a batch)."""
+    torch.manual_seed(0)
+    net = case.make()
+    norms = [
+        module for module in net.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    ]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0, 0.2)
+        norm.momentum = 1.0
+    images = torch.randn(16, case.channels, case.size, case.size)
+    with torch.no_grad():
+        net.train()(images)
+    return net.eval(), images[:4]

@@ -1136,28 +1136,82 @@ def starts_as_pickle(path: Path) -> bool:
         return False
 
 
+def is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/constants.pkl") for name in file.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def list_harmless_globals() -> list:
+    """What stands in checkpoints beside tensors and runs nothing: numpy's numbers and arrays,
+    options, paths."""
+    import argparse
+    import pathlib
+
+    import numpy
+
+    scalar, reconstruct = numpy.float64(0).__reduce__()[0], numpy.zeros(0).__reduce__()[0]
+    # The same functions, under the names of numpy 1 and of numpy 2.
+    renamed = [
+        (function, f"numpy.{package}.multiarray.{function.__name__}")
+        for function in (scalar, reconstruct)
+        for package in ("core", "_core")
+    ]
+    dtypes = {type(numpy.dtype(kind)) for kind in numpy.sctypeDict.values()}
+    plain = [numpy.ndarray, numpy.dtype, argparse.Namespace, pathlib.PosixPath]
+    return [*renamed, *dtypes, *plain]
+
+
 def read_tensors(path: Path):
     """torch.load of weights alone, checksums included. Raises UserError."""
+    if path.suffix.lower() == ".safetensors":
+        return read_safetensors(path)
+    harmless = torch.serialization.safe_globals(list_harmless_globals())
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), harmless:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:
-        is_pickle = zipfile.is_zipfile(path) or starts_as_pickle(path)
-        if is_pickle and "weights_only" in str(error):
-            raise UserError(
-                f"{path} is not a file of weights alone (reading it could run code); "
-                "save the state dict and try again"
-            ) from error
-        raise UserError(
-            f"{path} is not a checkpoint that torch can read; "
-            "torch.save(net.state_dict(), FILE) makes one"
-        ) from error
+        raise UserError(explain_unreadable_file(path, error)) from error
     # Files older than PyTorch 1.6 are no zip files and have no checksums.
     if zipfile.is_zipfile(path) and not is_intact(path):
         raise UserError(f"{path} is damaged: its checksums are wrong")
     return content
+
+
+def explain_unreadable_file(path: Path, error: Exception) -> str:
+    """Why torch.load could not read a file, and what to do."""
+    saves = f"torch.save(net.state_dict(), '{path.stem}-state.pt')"
+    if is_torchscript(path):
+        return f"{path} is a TorchScript program; run: net = torch.jit.load('{path}'); {saves}"
+    is_pickle = zipfile.is_zipfile(path) or starts_as_pickle(path)
+    if is_pickle and "weights_only" in str(error):
+        return (
+            f"{path} is not a file of weights alone (reading it could run code); if you trust it "
+            f"and it holds a module, run where its code is: net = torch.load('{path}', "
+            f"weights_only=False); {saves}"
+        )
+    return (
+        f"{path} is not a checkpoint that torch can read; "
+        "torch.save(net.state_dict(), FILE) makes one"
+    )
+
+
+def read_safetensors(path: Path) -> dict:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
 def check_checkpoint(content: dict, path: Path) -> None:
@@ -1353,11 +1407,12 @@ class UnreadableError(Exception):
 
 
 def recognise_state_dict(content, path: Path) -> dict:
-    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first.
+    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first,
+    and `notes` say what was taken from the file.
 
     Raises UserError where it is of no net that this tool knows.
     """
-    state = find_state_dict(content, path)
+    state, notes = find_state_dict(content, path)
     if any(key.startswith("gates.") for key in state):
         raise UserError(
             f"{path}: weights alone of a gated net do not say how many kernels its gates keep; "
@@ -1377,14 +1432,16 @@ def recognise_state_dict(content, path: Path) -> dict:
         "state": first.state,
         "facts": {},
         "readings": readings,
+        "notes": notes,
     }
 
 
 # ---- checkpoints: finding the weights in a file
 
 
-def find_state_dict(content, path: Path) -> dict[str, torch.Tensor]:
-    """The weights in what torch.load found, in float32, their names without wrappers' parts."""
+def find_state_dict(content, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(the weights in what torch.load found, in float32, their names without wrappers' parts;
+    notes for the user on what was taken)."""
     if isinstance(content, dict) and {"title", "epoch"} <= content.keys():
         raise UserError(f"{path} is the state of unfinished work, not a checkpoint")
     found = dict(list_state_dicts(content))
@@ -1395,13 +1452,21 @@ def find_state_dict(content, path: Path) -> dict[str, torch.Tensor]:
         )
     averaged = [name for name in found if AVERAGE_WORDS.search(name.lower())]
     name = averaged[0] if averaged else next(iter(found))
+    notes = []
+    if len(found) > 1:
+        others = ", ".join(other or "the outermost" for other in found if other != name)
+        notes.append(f"{path} holds several state dicts; taken is {name}, not {others}")
+    kinds = {str(value.dtype).removeprefix("torch.") for value in found[name].values()}
+    halves = sorted(kinds & {"float16", "bfloat16"})
+    if halves:
+        notes.append(f"its weights are in {' and '.join(halves)}; they are computed in float32")
     state = {}
     for key, value in found[name].items():
         if value.is_quantized:
             raise UserError(f"{path}: {key} is quantised; give the weights from before that")
         value = value.to_dense() if value.layout != torch.strided else value
         state[key] = value.float() if value.is_floating_point() else value
-    return strip_wrappers(apply_masks(state))
+    return strip_wrappers(apply_masks(state)), notes
 
 
 def list_state_dicts(content, name: str = "") -> Iterator[tuple[str, dict]]:

@@ -350,13 +350,15 @@ def load(path) -> tuple[Net, dict]:
 
     Raises UserError, naming the file.
     """
-    net, facts, _ = load_with_readings(path)
-    return net, facts
+    net, checkpoint = load_checkpoint(path)
+    return net, checkpoint["facts"]
 
 
-def load_with_readings(path) -> tuple[Net, dict, list[models.Reading]]:
-    """`load`, and all that a stranger's state dict may be, the net being the likeliest; none of a
-    checkpoint of this tool."""
+def load_checkpoint(path) -> tuple[Net, dict]:
+    """(net, what models.read_checkpoint says). Raises UserError, naming the file.
+
+    Of a stranger's state dict the net is the likeliest of all `readings`.
+    """
     checkpoint = models.read_checkpoint(path)
     try:
         net = models.build_from_checkpoint(checkpoint)
@@ -370,7 +372,7 @@ def load_with_readings(path) -> tuple[Net, dict, list[models.Reading]]:
         raise UserError(
             f"{path}: its weights do not fit a {name} of the widths it names"
         ) from error
-    return net, checkpoint["facts"], checkpoint.get("readings", [])
+    return net, checkpoint
 
 
 # ---- fast single images ------------------------------------------------------------------------

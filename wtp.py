@@ -847,7 +847,10 @@ def load_given(path: Path) -> GivenNet:
     """A user's checkpoint. Raises UserError."""
     import sep
 
-    return GivenNet(path, *sep.load_with_readings(path))
+    net, checkpoint = sep.load_checkpoint(path)
+    for note in checkpoint.get("notes", []):
+        print_note(note)
+    return GivenNet(path, net, checkpoint["facts"], checkpoint.get("readings", []))
 
 
 def find_experiment(name: str) -> Experiment:

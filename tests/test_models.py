@@ -3,6 +3,7 @@
 The helpers at the top, and `write_broken_files`, serve the other test files and bench.py, too.
 """
 
+import argparse
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import warnings
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -591,6 +593,74 @@ def test_sparse_weights_and_those_that_torch_masks_are_read_as_they_compute(tmp_
 
     for name in ("masked.pt", "sparse.pt"):
         assert torch.equal(sep.load(tmp_path / name)[0].eval()(x), expected)
+
+
+def test_what_lies_harmless_beside_the_weights_is_read(tmp_path):
+    net, x = make_lively_net("resnet8")
+    content = {
+        "best": np.float64(93.4),
+        "epochs": np.int64(3),
+        "is_best": np.bool_(True),
+        "losses": np.arange(4.0),
+        "options": argparse.Namespace(lr=0.1, folder=Path("runs")),
+        "state_dict": net.state_dict(),
+    }
+    torch.save(content, tmp_path / "a.pt")
+
+    assert torch.equal(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x))
+
+
+def test_what_was_taken_from_a_file_is_noted(tmp_path):
+    state = build("resnet8").state_dict()
+    torch.save({"model": state, "model_ema": state}, tmp_path / "a.pt")
+    half = {key: value.half() if value.dim() else value for key, value in state.items()}
+    torch.save(half, tmp_path / "b.pt")
+
+    notes = models.read_checkpoint(tmp_path / "a.pt")["notes"]
+    assert notes == [f"{tmp_path}/a.pt holds several state dicts; taken is model_ema, not model"]
+    notes = models.read_checkpoint(tmp_path / "b.pt")["notes"]
+    assert notes == ["its weights are in float16; they are computed in float32"]
+
+
+def test_weights_in_half_precision_compute_what_they_do_in_float32(tmp_path):
+    net, x = make_lively_net("resnet8")
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.save(deepcopy(net).to(dtype).state_dict(), tmp_path / "a.pt")
+
+        loaded_net, _ = sep.load(tmp_path / "a.pt")
+
+        expected = deepcopy(net).to(dtype).float()(x)
+        assert torch.allclose(loaded_net.eval()(x), expected, atol=1e-5)
+
+
+def test_safetensors_are_read_where_the_package_is_there(tmp_path, monkeypatch):
+    net, x = make_lively_net("resnet8")
+    (tmp_path / "a.safetensors").write_bytes(b"no such file")
+
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # so that its import fails
+    with pytest.raises(UserError, match="pip install safetensors"):
+        sep.load(tmp_path / "a.safetensors")
+    monkeypatch.undo()
+
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    with pytest.raises(UserError, match=r"a\.safetensors is damaged"):
+        sep.load(tmp_path / "a.safetensors")
+    safetensors_torch.save_file(net.state_dict(), tmp_path / "a.safetensors")
+    assert torch.equal(sep.load(tmp_path / "a.safetensors")[0].eval()(x), net(x))
+
+
+def test_a_whole_module_and_a_program_are_refused_with_the_code_that_helps(tmp_path):
+    net, x = make_lively_net("resnet8")
+    torch.save(net, tmp_path / "net.pt")
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.trace(net, x).save(tmp_path / "program.pt")
+
+    for name, loads in (("net", "torch.load("), ("program", "torch.jit.load(")):
+        with pytest.raises(UserError) as refusal:
+            models.read_checkpoint(tmp_path / f"{name}.pt")
+        message = str(refusal.value)
+        assert loads in message
+        assert f"torch.save(net.state_dict(), '{name}-state.pt')" in message
 
 
 def test_what_a_chain_lacks_is_named(tmp_path):

@@ -26,7 +26,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -128,6 +128,10 @@ class Schedule:
     recovery_steps: int | None = None  # instead of epochs, about
     final_epochs: int | None = None
     max_images: int | None = None  # that train; as many test
+    # ours: on the user's own images, which may be few, no training has fewer steps than this.
+    fewest_baseline_steps: int = 2000
+    fewest_final_steps: int = 1000
+    fewest_recovery_steps: int = 200
 
 
 # ours; RESULTS.md says how these numbers were chosen.
@@ -156,6 +160,9 @@ SCHEDULES = {
         recovery_epochs=1,
         final_epochs=1,
         max_images=3000,
+        fewest_baseline_steps=0,
+        fewest_final_steps=0,
+        fewest_recovery_steps=0,
     ),
 }
 
@@ -213,14 +220,26 @@ def settings_for(
     """The numbers of a run: the experiment's, where the schedule does not say otherwise."""
     from controller import Settings, TrainingPlan
 
+    images = train_images or experiment.train_images
+    has_fewer_images = images < experiment.train_images
+
+    def lengthen(epochs: int, fewest_steps: int) -> int:
+        """At least so many steps where there are fewer images than the experiment's."""
+        if not has_fewer_images or not fewest_steps:
+            return epochs
+        return max(epochs, epochs_for_steps(fewest_steps, images))
+
     if schedule.recovery_steps:
-        images = train_images or experiment.train_images
         recovery_epochs = epochs_for_steps(schedule.recovery_steps, images)
     else:
-        recovery_epochs = schedule.recovery_epochs or experiment.recovery_epochs
+        recovery_epochs = lengthen(
+            schedule.recovery_epochs or experiment.recovery_epochs, schedule.fewest_recovery_steps
+        )
+    baseline_epochs = schedule.baseline_epochs or experiment.baseline_epochs
+    final = plan_final_training(experiment, schedule)
     return Settings(
         baseline=TrainingPlan(
-            schedule.baseline_epochs or experiment.baseline_epochs,
+            lengthen(baseline_epochs, schedule.fewest_baseline_steps),
             experiment.baseline_lr,
             is_one_cycle=True,
         ),
@@ -230,7 +249,7 @@ def settings_for(
             is_one_cycle=schedule.is_one_cycle,
             max_steps=schedule.recovery_steps,
         ),
-        final=plan_final_training(experiment, schedule),
+        final=replace(final, epochs=lengthen(final.epochs, schedule.fewest_final_steps)),
         pruning_rate=pruning_rate or schedule.pruning_rate,
         target=experiment.target,
         candidates_per_lstm_epoch=schedule.candidates_per_lstm_epoch,
@@ -758,28 +777,54 @@ def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
 
 def check_share(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
+        meant = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
         raise typer.BadParameter(
-            f"{value} is no share above 0 and below 1, as 0.9 is for 90 %",
+            f"{value:g} is no share above 0 and below 1, as 0.9 is for 90 %{meant}",
         )
     return value
 
 
-DataDir = Annotated[Path, typer.Option(help="where the data is, or is downloaded to")]
+def parse_share(text: str) -> float:
+    """A share, as the user writes it. Raises typer.BadParameter."""
+    with suppress(ValueError):
+        return float(text)
+    meant = ""
+    with suppress(ValueError):
+        meant = f"; did you mean {float(text.removesuffix('%')) / 100:g}?"
+    raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{meant}")
+
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="where the data is, or is downloaded to; default: the folder that the checkpoint "
+        "names, else $WTP_DATA, else data",
+        show_default=False,
+    ),
+]
 Out = Annotated[Path, typer.Option(help="where run folders are made")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
+Device = Annotated[str, typer.Option(help="cpu, cuda (or gpu), or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over instead of going on")]
-ScheduleOption = Annotated[
-    ScheduleName,
+SCHEDULE_HELP = (
+    "published: the papers' numbers; full: the search of fast, then a final training as long as "
+    "the papers'; fast: a verdict in minutes to hours on a CPU; smoke: a test"
+)
+ScheduleOption = Annotated[ScheduleName, typer.Option(help=SCHEDULE_HELP)]
+PruneScheduleOption = Annotated[
+    ScheduleName | None,
     typer.Option(
-        help="published: the papers' numbers; full: the search of fast, then a final training as "
-        "long as the papers'; fast: a verdict in minutes to hours on a CPU; smoke: a test"
+        help=f"{SCHEDULE_HELP}; default: fast where a --target is given, else published",
+        show_default=False,
     ),
 ]
 Rate = Annotated[
     float,
     typer.Option(
-        callback=check_share, help="share of a chosen layer's channels that one step removes"
+        parser=parse_share,
+        metavar="SHARE",
+        callback=check_share,
+        help="share of a chosen layer's channels that one step removes",
     ),
 ]
 RoundTo = Annotated[
@@ -788,6 +833,8 @@ RoundTo = Annotated[
 Target = Annotated[
     float | None,
     typer.Option(
+        parser=parse_share,
+        metavar="SHARE",
         callback=check_share,
         help="share of the MACs to remove; default: as far as the papers' reward goes",
     ),
@@ -806,6 +853,7 @@ class RunOptions:
     fresh: bool
     pruning_rate: float | None = None
     round_to: int | None = None
+    force: bool = False
 
     def folder(self, name: str) -> Path:
         """The run folder of that name; it says which images of the user's own are used."""
@@ -824,6 +872,8 @@ class GivenNet:
     net: object
     facts: dict
     readings: list
+    # On validation images, where they had to tell how the net is to be read.
+    accuracy: float | None = None
 
     def fit_size(self, size: int) -> None:
         """Keep the readings that take images of that size, if some do."""
@@ -851,6 +901,21 @@ def load_given(path: Path) -> GivenNet:
     for note in checkpoint.get("notes", []):
         print_note(note)
     return GivenNet(path, net, checkpoint["facts"], checkpoint.get("readings", []))
+
+
+def find_data_dir(data_dir: Path | None, facts: dict) -> Path:
+    """Where the data is: as the user says, else where the checkpoint's own images still are, else
+    in $WTP_DATA, else in `data`."""
+    from controller import OWN_IMAGES, is_image_folder
+
+    if data_dir is not None:
+        return data_dir
+    data = facts.get("data")
+    if isinstance(data, str) and data.startswith(OWN_IMAGES):
+        folder = Path(data.removeprefix(OWN_IMAGES))
+        if folder.is_dir() and is_image_folder(folder):
+            return folder
+    return Path(os.environ.get("WTP_DATA") or "data")
 
 
 def find_experiment(name: str) -> Experiment:
@@ -911,6 +976,8 @@ def select_device(name: str):
     try:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "gpu" or name.startswith("gpu:"):
+            name = name.replace("gpu", "cuda")
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise ValueError
@@ -969,6 +1036,7 @@ def settle_reading(given: GivenNet, train, seed: int, say) -> tuple:
         "is usual on the validation images"
     )
     given.net, name, accuracy = find_reading(builders, train, seed)
+    given.accuracy = accuracy
     say(
         f"images normalised with {name}, and the net read as {given.net.architecture.describe()}: "
         f"so it gets the most validation images right, {accuracy:.2%}"
@@ -996,6 +1064,33 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
         f"{description}: not the classes that the net was trained on "
         f"({', '.join(others[:10])} in one of the two alone)"
     )
+
+
+def check_is_no_guess(given: GivenNet, accuracy: float, what_force_does: str) -> None:
+    """Raise UserError where a net gets hardly more images right than guessing would."""
+    from controller import is_near_guessing
+    from models import UserError
+
+    if is_near_guessing(accuracy, given.net.classes):
+        raise UserError(
+            f"{given.path} gets {accuracy:.2%} of the validation images right, hardly more than "
+            f"guessing among {given.net.classes} classes: it is probably another net, for other "
+            f"images, or has its classes in another order; --force to {what_force_does}"
+        )
+
+
+def warn_of_guessing(run, reporter) -> None:
+    """Say so where the baseline that was trained learned nothing."""
+    from controller import is_near_guessing
+
+    row = run.row("baseline")
+    classes = run.trainer.baseline.classes
+    if run.results["schedule"] != "smoke" and is_near_guessing(row["validation_accuracy"], classes):
+        reporter.say(
+            f"the baseline learned nothing: it gets {row['validation_accuracy']:.2%} of the "
+            f"validation images right, and guessing among {classes} classes {1 / classes:.0%}; "
+            "more images help, or a smaller net, or --schedule published, which trains longer"
+        )
 
 
 def check_target(net, methods, target: float | None, round_to: int | None) -> None:
@@ -1141,11 +1236,17 @@ KEEP_ADVICE = "give another --output"
 FORCE_ADVICE = "--force overwrites it"
 
 
-def check_output(path: Path, *, advice: str = KEEP_ADVICE, run_folder: Path | None = None) -> None:
+def check_output(
+    path: Path,
+    *,
+    advice: str = KEEP_ADVICE,
+    run_folder: Path | None = None,
+    may_replace: bool = False,
+) -> None:
     """Raise UserError (status 2) unless a new file can be written at `path`.
 
-    It must not lie over another, nor be taken for a run's own file: in `run_folder`, where a run
-    will work, or in another's.
+    It must not lie over another, unless it may replace a file, nor be taken for a run's own file:
+    in `run_folder`, where a run will work, or in another's.
     """
     from controller import ROWS, RUN_FILES
     from models import UserError, refuse_existing
@@ -1156,18 +1257,25 @@ def check_output(path: Path, *, advice: str = KEEP_ADVICE, run_folder: Path | No
     is_in_run = is_in_run or (path.parent / "results.json").exists()
     if is_in_run and path.name in own_names:
         raise UserError(f"{path} is a run's own file; {advice}", 2)
-    refuse_existing(path, advice)
+    if not (may_replace and path.is_file()):
+        refuse_existing(path, advice)
     if not parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}", 2)
     if not os.access(parent, os.W_OK):
         raise UserError(f"cannot write {path}: its folder is read-only", 2)
 
 
-def check_checkpoint_output(path: Path, run_folder: Path) -> None:
-    """`check_output` of a checkpoint, which must not look like an export."""
+def check_checkpoint_output(
+    path: Path, run_folder: Path, *, may_replace: bool, source: Path | None = None
+) -> None:
+    """`check_output` of a checkpoint, which must not look like an export, nor take the place of the
+    `source` that it is made from."""
     from models import UserError
 
-    check_output(path, run_folder=run_folder)
+    advice = f"{KEEP_ADVICE}, or {FORCE_ADVICE}"
+    check_output(path, advice=advice, run_folder=run_folder, may_replace=may_replace)
+    if source is not None and path.exists() and path.samefile(source):
+        raise UserError(f"{path} is the net that is to be pruned; {KEEP_ADVICE}", 2)
     if path.suffix in (".pt2", ".onnx"):
         raise UserError(
             f"{path} would be a checkpoint under an export's ending; call it NAME.pt", 2
@@ -1203,9 +1311,9 @@ def show_delivered(run, output: Path) -> None:
     print_line(f"nothing is left to do: {output} is the net that this command made")
 
 
-def deliver(checkpoint: Path, output: Path) -> None:
-    """Copy a finished checkpoint to where the user wants it; never over a file that came there
-    meanwhile. Raises UserError."""
+def deliver(checkpoint: Path, output: Path, *, may_replace: bool) -> None:
+    """Copy a finished checkpoint to where the user wants it; not over a file that came there
+    meanwhile, unless it may replace it. Raises UserError."""
     import shutil
 
     from models import UserError, is_intact, temporary_path, write_atomically
@@ -1214,7 +1322,7 @@ def deliver(checkpoint: Path, output: Path) -> None:
         raise UserError(
             f"{checkpoint} is gone or damaged; --fresh makes it anew, and all rows beside it"
         )
-    check_output(output)
+    check_output(output, may_replace=may_replace)
     write_atomically(
         output,
         lambda temporary: shutil.copyfile(checkpoint, temporary),
@@ -1237,11 +1345,14 @@ def reproduce(
         Path | None, typer.Option(help="a checkpoint to start from, instead of training one")
     ] = None,
     round_to: RoundTo = None,
-    data_dir: DataDir = Path("data"),
+    data_dir: DataDir = None,
     out: Out = Path("runs"),
     device: Device = "auto",
     seed: Seed = 0,
     fresh: Fresh = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="without an experiment: how long each takes here")
+    ] = False,
 ):
     """All rows of an experiment's table."""
     from models import UserError
@@ -1250,14 +1361,17 @@ def reproduce(
         if method or baseline or round_to or fresh:
             names = ", ".join(EXPERIMENTS)
             raise UserError(
-                f"name an experiment: {names}; without any option, `reproduce` tells how long "
-                "each takes",
+                f"name an experiment: {names}; `reproduce` alone lists them, and with --time how "
+                "long each takes",
                 2,
             )
-        show_experiments(select_device(device))
+        show_experiments(select_device(device) if time else None)
         return
-    options = RunOptions(schedule, data_dir, out, device, seed, fresh, round_to=round_to)
+    if time:
+        raise UserError("--time is for the list of experiments: reproduce --time", 2)
     given = load_given(baseline) if baseline else None
+    data_dir = find_data_dir(data_dir, given.facts if given else {})
+    options = RunOptions(schedule, data_dir, out, device, seed, fresh, round_to=round_to)
     methods = order_methods(method or DEFAULT_METHODS)
     run_experiment(experiment, methods, options, given)
 
@@ -1292,6 +1406,7 @@ def run_experiment(name: str, methods: list[str], options: RunOptions, given) ->
             run.make_baseline(given.net, is_trained=True)
         else:
             run.make_baseline(build_untrained(experiment, run))
+            warn_of_guessing(run, reporter)
         for method in methods:
             run.make_row(method, run.goal_for(method))
     finish_run(run)
@@ -1323,23 +1438,40 @@ def check_has_row(folder: Path, options: RunOptions) -> None:
 
 
 def show_experiments(device) -> None:
-    """The experiments, and about how long all rows of each take here: a few steps of each net are
-    timed for it."""
-    from controller import VALIDATION_SHARE, measure_training_speed
-
-    print_note(f"times a few steps of each net on {device}, about a minute")
-    columns = ("experiment", "net", "cut", *SCHEDULES)
-    title = f"time for all rows on {device}, about, by a few steps just timed; cut: the paper's"
+    """The experiments and, with a device, about how long all rows of each take there."""
+    columns = ["experiment", "net", "cut"]
+    title = "cut: the paper's"
+    if device is not None:
+        columns += SCHEDULES
+        title = f"time for all rows on {device}, about, by a few steps just timed; {title}"
     table = make_table(title, columns)
     table.columns[1].justify = "left"
     for column in table.columns:
         column.no_wrap = True
+    durations = {name: [] for name in EXPERIMENTS}
+    if device is not None:
+        durations = measure_durations(device)
+    for name, experiment in EXPERIMENTS.items():
+        cut = f"{experiment.target:.1%}" if experiment.target else "–"
+        table.add_row(name, experiment.arch, cut, *map(format_duration, durations[name]))
+    make_console().print(table)
+    if device is None:
+        print_note("reproduce --time measures about how long each takes here")
+
+
+def measure_durations(device) -> dict[str, list[float]]:
+    """Of each experiment about how many seconds all rows take, by each schedule: a few steps of
+    each net are timed for it."""
+    from controller import VALIDATION_SHARE, measure_training_speed
+
+    print_note(f"times a few steps of each net on {device}, about a minute")
     images_per_second = {}
+    durations = {}
     for name, experiment in EXPERIMENTS.items():
         arch = experiment.arch
         if arch not in images_per_second:
             images_per_second[arch] = measure_training_speed(build_net(experiment), device)
-        durations = []
+        durations[name] = []
         for schedule in SCHEDULES.values():
             most = min(experiment.train_images, schedule.max_images or experiment.train_images)
             images = int((1 - VALIDATION_SHARE) * most)
@@ -1347,10 +1479,8 @@ def show_experiments(device) -> None:
             epochs = estimate_epochs(settings, DEFAULT_METHODS, images)
             # ours: half, for nets get smaller on the way and searches mostly end earlier
             # (measured on MNIST).
-            durations.append(epochs * images / images_per_second[arch] / 2)
-        cut = f"{experiment.target:.1%}" if experiment.target else "–"
-        table.add_row(name, arch, cut, *map(format_duration, durations))
-    make_console().print(table)
+            durations[name].append(epochs * images / images_per_second[arch] / 2)
+    return durations
 
 
 @app.command()
@@ -1360,14 +1490,16 @@ def train(
         Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")
     ] = None,
     schedule: ScheduleOption = ScheduleName.published,
-    data_dir: DataDir = Path("data"),
+    data_dir: DataDir = None,
     out: Out = Path("runs"),
     device: Device = "auto",
     seed: Seed = 0,
     fresh: Fresh = False,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the output")] = False,
 ):
     """The baseline of an experiment alone, to a checkpoint."""
-    options = RunOptions(schedule, data_dir, out, device, seed, fresh)
+    data_dir = find_data_dir(data_dir, {})
+    options = RunOptions(schedule, data_dir, out, device, seed, fresh, force=force)
     train_baseline(experiment, options, output)
 
 
@@ -1382,7 +1514,7 @@ def train_baseline(name: str, options: RunOptions, output: Path | None) -> None:
         folder, "baseline", output, options, source=None, data=data
     )
     if output and not is_done:
-        check_checkpoint_output(output, folder)
+        check_checkpoint_output(output, folder, may_replace=options.force)
     reporter = ScreenReporter()
     run = open_run(folder, name, experiment, options, reporter)
     if is_done:
@@ -1391,9 +1523,10 @@ def train_baseline(name: str, options: RunOptions, output: Path | None) -> None:
     announce(run, reporter, [], is_given=False)
     with resumable(reporter):
         run.make_baseline(build_untrained(experiment, run))
+    warn_of_guessing(run, reporter)
     checkpoint = run.folder.checkpoint("baseline")
     if output:
-        deliver(checkpoint, output)
+        deliver(checkpoint, output, may_replace=options.force)
     finish_run(run)
     print_line(f"wrote {output}" if output else f"the baseline is {checkpoint}")
 
@@ -1421,20 +1554,26 @@ def prune(
     ] = False,
     target: Target = None,
     round_to: RoundTo = None,
-    schedule: ScheduleOption = ScheduleName.published,
+    schedule: PruneScheduleOption = None,
     output: Annotated[
         Path | None, typer.Option(help="default: CKPT with -pruned in its name")
     ] = None,
-    data_dir: DataDir = Path("data"),
+    data_dir: DataDir = None,
     out: Out = Path("runs"),
     device: Device = "auto",
     seed: Seed = 0,
     fresh: Fresh = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="overwrite the output; prune a net that only guesses")
+    ] = False,
 ):
     """A smaller net from your own checkpoint."""
     row = row_to_prune(method, is_static=static, target=target)
     given = load_given(ckpt)
-    options = RunOptions(schedule, data_dir, out, device, seed, fresh, rate, round_to)
+    data_dir = find_data_dir(data_dir, given.facts)
+    if schedule is None:
+        schedule = ScheduleName.published if target is None else ScheduleName.fast
+    options = RunOptions(schedule, data_dir, out, device, seed, fresh, rate, round_to, force)
     output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
     prune_given(given, row, target, options, output)
 
@@ -1476,7 +1615,7 @@ def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: 
         data=controller.describe_data(experiment.data, options.data_dir),
     )
     if not is_done:
-        check_checkpoint_output(output, folder)
+        check_checkpoint_output(output, folder, may_replace=options.force, source=given.path)
     reporter = ScreenReporter()
     run = open_run(folder, f"prune {given.path.name}", experiment, options, reporter, given)
     if is_done:
@@ -1486,9 +1625,12 @@ def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: 
     announce(run, reporter, methods, is_given=True)
     with resumable(reporter):
         run.make_baseline(given.net, is_trained=True)
+        if not options.force:
+            accuracy = run.row("baseline")["validation_accuracy"]
+            check_is_no_guess(given, accuracy, "prune it all the same")
         run.make_row(row, run.goal_for(row))
     finish_run(run)
-    deliver(run.folder.checkpoint(row), output)
+    deliver(run.folder.checkpoint(row), output, may_replace=options.force)
     print_line(f"wrote {output}")
 
 
@@ -1509,12 +1651,13 @@ def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> P
 
 
 @app.command()
-def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "auto"):
+def evaluate(ckpt: Path, data_dir: DataDir = None, device: Device = "auto"):
     """Accuracy, MACs, parameters, size, latency of a checkpoint."""
     import sep
-    from controller import measure_accuracy
+    from controller import is_near_guessing, measure_accuracy
 
     given = load_given(ckpt)
+    data_dir = find_data_dir(data_dir, given.facts)
     experiment = find_experiment_for(given, data_dir)
     device = select_device(device)
     _, test, description = load_images_for(given, experiment, data_dir, device, 0, print_note)
@@ -1522,6 +1665,8 @@ def evaluate(ckpt: Path, data_dir: DataDir = Path("data"), device: Device = "aut
     if given.facts.get("data") not in (None, description):
         note += f"; it was trained on {given.facts['data']}"
     print_note(note)
+    if given.accuracy is not None and is_near_guessing(given.accuracy, given.net.classes):
+        print_note("that is hardly more than guessing: it is probably another net")
     net = prepare_for_inference(given.net, device)
     with sep.record_usage(net) as usage:
         accuracy = measure_accuracy(net, test, in_float32=True)
@@ -1745,8 +1890,10 @@ def export(
         int | None,
         typer.Option(min=1, help="pixels of an image's side; default: those it was trained with"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="overwrite FILE")] = False,
-    data_dir: DataDir = Path("data"),
+    force: Annotated[
+        bool, typer.Option("--force", help="overwrite FILE; export a net that only guesses")
+    ] = False,
+    data_dir: DataDir = None,
     device: Device = "auto",
 ):
     """The net for use without this project.
@@ -1756,8 +1903,11 @@ def export(
     import models
 
     given = load_given(ckpt)
+    data_dir = find_data_dir(data_dir, given.facts)
     check_export(given, file, is_static=static, may_replace=force)
     net, mean, std = prepare_export(given, data_dir, device, size, is_static=static)
+    if given.accuracy is not None and not force:
+        check_is_no_guess(given, given.accuracy, "export it all the same")
     # Without --size: a net from a state dict may have taken the size of the images just read.
     size = size or net.size
     difference = models.export_net(net, file, mean, std, size, may_replace=force)

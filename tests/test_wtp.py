@@ -23,6 +23,7 @@ import typer
 from PIL import Image
 from test_controller import rows_by_method, without_seconds
 from test_models import write_broken_files
+from torch import nn
 
 import controller
 import models
@@ -356,6 +357,78 @@ def test_two_processes_do_not_share_a_folder(capsys, tmp_path):
     assert "in use by another process" in err
 
 
+def test_prune_with_a_target_is_fast_and_without_one_the_papers(capsys, smoke, monkeypatch):
+    seen = []
+    monkeypatch.setattr(wtp, "prune_given", lambda *arguments: seen.append(arguments[3].schedule))
+    net = smoke[0] / "baseline.pt"
+
+    for options in (["--target", "0.5"], ["--rate", "0.3"], ["--target", "0.5", "--rate", "0.3"]):
+        assert call(capsys, "prune", net, *options)[0] == 0
+    assert call(capsys, "prune", net, "--target", "0.5", "--schedule", "published")[0] == 0
+
+    assert seen == ["fast", "published", "fast", "published"]
+
+
+def save_guessing_net(path):
+    """A net that says the same class of every image."""
+    net = models.build("lenet5", (4, 4, 4), channels=1, size=28)
+    nn.init.zeros_(net.fc2.weight)
+    models.save_checkpoint(path, net, {"data": "digits"})
+
+
+def test_a_net_that_only_guesses_is_pruned_by_force_alone(capsys, tmp_path):
+    save_guessing_net(tmp_path / "net.pt")
+    command = ["prune", tmp_path / "net.pt", "--target", "0.3", "--schedule", "smoke"]
+    command += ["--out", tmp_path / "runs"]
+
+    status, _, err = call(capsys, *command)
+    assert status == 1
+    assert "hardly more than guessing among 10 classes" in err
+    assert "--force to prune it all the same" in err
+    assert not (tmp_path / "net-pruned.pt").exists()
+
+    status, _, err = call(capsys, *command, "--force")
+    assert status == 0, err
+    assert (tmp_path / "net-pruned.pt").exists()
+
+
+def test_a_strangers_net_that_only_guesses_is_exported_by_force_alone(capsys, tmp_path):
+    save_guessing_net(tmp_path / "net.pt")
+    torch.save(torch.load(tmp_path / "net.pt")["state"], tmp_path / "net.pt")
+    save_pictures(tmp_path / "pictures", classes=10, count=12)
+    folder = ["--data-dir", tmp_path / "pictures"]
+
+    status, _, err = call(capsys, "export", tmp_path / "net.pt", tmp_path / "net.pt2", *folder)
+    assert status == 1
+    assert "--force to export it all the same" in err
+    assert not (tmp_path / "net.pt2").exists()
+
+    status, _, err = call(capsys, "evaluate", tmp_path / "net.pt", *folder)
+    assert status == 0, err
+    assert "hardly more than guessing" in err
+
+
+def test_force_overwrites_the_output_but_not_the_net_itself(capsys, smoke, tmp_path):
+    net = copy_row(smoke, "baseline", tmp_path / "net.pt")
+    output = tmp_path / "small.pt"
+    output.write_text("mine")
+    command = ["prune", net, "--method", "uniform", "--target", "0.5", "--schedule", "smoke"]
+    command += ["--out", tmp_path / "runs", "--output"]
+
+    status, _, err = call(capsys, *command, output)
+    assert status == 2
+    assert "give another --output, or --force overwrites it" in err
+    assert output.read_text() == "mine"
+
+    status, _, err = call(capsys, *command, net, "--force")
+    assert status == 2
+    assert "is the net that is to be pruned" in err
+
+    status, _, err = call(capsys, *command, output, "--force")
+    assert status == 0, err
+    assert sep.load(output)[0].structure != sep.load(net)[0].structure
+
+
 @pytest.mark.parametrize("method", ["lstm", "sep"])
 def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, method):
     net, facts = sep.load(smoke[0] / "baseline.pt")
@@ -584,7 +657,7 @@ def test_a_file_from_a_state_dict_reads_images_of_the_size_that_were_tried(capsy
     save_pictures(tmp_path / "pictures", size=64)
     net = models.build("resnet8", classes=3)
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    command = ["export", tmp_path / "net.pt", tmp_path / "net.pt2"]
+    command = ["export", "--force", tmp_path / "net.pt", tmp_path / "net.pt2"]
 
     status, out, err = call(capsys, *command, "--data-dir", tmp_path / "pictures")
 
@@ -646,17 +719,40 @@ def test_train_writes_the_baseline_and_keeps_results_that_cannot_be_read(capsys,
         assert torch.equal(value, expected[key])
 
 
-def test_reproduce_alone_lists_the_experiments(capsys, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--time"]])
+def test_reproduce_alone_lists_the_experiments(capsys, monkeypatch, options):
     net = models.build("lenet5", channels=1, size=28)
     assert controller.measure_training_speed(net, torch.device("cpu")) > 100  # images a second
-    monkeypatch.setattr(controller, "measure_training_speed", lambda net, device: 1000.0)
+    measured = []
 
-    status, out, _ = call(capsys, "reproduce")
+    def measure(net, device):
+        measured.append(net.arch)
+        return 1000.0
+
+    monkeypatch.setattr(controller, "measure_training_speed", measure)
+
+    status, out, _ = call(capsys, "reproduce", *options)
 
     assert status == 0
     assert all(name in out for name in wtp.EXPERIMENTS)
     assert "70.1%" in out
     assert max(len(line) for line in out.splitlines()) <= 80
+    assert bool(measured) == bool(options)
+    assert ("by a few steps just timed" in out) == bool(options)
+
+
+def test_few_images_of_ones_own_train_for_enough_steps():
+    experiment = wtp.EXPERIMENTS["resnet56-cifar10"]
+
+    for name in ("published", "full", "fast"):
+        settings = wtp.settings_for(experiment, wtp.SCHEDULES[name], 0, train_images=240)
+        steps_per_epoch = 0.9 * 240 / 128
+        assert settings.baseline.epochs * steps_per_epoch == pytest.approx(2000, rel=0.01)
+        assert settings.final.epochs * steps_per_epoch >= 990
+    usual = settings_of("resnet56-cifar10", "fast")
+    assert (usual.baseline.epochs, usual.final.epochs) == (20, 20)
+    smoke = wtp.settings_for(experiment, wtp.SCHEDULES["smoke"], 0, train_images=240)
+    assert smoke == replace(settings_of("resnet56-cifar10", "smoke"), recovery=smoke.recovery)
 
 
 # ---- what a run says while it works
@@ -951,10 +1047,20 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     assert "trained on" not in err  # it is the same folder
 
     status, out, err = call(capsys, "evaluate", checkpoint)
+    assert status == 0, err  # the checkpoint names the folder
+    assert "120 test images" in out
+
+    pictures.rename(tmp_path / "elsewhere")
+    status, out, err = call(capsys, "evaluate", checkpoint)
     assert status == 2
     assert f"the net was trained on images in {pictures}; name that folder" in err
     assert is_one_line(err)
     assert not out
+    monkeypatch.setenv("WTP_DATA", str(tmp_path / "elsewhere"))
+    status, out, err = call(capsys, "evaluate", checkpoint)
+    assert status == 0, err
+    monkeypatch.delenv("WTP_DATA")
+    (tmp_path / "elsewhere").rename(pictures)
 
     # As many as before, two of them exchanged.
     first, second = (next((pictures / f"train/class{n}").glob("*.png")) for n in (0, 1))
@@ -1191,12 +1297,12 @@ def test_a_damaged_run_says_what_to_do(capsys, smoke, tmp_path):
 
 def test_a_damaged_row_is_not_delivered(smoke, tmp_path):
     checkpoint = copy_row(smoke, "lstm", tmp_path / "made.pt")
-    wtp.deliver(checkpoint, tmp_path / "a.pt")
+    wtp.deliver(checkpoint, tmp_path / "a.pt", may_replace=False)
     flip_a_bit(checkpoint)
 
     for name in ("made.pt", "gone.pt"):
         with pytest.raises(UserError, match=f"{name} is gone or damaged; --fresh"):
-            wtp.deliver(tmp_path / name, tmp_path / "b.pt")
+            wtp.deliver(tmp_path / name, tmp_path / "b.pt", may_replace=False)
 
     assert (tmp_path / "a.pt").exists()
     assert not (tmp_path / "b.pt").exists()
@@ -1268,11 +1374,18 @@ WRONG_CALLS = [
     (2, "no checkpoint gone.pt", "prune gone.pt"),
     (2, "no checkpoint gone.pt", "evaluate gone.pt"),
     (2, "folder is a folder, not a checkpoint", "evaluate folder"),
-    (2, "1.0 is no share above 0 and below 1", "prune net.pt --rate 1"),
+    (2, "1 is no share above 0 and below 1", "prune net.pt --rate 1"),
     (2, "-0.1 is no share above 0 and below 1", "prune net.pt --rate -0.1"),
     (2, "nan is no share above 0 and below 1", "prune net.pt --rate nan"),
-    (2, "0.0 is no share above 0 and below 1", "prune net.pt --target 0"),
-    (2, "7.0 is no share above 0 and below 1", "prune net.pt --target 7"),
+    (2, "0 is no share above 0 and below 1", "prune net.pt --target 0"),
+    (
+        2,
+        "50 is no share above 0 and below 1, as 0.9 is for 90 %; did you mean 0.5?",
+        "prune net.pt --target 50",
+    ),
+    (2, "50% is no number, as 0.9 is for 90 %; did you mean 0.5?", "prune net.pt --target 50%"),
+    (2, "half is no number, as 0.9 is for 90 %", "prune net.pt --target half"),
+    (2, "--time is for the list of experiments", "reproduce mnist --time"),
     (2, "--rate", "prune net.pt --rate lots"),
     (2, "--speed", "reproduce mnist --speed"),
     (2, "quick", "reproduce mnist --schedule quick"),

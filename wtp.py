@@ -169,6 +169,7 @@ SCHEDULES = {
 ScheduleName = StrEnum("ScheduleName", list(SCHEDULES))
 MethodName = StrEnum("MethodName", ["uniform", "lstm", "sep", "static", "random"])
 # The rows of a table, in the order in which they are shown.
+LARGE_SIZE = 224  # pixels, of photographs for torchvision's nets
 SHOWN_ROWS = ("baseline", "uniform", "random", "lstm", "sep", "static")
 DEFAULT_METHODS = ("uniform", "lstm", "sep")
 
@@ -1001,7 +1002,12 @@ def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, dev
     net, facts = given.net, given.facts
     try:
         train, test, description = load_data(
-            experiment.data, data_dir, crop=experiment.crop, flip=experiment.flip
+            experiment.data,
+            data_dir,
+            crop=experiment.crop,
+            flip=experiment.flip,
+            size=net.size,
+            say=say,
         )
     except UserError as error:
         guess = ""
@@ -1122,7 +1128,12 @@ def load_images_of_run(experiment: Experiment, options: RunOptions, device, say,
 
     if given is None:
         train, test, description = load_data(
-            experiment.data, options.data_dir, crop=experiment.crop, flip=experiment.flip
+            experiment.data,
+            options.data_dir,
+            crop=experiment.crop,
+            flip=experiment.flip,
+            size=experiment.size,
+            say=say,
         )
         with torch.device("meta"):
             build_net(experiment, size=train.size)  # refuses images that are too small
@@ -1485,7 +1496,16 @@ def measure_durations(device) -> dict[str, list[float]]:
 
 @app.command()
 def train(
-    experiment: str,
+    experiment: Annotated[
+        str, typer.Argument(help="whose net and images; with --arch whose images")
+    ] = "",
+    arch: Annotated[
+        str | None,
+        typer.Option(help="another net, as resnet20; without an experiment for images of your own"),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="pixels of a side that photographs are brought to")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")
     ] = None,
@@ -1497,17 +1517,47 @@ def train(
     fresh: Fresh = False,
     force: Annotated[bool, typer.Option("--force", help="overwrite the output")] = False,
 ):
-    """The baseline of an experiment alone, to a checkpoint."""
+    """A baseline alone, to a checkpoint: an experiment's, or any net on any images."""
     data_dir = find_data_dir(data_dir, {})
     options = RunOptions(schedule, data_dir, out, device, seed, fresh, force=force)
-    train_baseline(experiment, options, output)
+    name, chosen = choose_training(experiment, arch, size, data_dir)
+    train_baseline(name, chosen, options, output)
 
 
-def train_baseline(name: str, options: RunOptions, output: Path | None) -> None:
+def choose_training(
+    name: str, arch: str | None, size: int | None, data_dir: Path
+) -> tuple[str, Experiment]:
+    """(name of the run, what is trained on which images). Raises UserError."""
+    from controller import is_image_folder
+    from models import LARGE_RESNETS, UserError, default_widths
+
+    if not name and not arch:
+        names = ", ".join(EXPERIMENTS)
+        raise UserError(f"name an experiment, {names}, or a net: --arch resnet20", 2)
+    if arch:
+        default_widths(arch)  # raises where the name is unknown
+    if not name and not is_image_folder(data_dir):
+        raise UserError(
+            f"--arch {arch} alone is for images of your own: --data-dir FOLDER, with "
+            f"train/CLASS/images and test/CLASS/images; or name an experiment for its images, as "
+            f"in `train vgg-cifar10 --arch {arch}`",
+            2,
+        )
+    experiment = find_experiment(name or ("mnist" if arch == "lenet5" else "resnet56-cifar10"))
+    if size is not None or (arch in LARGE_RESNETS and is_image_folder(data_dir)):
+        experiment = replace(experiment, size=size or LARGE_SIZE)
+    if not arch:
+        return name, experiment
+    run_name = f"{arch}-{experiment.data}" if name else arch
+    return run_name, replace(experiment, arch=arch)
+
+
+def train_baseline(
+    name: str, experiment: Experiment, options: RunOptions, output: Path | None
+) -> None:
     """Train the baseline of an experiment, and copy it to `output`. Raises UserError."""
     from controller import describe_data
 
-    experiment = find_experiment(name)
     folder = options.folder(name + own_images_suffix(options.data_dir))
     data = describe_data(experiment.data, options.data_dir)
     is_done = output is not None and is_delivered(

@@ -96,6 +96,42 @@ def test_common_random_numbers_depend_on_seed_and_epoch_alone():
     assert not torch.equal(images.draw_epoch(2, 2)[1], crops)
 
 
+def make_ramps(count=400, size=64):
+    """Images whose three channels are the column, the row, and their sum, from 0 to 250."""
+    ramp = torch.linspace(0, 250, size)
+    columns, rows = ramp.expand(size, size), ramp[:, None].expand(size, size)
+    image = torch.stack([columns, rows, (columns + rows) / 2], 2).to(torch.uint8)
+    return image.expand(count, -1, -1, -1)
+
+
+def test_zooms_show_parts_of_images_at_full_size():
+    pixels = make_ramps()
+    images = Images(
+        pixels, torch.zeros(400), mean=(0.0,) * 3, std=(1.0,) * 3, zooms=True, flip=True
+    )
+    order, parts = images.draw_epoch(seed=1, epoch=4)
+    again = images.draw_epoch(seed=1, epoch=4)[1]
+
+    x = images.batch(torch.arange(400), parts)
+
+    assert torch.equal(parts, again)
+    assert sorted(order.tolist()) == list(range(400))
+    assert x.shape == (400, 3, 64, 64)
+    middle_x, middle_y, half_width, half_height, direction = parts.unbind(1)
+    # A part's middle and width are seen in the first channel, its height in the second.
+    scale = 250 / 255
+    assert torch.allclose(x[:, 0].mean((1, 2)), scale * (middle_x + 1) / 2, atol=0.01)
+    assert torch.allclose(x[:, 1].mean((1, 2)), scale * (middle_y + 1) / 2, atol=0.01)
+    widths = (x[:, 0, :, -4] - x[:, 0, :, 3]).mean(1) * 63 / 57
+    assert torch.allclose(widths, scale * half_width * direction, atol=0.02)
+    area = half_width * half_height
+    assert area.min() > 0.3 and area.max() <= 1
+    assert 0.5 < area.mean() < 0.75
+    assert 150 < (direction < 0).sum() < 250
+    unchanged = images.batch(torch.arange(5))
+    assert torch.allclose(unchanged, pixels[:5].permute(0, 3, 1, 2) / 255, atol=1e-6)
+
+
 def pixel_rows(images):
     return {pixels.numpy().tobytes() for pixels in images.pixels}
 

@@ -311,9 +311,12 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
         try:
             dataset = dataset_class(folder, train=is_train)
         except RuntimeError:  # not there, or not complete
+            check_is_no_image_folder(folder)
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 dataset = dataset_class(folder, train=is_train, download=True)
         pixels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    except UserError:
+        raise
     except Exception as error:
         for empty_folder in new_folders:
             with suppress(OSError):
@@ -326,6 +329,41 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
             f"downloaded; name its folder{hint} with --data-dir ({reason[:200]})"
         ) from error
     return pixels.reshape(*pixels.shape[:3], -1), labels
+
+
+def check_is_no_image_folder(folder: Path) -> None:
+    """Raise UserError (status 2) where a folder looks like a user's own images, but is named at the
+    wrong level. Nothing is to be downloaded into it."""
+    if not folder.is_dir():
+        return
+    inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    whole = [path for path in inner if (path / "train").is_dir() and (path / "test").is_dir()]
+    if whole:
+        raise UserError(
+            f"{folder} is one level too high: give --data-dir {whole[0]}, which has train/ and "
+            "test/",
+            2,
+        )
+    if folder.name in ("train", "test") and has_images(inner):
+        raise UserError(
+            f"{folder} is one level too deep: give --data-dir {folder.parent}, which has train/ "
+            "and test/",
+            2,
+        )
+    if has_images([folder, *inner]):
+        raise UserError(
+            f"{folder} holds images, but no train/ and test/: move them to "
+            f"{folder}/train/CLASS/ and {folder}/test/CLASS/",
+            2,
+        )
+
+
+def has_images(folders: list[Path]) -> bool:
+    """Whether an image lies in one of the folders."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    names = (name for folder in folders for name in os.listdir(folder))
+    return any(name.lower().endswith(IMG_EXTENSIONS) for name in names)
 
 
 # ours: images from this size on are cropped at many sizes in training, smaller ones as CIFAR's.

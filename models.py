@@ -10,6 +10,7 @@ export        the net for use without this project, as .pt2 or .onnx
 The *structure* of a net is the tuple of the widths of its prunable layers.
 """
 
+import difflib
 import json
 import os
 import re
@@ -1110,7 +1111,7 @@ def read_checkpoint(path: Path) -> dict:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint", 2)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; give the path of a .pt or .pth file", 2)
+        raise UserError(f"there is no checkpoint {path}; {suggest_file(path)}", 2)
     if path.suffix.lower() in (".pt2", ".onnx"):
         raise UserError(
             f"{path} is an export, not a checkpoint; give the file that it was made from", 2
@@ -1122,6 +1123,16 @@ def read_checkpoint(path: Path) -> dict:
     if content["format"] == 1:
         return translate_old_checkpoint(content, path)
     return content
+
+
+def suggest_file(path: Path) -> str:
+    """What to do where a checkpoint is not there: take the file with the nearest name, if any."""
+    if path.parent.is_dir():
+        names = [file.name for file in path.parent.iterdir() if file.is_file()]
+        nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+        if nearest:
+            return f"did you mean {path.with_name(nearest[0])}?"
+    return "give the path of a .pt or .pth file"
 
 
 # The first byte of PyTorch's pickles, which old versions wrote without a zip file around them.

@@ -1203,6 +1203,28 @@ def test_pipes_and_links_back_in_an_image_folder_do_no_harm(tmp_path):
     assert len(paths) <= 12  # what the link shows, once
 
 
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("", "is one level too high: give --data-dir FOLDER/pets"),
+        ("pets/train", "is one level too deep: give --data-dir FOLDER/pets, which has train/"),
+        ("pets/train/class0", "holds images, but no train/ and test/: move them to"),
+        ("classes", "holds images, but no train/ and test/: move them to FOLDER/classes/train/"),
+    ],
+)
+def test_a_folder_of_images_named_at_the_wrong_level_is_said(capsys, tmp_path, folder, words):
+    save_pictures(tmp_path / "pets", classes=2, count=2)
+    shutil.copytree(tmp_path / "pets/test", tmp_path / "classes")
+    before = sorted(tmp_path.rglob("*"))
+
+    status, _, err = call(capsys, "train", "mnist", "--data-dir", tmp_path / folder)
+
+    assert status == 2
+    assert words.replace("FOLDER", str(tmp_path)) in err
+    assert is_one_line(err)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_too_many_large_images_are_refused_before_they_are_read(tmp_path, monkeypatch):
     save_pictures(tmp_path, classes=2, count=3)
     monkeypatch.setattr(controller, "MOST_BYTES_OF_IMAGES", 1000)
@@ -1455,7 +1477,8 @@ WRONG_CALLS = [
     (2, "unknown experiment 'imagenet'", "reproduce imagenet"),
     (2, "unknown experiment 'imagenet'", "train imagenet"),
     (2, "uniform needs a cut to land on; give --target", "prune net.pt --method uniform"),
-    (2, "no checkpoint gone.pt", "prune gone.pt"),
+    (2, "no checkpoint gone.pt; give the path of a .pt", "prune gone.pt"),
+    (2, "no checkpoint sevn.pt; did you mean seven.pt?", "prune sevn.pt"),
     (2, "no checkpoint gone.pt", "evaluate gone.pt"),
     (2, "folder is a folder, not a checkpoint", "evaluate folder"),
     (2, "1 is no share above 0 and below 1", "prune net.pt --rate 1"),

@@ -507,6 +507,9 @@ def describe_results(results: dict, rows: list[dict]):
     for row in rows[1:]:
         yield f"{row['method']} keeps {describe_widths(results, rows[0]['widths'], row['widths'])}"
     finished = {row["method"] for row in rows}
+    widths_of = {row["method"]: row["widths"] for row in rows}
+    if {"lstm", "uniform"} <= finished and widths_of["lstm"] == widths_of["uniform"]:
+        yield "lstm chose exactly the structure of uniform: they differ by chance alone"
     if "sep" in finished and has_shared_search(results):
         yield "sep has the structure of lstm's search; its time includes that search"
     if "static" in finished:

@@ -275,6 +275,19 @@ def copy_row(smoke, row, path):
     return path
 
 
+@pytest.mark.parametrize("is_same", [False, True])
+def test_a_search_that_chose_what_uniform_has_says_so(smoke, is_same):
+    results = read_results(smoke[0])
+    rows = rows_by_method(results)
+    rows["uniform"]["widths"] = [5, 10, 100]
+    rows["lstm"]["widths"] = [5, 10, 100] if is_same else [5, 10, 101]
+
+    lines = list(wtp.describe_results(results, list(rows.values())))
+
+    line = "lstm chose exactly the structure of uniform: they differ by chance alone"
+    assert (line in lines) == is_same
+
+
 def test_reproduce_makes_every_row(smoke):
     folder, out, err = smoke
     results = read_results(folder)

@@ -1106,7 +1106,7 @@ def list_normalisations(train: Images) -> dict[str, tuple]:
 
 
 # ours: so many images first, then more for what is left; so many trials are left each time.
-TRIAL_ROUNDS = ((128, 12), (1024, 3), (None, 1))
+TRIAL_ROUNDS = ((32, 100), (128, 12), (1024, 3), (None, 1))
 
 
 def find_reading(builders: list[Callable[[], Net]], train: Images, seed: int) -> tuple:
@@ -1118,24 +1118,25 @@ def find_reading(builders: list[Callable[[], Net]], train: Images, seed: int) ->
     count = max(100, int(VALIDATION_SHARE * len(train)))
     images = train.select(order_of_split(train, seed)[:count])
     normalisations = list_normalisations(train)
-    trials = list(product(builders, normalisations))
+    trials = list(product(range(len(builders)), normalisations))
     for number, trials_left in TRIAL_ROUNDS:
         shown = images.select(slice(number))
-        accuracies = [
-            try_reading(build_net, shown.normalised_by(*normalisations[name]))
-            for build_net, name in trials
-        ]
+        sets = {name: shown.normalised_by(*n) for name, n in normalisations.items()}
+        accuracies = {}
+        for index in sorted({index for index, _ in trials}):
+            net = builders[index]().to(images.device)
+            names = [name for trial_index, name in trials if trial_index == index]
+            accuracies |= {(index, name): measure_if_fitting(net, sets[name]) for name in names}
         # Sorting is stable: of equal ones the likelier comes first.
-        order = sorted(range(len(trials)), key=lambda i: -accuracies[i])[:trials_left]
-        trials = [trials[i] for i in order]
-    build_net, name = trials[0]
-    return build_net().to(train.device), name, accuracies[order[0]]
+        trials = sorted(trials, key=lambda trial: -accuracies[trial])[:trials_left]
+    index, name = trials[0]
+    return builders[index]().to(train.device), name, accuracies[index, name]
 
 
-def try_reading(build_net: Callable[[], Net], images: Images) -> float:
+def measure_if_fitting(net: Net, images: Images) -> float:
     """Share of the images that a net gets right; 0 where it cannot take them."""
     try:
-        return measure_accuracy(build_net().to(images.device), images)
+        return measure_accuracy(net, images)
     except RuntimeError:  # nothing is left behind all strides
         return 0.0
 

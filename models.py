@@ -175,7 +175,7 @@ class ChainArchitecture:
     head_size: int
     # Whether larger maps are averaged to head_size; else only images of `size` fit.
     is_averaged: bool
-    activation: str = "relu"
+    activation: str = "relu"  # or "tanh", "sigmoid"
     has_flat_names: bool = False  # conv1, fc1, ... as LeNets have; else features.N, classifier.N
 
     @property
@@ -184,13 +184,16 @@ class ChainArchitecture:
 
     @property
     def smallest_size(self) -> int:
-        """Of images of which all poolings leave something, where convolutions are padded."""
-        return 2 ** sum(bool(convolution.pooling) for convolution in self.convolutions)
+        """Of images of which something is left behind all convolutions."""
+        size = 1
+        while self.map_size(size) < 1:
+            size += 1
+        return size
 
     def map_size(self, size: int) -> int:
         """The pixels of a side that are left of images of that size behind all convolutions."""
         for convolution in self.convolutions:
-            size += 2 * convolution.padding - convolution.kernel + 1
+            size = max(0, size + 2 * convolution.padding - convolution.kernel + 1)
             if convolution.pooling:
                 size //= 2
         return size
@@ -210,7 +213,7 @@ class ChainArchitecture:
 
     def fits_size(self, size: int) -> bool:
         if self.is_averaged:
-            return size >= self.smallest_size
+            return self.map_size(size) >= 1
         return self.map_size(size) == self.head_size
 
     def check_size(self, size: int) -> None:
@@ -232,6 +235,8 @@ class Block:
     # Whether a 1 x 1 convolution and a batch norm bring its input into the shape of its output
     # (option B of He et al. 2016); else zeros pad the channels where it gets wider (option A).
     has_convolution: bool = False
+    # Of a pre-activated block, whether the shortcut begins behind the first norm and relu.
+    is_shortcut_activated: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,9 +257,6 @@ class ResNetArchitecture:
     has_stem_pooling: bool = False  # 3 x 3, stride 2 (ImageNet's nets)
     is_preactivated: bool = False  # batch norms and relus stand before the convolutions
     has_last_norm: bool = False  # behind the blocks, of pre-activated nets
-    # Whether the shortcut's convolution of a pre-activated block reads what its own first
-    # convolution reads; else it reads the block's input.
-    is_shortcut_activated: bool = False
     strided_convolution: int = 0  # which of a block's convolutions has its stride
     # Option A: how places and channels are brought into shape.
     is_shortcut_averaged: bool = False  # the mean of 2 x 2 places; else every second place
@@ -277,11 +279,10 @@ class ResNetArchitecture:
             places = "averaged" if self.is_shortcut_averaged else "every second place"
             zeros = "behind" if self.has_zeros_behind else "around"
             words.append(f"shortcuts of {places} with zeros {zeros}")
-        if len(self.kernels) == 3:
-            words.append(f"stride in convolution {self.strided_convolution + 1} of a block")
+        words.append(f"stride in convolution {self.strided_convolution + 1} of a block")
         if self.is_preactivated:
-            where = "activated" if self.is_shortcut_activated else "raw"
-            words.append(f"shortcuts from {where} inputs")
+            activated = sum(block.is_shortcut_activated for stage in self.stages for block in stage)
+            words.append(f"{activated} shortcuts behind a norm")
         return ", ".join(words)
 
     def fits_size(self, size: int) -> bool:
@@ -303,6 +304,10 @@ class PrunableLayer:
     activation: str = "relu"
 
 
+# Old nets have them; they rise, as max-pooling needs.
+OTHER_ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
+
+
 def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
     """The activation of a prunable layer, and its pooling where it has one.
 
@@ -310,7 +315,10 @@ def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False
     """
     if prunable.pooling == "max":
         y = F.max_pool2d(y, 2)
-    y = F.relu(y, inplace) if prunable.activation == "relu" else torch.tanh(y)
+    if prunable.activation == "relu":
+        y = F.relu(y, inplace)
+    else:
+        y = OTHER_ACTIVATIONS[prunable.activation](y)
     return F.avg_pool2d(y, 2) if prunable.pooling == "average" else y
 
 
@@ -527,9 +535,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, inner_widths, block: Block, architecture: ResNetArchitecture):
         super().__init__()
         self.architecture = architecture
-        self.stride = block.stride
+        self.block = block
         self.padding_channels = block.outputs - inputs
-        self.has_convolution = block.has_convolution
         widths = [inputs, *inner_widths, block.outputs]
         is_preactivated = architecture.is_preactivated
         for index, (kernel, (before, after)) in enumerate(
@@ -548,22 +555,18 @@ class ResidualBlock(nn.Module):
                 modules.append(nn.BatchNorm2d(block.outputs))
             self.downsample = nn.Sequential(*modules)
 
-    def shortcut(self, x: torch.Tensor, activated: torch.Tensor | None = None) -> torch.Tensor:
-        """What is added to the block's last convolution: x itself where no shape changes.
-
-        `activated` is x behind the first norm and relu of a pre-activated block.
-        """
-        if self.has_convolution:
-            x = getattr(self.downsample, "0")(
-                activated if self.architecture.is_shortcut_activated else x
-            )
+    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the block's last convolution: x itself where no shape changes."""
+        stride = self.block.stride
+        if self.block.has_convolution:
+            x = getattr(self.downsample, "0")(x)
             # Not the whole of `downsample` at once: sep.py may have put other layers there.
             norm = getattr(self.downsample, "1", None)
             return x if norm is None else norm(x)
-        if self.stride > 1 and self.architecture.is_shortcut_averaged:
-            x = F.avg_pool2d(x, self.stride)
-        elif self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
+        if stride > 1 and self.architecture.is_shortcut_averaged:
+            x = F.avg_pool2d(x, stride)
+        elif stride > 1:
+            x = x[:, :, ::stride, ::stride]
         if not self.padding_channels:
             return x
         before = 0 if self.architecture.has_zeros_behind else self.padding_channels // 2
@@ -654,7 +657,8 @@ class ResNet(Net):
 
     def run_preactivated_block(self, block: ResidualBlock, index: int, x: torch.Tensor):
         activated = F.relu(block.bn1(x))
-        return self.run_inner(block, index, activated) + block.shortcut(x, activated)
+        shortcut = block.shortcut(activated if block.block.is_shortcut_activated else x)
+        return self.run_inner(block, index, activated) + shortcut
 
     def layers_and_norms(self) -> list[tuple[str, str]]:
         if self.architecture.is_preactivated:
@@ -1547,15 +1551,34 @@ def list_modules(state: dict) -> list[FoundModule]:
         elif any(value.dim() > 1 for value in tensors.values()):
             parameter = next(key for key, value in tensors.items() if value.dim() > 1)
             key = f"{module.name}.{parameter}".strip(".")
-            raise UnreadableError(
-                f"{key} is {describe_shape(tensors[parameter])}, of no known layer"
+            hint = (
+                " (a layer norm?)" if (parameter, tensors[parameter].dim()) == ("weight", 3) else ""
             )
-    first = next((i for i, module in enumerate(modules) if not module.is_norm), None)
-    if first is None:
+            raise UnreadableError(
+                f"{key} is {describe_shape(tensors[parameter])}, of no known layer{hint}"
+            )
+    if all(module.is_norm for module in modules):
         raise UnreadableError("it holds neither a convolution nor a linear layer")
+    spread_selections(found)
     check_kernels(modules)
     check_other_modules(found, modules)
     return modules
+
+
+def spread_selections(found: dict[str, FoundModule]) -> None:
+    """Let layers behind a channel selection (network slimming) read all channels, those that it
+    leaves out with zeros. A selection is a module with `indexes` (C,) of 0 and 1."""
+    selection = None
+    for module in found.values():
+        if set(module.tensors) == {"indexes"}:
+            selection = module.tensors["indexes"].flatten() != 0
+        elif selection is not None and "weight" in module.tensors and not module.is_norm:
+            weight = module.weight
+            if weight.dim() > 1 and weight.shape[1] == int(selection.sum()) < len(selection):
+                spread = weight.new_zeros(len(weight), len(selection), *weight.shape[2:])
+                spread[:, selection] = weight
+                module.tensors["weight"] = spread
+            selection = None
 
 
 def check_kernels(modules: list[FoundModule]) -> None:
@@ -1591,44 +1614,143 @@ def read_modules(modules: list[FoundModule]) -> list[Reading]:
 
 def read_chain(modules: list[FoundModule]) -> list[Reading]:
     """The readings of a chain of convolutions and linear layers. Raises UnreadableError."""
+    flatten_head(modules)
     convolutions = [module for module in modules if module.is_convolution]
     linear_layers = [module for module in modules if module.is_linear]
-    if not linear_layers:
-        raise UnreadableError("it does not end in a linear layer")
-    check_chain(convolutions, linear_layers)
+    check_chain(modules, convolutions, linear_layers)
     norm_of = match_norms(modules)
-    if any(norm_of.get(module.name) for module in linear_layers[-1:]):
+    if linear_layers[-1].name in norm_of:
         raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
+    fold_norms_behind_activations(linear_layers, norm_of)
     channels, head_size = find_inputs(convolutions, linear_layers)
-    widths = [module.outputs for module in [*convolutions, *linear_layers[:-1]]]
-    readings = []
-    for architecture in list_chains(
+    layers = [*convolutions, *linear_layers]
+    architectures = list_chains(
         convolutions, linear_layers, norm_of, channels=channels, head_size=head_size
-    ):
-        net = build_net(architecture, [1] * len(widths))
-        names = [prunable.layer for prunable in net.prunable] + [net.prunable[-1].next_layer]
-        state = {}
-        for name, prunable, module in zip(
-            names, [*net.prunable, None], convolutions + linear_layers
-        ):
-            norm = norm_of.get(module.name)
-            put_layer(state, name, module, prunable.norm if prunable else None, norm)
-        readings.append(Reading(architecture, widths, state))
+    )
+    widths = [module.outputs for module in layers[:-1]]
+    states = {}  # by the names of the layers: poolings shift those of a VGG
+    readings = []
+    for architecture in architectures:
+        poolings = tuple(bool(convolution.pooling) for convolution in architecture.convolutions)
+        names = None if architecture.has_flat_names else poolings
+        if names not in states:
+            states[names] = translate_chain_state(architecture, layers, norm_of)
+        readings.append(Reading(architecture, widths, states[names]))
     return readings
 
 
-def check_chain(convolutions: list[FoundModule], linear_layers: list[FoundModule]) -> None:
-    """Raise UnreadableError where a layer reads another number of channels than the one before it
+def flatten_head(modules: list[FoundModule]) -> None:
+    """Make linear layers of convolutions that see all of a map, as timm's VGGs have them: one of
+    7 x 7, then some of 1 x 1."""
+    convolutions = [module for module in modules if module.is_convolution]
+    for index, module in enumerate(convolutions):
+        followers = convolutions[index + 1 :]
+        is_head = module.kernel >= STRIDED_KERNEL and all(each.kernel == 1 for each in followers)
+        if index and is_head:
+            for each in (module, *followers):
+                each.tensors["weight"] = each.weight.flatten(1)
+            return
+
+
+def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> dict:
+    """The tensors of a chain under our names."""
+    # A net of those names; its widths do not matter here.
+    prunable_layers = build_net(architecture, [1] * architecture.prunable_layers).prunable
+    state = {}
+    for prunable, module in zip(prunable_layers, layers):
+        put_layer(state, prunable.layer, module, prunable.norm, norm_of.get(module.name))
+    put_layer(state, prunable_layers[-1].next_layer, layers[-1], None, None)
+    return state
+
+
+def check_chain(modules, convolutions, linear_layers) -> None:
+    """Raise UnreadableError where these layers are no chain, each reading what the one before it
     puts out."""
+    if not linear_layers or modules.index(linear_layers[-1]) < modules.index(
+        (convolutions or modules)[-1]
+    ):
+        last = [module for module in modules if not module.is_norm][-1]
+        raise UnreadableError(f"it does not end in a linear layer, but in {last.name}")
+    if not convolutions and len(linear_layers) == 1:
+        raise UnreadableError("it has no hidden layer, so nothing to prune")
+    shortcuts = [module.name for module in modules if CHAIN_BREAKERS.search(module.name.lower())]
     for before, after in [*pairwise(convolutions), *pairwise(linear_layers)]:
-        if after.inputs != before.outputs:
-            kind = ""
-            if after.is_convolution and before.outputs % after.inputs == 0:
-                kind = " (a grouped convolution?)"
-            raise UnreadableError(
-                f"{after.name} reads {after.inputs} channels and {before.name}, before it, puts "
-                f"out {before.outputs}{kind}"
-            )
+        if after.inputs != before.outputs and not shortcuts:
+            raise UnreadableError(explain_break(before, after, convolutions))
+    if shortcuts:
+        raise UnreadableError(
+            f"{shortcuts[0]} looks like part of a residual net, but its blocks are not one first "
+            "convolution and then blocks of two to four, each in a module of its own"
+        )
+    if convolutions and convolutions[0].kernel >= STRIDED_KERNEL:
+        raise UnreadableError(
+            f"{convolutions[0].name} has kernels of {convolutions[0].kernel} x "
+            f"{convolutions[0].kernel}, so it is probably strided (an AlexNet?); only residual "
+            "nets may begin so"
+        )
+
+
+# Kernels of a first convolution from which on it usually has a stride.
+STRIDED_KERNEL = 7
+# Parts of names that no chain has.
+CHAIN_BREAKERS = re.compile(r"\bres\d|residual|shortcut|skip|projection|idconv|downsample")
+
+
+def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
+    guess = ""
+    if after.is_convolution and after.inputs == convolutions[0].inputs:
+        guess = " (a branch?)"
+    elif after.is_convolution and after.inputs == 1:
+        guess = " (a depthwise convolution?)"
+    elif after.is_convolution and before.outputs % after.inputs == 0:
+        guess = " (a grouped convolution?)"
+    elif after.inputs > before.outputs:
+        guess = " (a dense net, or a branch?)"
+    unit = "channels" if after.is_convolution else "numbers"
+    return (
+        f"{after.name} reads {after.inputs} {unit} and {before.name}, before it, puts out "
+        f"{before.outputs}{guess}"
+    )
+
+
+def sequence_number(module: FoundModule) -> int | None:
+    """The number of a module in its nn.Sequential."""
+    last_part = module.name.rpartition(".")[2]
+    return int(last_part) if last_part.isdigit() else None
+
+
+def are_in_one_sequence(first: FoundModule, second: FoundModule) -> bool:
+    parents = {module.name.rpartition(".")[0] for module in (first, second)}
+    return len(parents) == 1 and None not in (sequence_number(first), sequence_number(second))
+
+
+def has_gap(layer: FoundModule, norm: FoundModule) -> bool:
+    """Whether another module stands between a layer and its norm: an activation."""
+    if not are_in_one_sequence(layer, norm):
+        return False
+    return sequence_number(norm) - sequence_number(layer) > 1
+
+
+def fold_norms_behind_activations(linear_layers, norm_of: dict[str, FoundModule]) -> None:
+    """Multiply norms that stand behind the activation of a linear layer into the next one.
+
+    Raises UnreadableError where one stands so behind a convolution.
+    """
+    for layer, after in pairwise(linear_layers):
+        norm = norm_of.get(layer.name)
+        if norm is None or not has_gap(layer, norm):
+            continue
+        tensors = {}
+        put_norm(tensors, "norm", norm)
+        variance = tensors["norm.running_var"] + nn.BatchNorm1d(1).eps
+        scale = tensors["norm.weight"] * variance.rsqrt()
+        shift = tensors["norm.bias"] - scale * tensors["norm.running_mean"]
+        bias = torch.zeros(after.outputs) if after.bias is None else after.bias
+        after.tensors = after.tensors | {
+            "weight": after.weight * scale,
+            "bias": bias + after.weight @ shift,
+        }
+        del norm_of[layer.name]
 
 
 def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
@@ -1643,6 +1765,8 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
             loose.append(module)
         else:
             norm_of[before.name] = module
+            if before.is_convolution and has_gap(before, module):
+                raise UnreadableError(f"{module.name} stands behind an activation, not before it")
     for norm in loose:
         for layer in modules:
             if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
@@ -1704,7 +1828,6 @@ VGG_CONVOLUTIONS = 7
 # Sizes of images, the usual ones first.
 GRAY_SIZES = (28, 32, *range(8, 257))
 COLOUR_SIZES = (32, 64, 96, 128, 224, *range(8, 257))
-MOST_READINGS = 48
 
 
 def list_chains(
@@ -1713,48 +1836,50 @@ def list_chains(
     """The architectures that fit, the likeliest first. Raises UnreadableError where none does."""
     has_norm = [module.name in norm_of for module in convolutions]
     hidden_norms = tuple(module.name in norm_of for module in linear_layers[:-1])
-    classes = linear_layers[-1].outputs
     is_vgg = len(convolutions) >= VGG_CONVOLUTIONS
     sizes = GRAY_SIZES if channels == 1 else COLOUR_SIZES
+    averaging = (True,) if is_vgg else (False,)
+    if not is_vgg and head_size == 1 and len(convolutions) > 2:
+        averaging = (False, True)
     architectures = []
-    for poolings in list_poolings(convolutions):
-        for paddings in list_paddings(convolutions):
-            described = tuple(
-                Convolution(
-                    module.kernel,
-                    padding,
-                    has_bias=module.bias is not None and not normed,
-                    has_norm=normed,
-                    pooling=pooling,
-                )
-                for module, padding, normed, pooling in zip(
-                    convolutions, paddings, has_norm, poolings
-                )
+    for is_averaged, poolings, paddings in product(
+        averaging, list_poolings(convolutions, norm_of), list_paddings(convolutions)
+    ):
+        described = tuple(
+            Convolution(
+                module.kernel,
+                padding,
+                has_bias=module.bias is not None and not normed,
+                has_norm=normed,
+                pooling=pooling,
             )
-            architecture = ChainArchitecture(
-                name_chain(convolutions),
-                classes,
-                channels,
-                sizes[0],
-                convolutions=described,
-                hidden_norms=hidden_norms,
-                head_size=head_size,
-                is_averaged=is_vgg,
-                has_flat_names=not is_vgg,
-            )
-            fitting = fit_size(architecture, sizes)
-            if fitting is not None:
-                architectures.append(fitting)
+            for module, padding, normed, pooling in zip(convolutions, paddings, has_norm, poolings)
+        )
+        architecture = ChainArchitecture(
+            name_chain(convolutions),
+            linear_layers[-1].outputs,
+            channels,
+            sizes[0],
+            convolutions=described,
+            hidden_norms=hidden_norms,
+            head_size=head_size,
+            is_averaged=is_averaged,
+            has_flat_names=not is_vgg,
+        )
+        fitting = fit_size(architecture, sizes)
+        if fitting is not None:
+            architectures.append(fitting)
     if not architectures:
         raise UnreadableError(
             f"{linear_layers[0].name} reads {head_size} x {head_size} places of each channel, "
             "which no usual paddings and poolings leave of any image"
         )
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
-    relu = [name_as_lenet5(architecture) for architecture in architectures[:MOST_READINGS]]
+    readings = [name_as_lenet5(architecture) for architecture in architectures]
     if is_vgg:
-        return relu
-    return relu + [replace(architecture, activation="tanh") for architecture in relu]
+        return readings
+    others = [replace(each, activation=name) for name in OTHER_ACTIVATIONS for each in readings]
+    return readings + others
 
 
 def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None:
@@ -1766,32 +1891,61 @@ def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None
 
 
 def list_paddings(convolutions) -> list[tuple[int, ...]]:
-    """Each convolution padded so that maps keep their size, or none, or of a few each its own."""
+    """How convolutions may be padded: so that maps keep their size, or not at all, or of a few each
+    its own way; the first by two more, which brings MNIST's images to 32 x 32."""
     same = [module.kernel // 2 if module.kernel % 2 else 0 for module in convolutions]
+    if not convolutions:
+        return [()]
+    widened = (same[0] + 2, *same[1:])
     if len(convolutions) >= VGG_CONVOLUTIONS:
-        return [tuple(same)]
+        return list(dict.fromkeys([tuple(same), (*same[:-1], 0), widened]))
     if len(convolutions) > 3:
-        return list(dict.fromkeys([tuple(same), (0,) * len(same)]))
-    return list(dict.fromkeys(product(*((0, padding) for padding in same))))
+        return list(dict.fromkeys([tuple(same), (0,) * len(same), widened]))
+    return [*dict.fromkeys(product(*((0, padding) for padding in same))), widened]
 
 
-def list_poolings(convolutions) -> list[tuple[str, ...]]:
+def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
     """What may follow each convolution: "max", "average" or nothing; the likeliest first."""
     count = len(convolutions)
     if count == 0:
         return [()]
+    rooms = find_rooms(convolutions, norm_of)
     if count >= VGG_CONVOLUTIONS:
-        places = list_stage_ends(convolutions)
+        places = [ends for ends in list_stage_ends(convolutions) if all(rooms[i] for i in ends)]
         with_max = [tuple("max" if i in ends else "" for i in range(count)) for ends in places]
         # The last one is often an average over all that is left.
         return [*with_max, *((*poolings[:-1], "") for poolings in with_max)]
-    everywhere = [tuple(choice) for choice in product((True, False), repeat=count)]
-    everywhere.sort(key=lambda choice: (not all(choice), not choice[-1], -sum(choice)))
+    choices = [
+        choice for choice in product(*((True, False) if room else (False,) for room in rooms))
+    ]
+    choices.sort(key=lambda choice: (not all(choice), not choice[-1], -sum(choice)))
     return [
         tuple(kind if is_pooled else "" for is_pooled in choice)
-        for choice in everywhere
+        for choice in choices
         for kind in (("max", "average") if any(choice) else ("",))
     ]
+
+
+def find_rooms(convolutions, norm_of) -> list[bool]:
+    """Of each convolution whether numbers leave room for a pooling behind it.
+
+    Of two convolutions in one nn.Sequential the numbers between are a norm, an activation, perhaps
+    a pooling. In an nn.ModuleList none are left anywhere, and nothing is known. Raises
+    UnreadableError where there is no room for an activation in one place alone.
+    """
+    left = []
+    for before, after in pairwise(convolutions):
+        if not are_in_one_sequence(before, after):
+            left.append(None)
+            continue
+        between = sequence_number(after) - sequence_number(before) - 1
+        norm = norm_of.get(before.name)
+        left.append(between - (norm is not None and are_in_one_sequence(before, norm)))
+    if any(left):
+        for module, number in zip(convolutions, left):
+            if number == 0:
+                raise UnreadableError(f"no activation stands behind {module.name}")
+    return [number != 1 for number in left] + [True]
 
 
 def list_stage_ends(convolutions) -> list[frozenset[int]]:
@@ -1813,7 +1967,7 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
         [(re.findall(r"\d+", name) or [""])[0] for name in names],
     ):
         ends = frozenset(i for i, (a, b) in enumerate(pairwise(stages)) if a != b)
-        if 0 < len(ends) < last:
+        if ends:
             found.append(ends | {last})
     for counts in VGG_STAGES.values():
         if sum(counts) == count:
@@ -1840,7 +1994,15 @@ def name_chain(convolutions) -> str:
 # ---- checkpoints: residual nets
 
 
-def group_blocks(modules: list[FoundModule]) -> list[list[FoundModule]] | None:
+@dataclass
+class BlockGroup:
+    """The modules of a residual block, and the parts with which their names begin."""
+
+    name: tuple[str, ...]
+    modules: list[FoundModule]
+
+
+def group_blocks(modules: list[FoundModule]) -> list[BlockGroup] | None:
     """The modules of each residual block, by how deep names are alike; None for a chain.
 
     In a residual net the first convolution stands alone. All others stand in blocks of two to four.
@@ -1855,7 +2017,10 @@ def group_blocks(modules: list[FoundModule]) -> list[list[FoundModule]] | None:
             continue
         if all(2 <= counts[name] <= 4 for name in block_names):
             return [
-                [module for module in modules if tuple(module.name.split(".")[:depth]) == name]
+                BlockGroup(
+                    name,
+                    [module for module in modules if tuple(module.name.split(".")[:depth]) == name],
+                )
                 for name in block_names
             ]
     return None
@@ -1907,14 +2072,16 @@ def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
         path = [module for module in convolutions if module is not shortcut]
         widths = [inputs, *(module.outputs for module in path)]
         reads = [module.inputs for module in path]
-        fits = shortcut is None or (shortcut.inputs, shortcut.outputs) == (inputs, widths[-1])
+        fits = shortcut is None or (
+            (shortcut.inputs, shortcut.outputs, shortcut.kernel) == (inputs, widths[-1], 1)
+        )
         if len(path) in (2, 3) and reads == widths[:-1] and fits:
             block = FoundBlock(path, norms, shortcut)
             break
     if block is None:
         raise UnreadableError(
-            f"the convolutions of the block of {name} do not chain from {inputs} channels "
-            "(grouped or dense ones?)"
+            f"the convolutions of the block of {name} do not chain from {inputs} channels to a "
+            "1 x 1 shortcut or none (grouped or dense ones, or another shortcut?)"
         )
     if block.shortcut is not None and len(norms) > len(block.convolutions):
         block.shortcut_norm = find_shortcut_norm(modules, block)
@@ -1949,9 +2116,9 @@ def find_shortcut_norm(modules: list[FoundModule], block: FoundBlock) -> FoundMo
     return (named or behind or block.norms[-1:])[0]
 
 
-def read_residual_net(modules: list[FoundModule], groups: list[list[FoundModule]]) -> list[Reading]:
+def read_residual_net(modules: list[FoundModule], groups: list[BlockGroup]) -> list[Reading]:
     """The readings of a residual net. Raises UnreadableError."""
-    in_blocks = {module.name for group in groups for module in group}
+    in_blocks = {module.name for group in groups for module in group.modules}
     others = [module for module in modules if module.name not in in_blocks]
     stem = next(module for module in others if module.is_convolution)
     linear_layers = [module for module in others if module.is_linear]
@@ -1960,7 +2127,7 @@ def read_residual_net(modules: list[FoundModule], groups: list[list[FoundModule]
     blocks = []
     inputs = stem.outputs
     for group in groups:
-        blocks.append(parse_block(group, inputs))
+        blocks.append(parse_block(group.modules, inputs))
         inputs = blocks[-1].outputs
     if linear_layers[0].inputs != inputs:
         raise UnreadableError(
@@ -1969,9 +2136,10 @@ def read_residual_net(modules: list[FoundModule], groups: list[list[FoundModule]
         )
     kernels = {tuple(module.kernel for module in block.convolutions) for block in blocks}
     if len(kernels) != 1:
-        raise UnreadableError("its blocks are of different kinds")
+        kinds = " and of ".join(" x ".join(map(str, kind)) for kind in sorted(kernels))
+        raise UnreadableError(f"its blocks are of different kinds, of kernels {kinds}")
     norms = [module for module in others if module.is_norm]
-    names = [common_name(group) for group in groups]
+    names = [group.name for group in groups]
     readings = []
     for is_preactivated in list_orders(modules, groups, blocks):
         stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, inputs)
@@ -1992,12 +2160,6 @@ def read_residual_net(modules: list[FoundModule], groups: list[list[FoundModule]
     return readings
 
 
-def common_name(modules: list[FoundModule]) -> tuple[str, ...]:
-    """The parts with which all names of a block begin."""
-    parts = [module.name.split(".") for module in modules]
-    return tuple(next(iter(set(column))) for column in zip(*parts) if len(set(column)) == 1)
-
-
 def list_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
     """Whether batch norms stand before the convolutions: the likelier first.
 
@@ -2012,9 +2174,9 @@ def list_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
         raise UnreadableError(
             "the widths of its batch norms fit its convolutions in no usual order"
         )
-    norms_first = groups[0][0].is_norm
+    norms_first = groups[0].modules[0].is_norm
     position = {module.name: i for i, module in enumerate(modules)}
-    last_block = max(position[module.name] for module in groups[-1])
+    last_block = max(position[module.name] for module in groups[-1].modules)
     ends_in_norm = any(module.is_norm for module in modules[last_block + 1 :])
     fitting.sort(key=lambda is_preactivated: is_preactivated != (norms_first or ends_in_norm))
     return fitting
@@ -2048,8 +2210,6 @@ def list_residual_architectures(
     """The architectures that fit, the likeliest first."""
     is_large = stem.kernel >= 7
     kernels = tuple(module.kernel for module in blocks[0].convolutions)
-    is_bottleneck = len(kernels) == 3
-    has_convolutions = any(block.shortcut is not None for block in blocks)
     pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
     for (
         stages,
@@ -2057,17 +2217,16 @@ def list_residual_architectures(
         strided_convolution,
         is_shortcut_averaged,
         has_zeros_behind,
-        is_shortcut_activated,
     ) in product(
-        list_stages(blocks, names),
+        list_stages(blocks, names, is_preactivated),
         (is_large, not is_large),
-        (1, 0) if is_bottleneck else (0,),
+        # torchvision's bottlenecks have their stride in the second convolution.
+        (1, 0) if len(kernels) == 3 else (0, 1),
         (False, True) if pads else (False,),
         (False, True) if pads else (False,),
-        (False, True) if is_preactivated and has_convolutions else (False,),
     ):
         yield ResNetArchitecture(
-            name_residual_net(stem, blocks, kernels, is_preactivated),
+            name_residual_net(blocks, kernels, is_preactivated),
             classes,
             stem.inputs,
             224 if is_large else 32,
@@ -2080,15 +2239,17 @@ def list_residual_architectures(
             has_stem_pooling=has_stem_pooling,
             is_preactivated=is_preactivated,
             has_last_norm=has_last_norm,
-            is_shortcut_activated=is_shortcut_activated,
             strided_convolution=strided_convolution,
             is_shortcut_averaged=is_shortcut_averaged,
             has_zeros_behind=has_zeros_behind,
         )
 
 
-def list_stages(blocks: list[FoundBlock], names: list[tuple[str, ...]]) -> list[tuple]:
-    """How blocks may be grouped into stages, whose first blocks (but the net's) have stride 2."""
+def list_stages(
+    blocks: list[FoundBlock], names: list[tuple[str, ...]], is_preactivated: bool
+) -> list[tuple]:
+    """How blocks may be grouped into stages, whose first blocks (but the net's) have stride 2, and
+    which shortcuts of pre-activated ones begin behind the first norm and relu."""
     parents = [name[:-1] for name in names]
     by_name = [i > 0 and parents[i] != parents[i - 1] for i in range(len(blocks))]
     by_width = [i > 0 and block.inputs != block.outputs for i, block in enumerate(blocks)]
@@ -2100,17 +2261,34 @@ def list_stages(blocks: list[FoundBlock], names: list[tuple[str, ...]]) -> list[
         ways = [starts for starts in ways if any(starts)]
     found = []
     for starts in ways:
-        stages = []
-        for is_start, block in zip(starts, blocks):
-            if is_start or not stages:
-                stages.append([])
-            described = Block(block.outputs, 2 if is_start else 1, block.shortcut is not None)
-            stages[-1].append(described)
-        found.append(tuple(tuple(stage) for stage in stages))
+        for activated in list_activated_shortcuts(blocks, starts, is_preactivated):
+            stages = []
+            for is_start, block, is_activated in zip(starts, blocks, activated):
+                if is_start or not stages:
+                    stages.append([])
+                described = Block(
+                    block.outputs, 2 if is_start else 1, block.shortcut is not None, is_activated
+                )
+                stages[-1].append(described)
+            found.append(tuple(tuple(stage) for stage in stages))
     return list(dict.fromkeys(found))
 
 
-def name_residual_net(stem, blocks, kernels, is_preactivated: bool) -> str:
+def list_activated_shortcuts(
+    blocks: list[FoundBlock], starts: list[bool], is_preactivated: bool
+) -> list[list[bool]]:
+    """Of each block whether its shortcut begins behind the first norm and relu: nowhere, where it
+    is a convolution, in the first block of each stage, or in the net's first block."""
+    nowhere = [False] * len(blocks)
+    if not is_preactivated:
+        return [nowhere]
+    at_convolutions = [block.shortcut is not None for block in blocks]
+    at_first = [i == 0 for i in range(len(blocks))]
+    at_starts = [i == 0 or is_start for i, is_start in enumerate(starts)]
+    return [nowhere, at_convolutions, at_starts, at_first]
+
+
+def name_residual_net(blocks, kernels, is_preactivated: bool) -> str:
     depth = 2 + len(blocks) * len(kernels)
     return f"preresnet{depth}" if is_preactivated else f"resnet{depth}"
 
@@ -2118,50 +2296,78 @@ def name_residual_net(stem, blocks, kernels, is_preactivated: bool) -> str:
 def translate_residual_state(
     architecture: ResNetArchitecture, stem, stem_norm, blocks, last_norm, linear
 ) -> dict[str, torch.Tensor]:
-    """The tensors under our names. Raises UnreadableError where a bias cannot be folded."""
+    """The tensors under our names, without biases of convolutions.
+
+    In a pre-activated net a bias runs on through the shortcuts as a constant per channel, `offset`,
+    up to the norms that read it: norm(x + offset) has the running mean less the offset.
+    """
     state = {}
     put_layer(state, "conv1", stem, "bn1", stem_norm)
-    names = [
-        f"layer{number}.{i}"
+    offset = state.pop("conv1.bias", torch.zeros(stem.outputs))
+    if offset.any() and not architecture.is_preactivated:
+        raise UnreadableError(f"its first convolution, {stem.name}, has a bias and no batch norm")
+    places = [
+        (f"layer{number}.{i}", block)
         for number, stage in enumerate(architecture.stages, 1)
-        for i in range(len(stage))
+        for i, block in enumerate(stage)
     ]
-    for name, block in zip(names, blocks):
-        put_block(state, name, block, architecture.is_preactivated)
+    for (name, described), block in zip(places, blocks):
+        if architecture.is_preactivated:
+            put_preactivated_block(state, name, block, offset)
+            offset = next_offset(architecture, described, block, offset)
+        else:
+            put_block(state, name, block)
     if last_norm is not None:
-        put_norm(state, "bn", last_norm)
+        put_norm(state, "bn", last_norm, offset)
     put_layer(state, "linear", linear, None, None)
-    if "conv1.bias" in state:
-        raise UnreadableError(f"{stem.name} has a bias, and no batch norm follows")
+    if last_norm is None and architecture.is_preactivated:
+        state["linear.bias"] = state["linear.bias"] + linear.weight @ offset
     return state
 
 
-def put_block(state: dict, name: str, block: FoundBlock, is_preactivated: bool) -> None:
-    biases = [module.bias for module in block.convolutions]
+def put_block(state: dict, name: str, block: FoundBlock) -> None:
     for number, (convolution, norm) in enumerate(zip(block.convolutions, block.norms), 1):
         state[f"{name}.conv{number}.weight"] = convolution.weight
-        # The bias of the convolution that this norm follows.
-        bias = biases[number - 1]
-        if is_preactivated:
-            bias = biases[number - 2] if number > 1 else None
-        put_norm(state, f"{name}.bn{number}", norm, bias)
-    shortcut, shortcut_norm = block.shortcut, block.shortcut_norm
-    if is_preactivated and biases[-1] is not None:
+        put_norm(state, f"{name}.bn{number}", norm, convolution.bias)
+    shortcut = block.shortcut
+    if shortcut is not None:
+        state[f"{name}.downsample.0.weight"] = shortcut.weight
+        norm = block.shortcut_norm or make_identity_norm(shortcut.outputs)
+        put_norm(state, f"{name}.downsample.1", norm, shortcut.bias)
+
+
+def put_preactivated_block(state: dict, name: str, block: FoundBlock, offset) -> None:
+    """`offset` (C,) is what the block's input has less than in the net with its biases."""
+    shifts = [offset, *(convolution.bias for convolution in block.convolutions[:-1])]
+    for number, (convolution, norm, shift) in enumerate(
+        zip(block.convolutions, block.norms, shifts), 1
+    ):
+        state[f"{name}.conv{number}.weight"] = convolution.weight
+        put_norm(state, f"{name}.bn{number}", norm, shift)
+    if block.shortcut_norm is not None:
         raise UnreadableError(
-            f"{block.convolutions[-1].name} has a bias, and no batch norm follows"
+            f"{block.shortcut_norm.name} is a batch norm in the shortcut of a pre-activated block"
         )
-    if shortcut is None:
-        return
-    state[f"{name}.downsample.0.weight"] = shortcut.weight
-    if is_preactivated:
-        if shortcut.bias is not None or shortcut_norm is not None:
-            raise UnreadableError(
-                f"{shortcut.name} has a bias or a batch norm in a pre-activated block"
-            )
-        return
-    if shortcut_norm is None:
-        shortcut_norm = make_identity_norm(shortcut.outputs)
-    put_norm(state, f"{name}.downsample.1", shortcut_norm, shortcut.bias)
+    if block.shortcut is not None:
+        state[f"{name}.downsample.0.weight"] = block.shortcut.weight
+
+
+def next_offset(
+    architecture: ResNetArchitecture, described: Block, block: FoundBlock, offset: torch.Tensor
+) -> torch.Tensor:
+    """What the output of a pre-activated block has less than in the net with its biases, (C',)."""
+    if described.is_shortcut_activated:
+        offset = torch.zeros_like(offset)  # the norm has taken it in already
+    if block.shortcut is not None:
+        offset = block.shortcut.weight.flatten(1) @ offset
+        if block.shortcut.bias is not None:
+            offset = offset + block.shortcut.bias
+    else:
+        zeros = block.outputs - block.inputs
+        before = 0 if architecture.has_zeros_behind else zeros // 2
+        offset = F.pad(offset, (before, zeros - before))
+    bias = block.convolutions[-1].bias
+    return offset if bias is None else offset + bias
 
 
 def make_identity_norm(width: int) -> FoundModule:

@@ -880,7 +880,9 @@ class GivenNet:
     accuracy: float | None = None
 
     def fit_size(self, size: int) -> None:
-        """Keep the readings that take images of that size, if some do."""
+        """Keep the readings that take images of that size. Raises UserError where none does."""
+        from models import UserError
+
         fitting = [reading.for_size(size) for reading in self.readings]
         fitting = [reading for reading in fitting if reading is not None]
         if fitting:
@@ -888,6 +890,10 @@ class GivenNet:
             self.net = fitting[0].build()
         elif self.readings:
             self.readings[0].architecture.check_size(size)
+            raise UserError(
+                f"{self.path}: no reading of its weights takes images of {size} x {size} pixels; "
+                "strided convolutions and poolings other than 2 x 2 are not known"
+            )
 
     def describe_source(self) -> str:
         """Name and content of the file: another file is another run."""

@@ -279,12 +279,13 @@ def find_right_reading(name):
 def test_the_nets_of_public_repositories_are_read(name):
     _, x, expected, readings = read_case(name)
 
-    with torch.no_grad():
-        differences = [largest_difference(r.build().eval()(x), expected) for r in readings]
+    def is_right(reading):
+        return largest_difference(reading.build().eval()(x), expected) < 1e-4
 
-    assert min(differences) < 1e-4
-    # Where names and shapes settle it, it is the first.
-    assert not zoo.CASES[name].is_first_reading or differences[0] < 1e-4
+    with torch.no_grad():
+        # Where names and shapes settle it, it is the first.
+        assert is_right(readings[0]) or not zoo.CASES[name].is_first_reading
+        assert any(map(is_right, readings))
 
 
 @pytest.mark.parametrize("name", zoo.CASES)

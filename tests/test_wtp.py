@@ -1605,7 +1605,7 @@ def test_wrong_calls_get_one_line(capsys, smoke, tmp_path, monkeypatch, expected
     for name in ("folder", "dir.onnx", "half/train", "pictures/train", "pictures/test"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copytree(smoke[0], tmp_path / "old" / "digits-smoke-s0")
-    save_pictures(tmp_path / "small", classes=2, count=6, size=12)
+    save_pictures(tmp_path / "small", classes=2, count=6, size=8)
     before = fingerprint_files(tmp_path)
 
     status, out, err = call(capsys, *command.split())

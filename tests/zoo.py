@@ -205,30 +205,33 @@ def run_bottleneck(block, x):
     return F.relu(block.bn3(block.conv3(y)) + block.shortcut_of(x))
 
 
-def run_preactivated(block, x, *, is_shortcut_activated=False):
+def run_preactivated(block, x, *, is_shortcut_activated=False, is_identity_activated=False):
     h = F.relu(block.bn1(x))
     y = block.conv1(h)
     for number in range(2, 4):
         if hasattr(block, f"conv{number}"):
             y = getattr(block, f"conv{number}")(F.relu(getattr(block, f"bn{number}")(y)))
-    reads_activated = is_shortcut_activated and x.shape != y.shape
+    is_identity = x.shape == y.shape
+    reads_activated = is_shortcut_activated and not is_identity
+    if is_identity_activated and block.is_first:
+        reads_activated = True
     return y + block.shortcut_of(h if reads_activated else x)
 
 
 def make_block(inputs, inner, outputs, stride, run, *, kernels=(3, 3), strided=0, norms_first=False,
-               shortcut="", shortcut_norm=True, shortcut_of=None):  # fmt: skip
+               shortcut="", shortcut_norm=True, shortcut_of=None, bias=False):  # fmt: skip
     """A block with the usual names; `shortcut` names its 1 x 1 convolution, if it has one."""
     widths = [inputs, *inner, outputs]
     modules = {}
     for i, kernel in enumerate(kernels):
-        layer = conv(widths[i], widths[i + 1], kernel, stride if i == strided else 1)
+        layer = conv(widths[i], widths[i + 1], kernel, stride if i == strided else 1, bias)
         norm = nn.BatchNorm2d(widths[i] if norms_first else widths[i + 1])
         pair = {f"conv{i + 1}": layer, f"bn{i + 1}": norm}
         modules |= dict(reversed(pair.items())) if norms_first else pair
     block = Layers(run, **modules)
     block.shortcut_of = lambda x: x
     if shortcut and (stride > 1 or inputs != outputs):
-        projection = [conv(inputs, outputs, 1, stride)]
+        projection = [conv(inputs, outputs, 1, stride, bias)]
         if shortcut_norm:
             projection.append(nn.BatchNorm2d(outputs))
         module = sequence(*projection) if shortcut_norm is not None else projection[0]
@@ -266,6 +269,7 @@ def make_resnet(outputs=(8, 12, 16), blocks=2, *, inner=None, stem=8, stem_kerne
             stride = 2 if number > 1 and i == 0 else 1
             hidden = inner(number) if inner else (width,)
             stage_blocks.append(make_block(inputs, hidden, width, stride, run, **options))
+            stage_blocks[-1].is_first = i == 0
             inputs = width
         name, _, within = stage.format(number).partition(".")
         stage_module = sequence(*stage_blocks)
@@ -362,6 +366,117 @@ def make_lettered_resnet(shortcut_of=pad_behind):
     return Layers(run, **modules, classifier=nn.Linear(32, 10))
 
 
+def make_unit_resnet():
+    """Blocks in a module of their own, beside the projection where there is one: unit1.body.conv1,
+    unit1.identity_conv."""
+
+    def block(inputs, outputs, stride):
+        body = sequence(
+            sequence(conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(),
+                     names=["conv", "bn", "activ"]),
+            sequence(conv(outputs, outputs), nn.BatchNorm2d(outputs), names=["conv", "bn"]),
+            names=["conv1", "conv2"],
+        )  # fmt: skip
+        modules = {"body": body}
+        if inputs != outputs:
+            projection = [conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)]
+            modules["identity_conv"] = sequence(*projection, names=["conv", "bn"])
+
+        def run(net, x):
+            identity = net.identity_conv(x) if inputs != outputs else x
+            return F.relu(net.body(x) + identity)
+
+        return Layers(run, **modules)
+
+    stages = [sequence(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), names=["conv", "bn", "activ"])]
+    inputs = 8
+    for number, width in enumerate((8, 12, 16)):
+        # The last block changes its width and no size, as narrowed nets have it.
+        last = width + 4 if number == 2 else width
+        units = [block(inputs, width, 2 if number else 1), block(width, last, 1)]
+        stages.append(sequence(*units, names=["unit1", "unit2"]))
+        inputs = last
+    names = ["init_block", "stage1", "stage2", "stage3"]
+    features = sequence(*stages, names=names)
+
+    def run(net, x):
+        return net.output(net.features(x).mean((2, 3)))
+
+    return Layers(run, features=features, output=nn.Linear(inputs, 10))
+
+
+class ChannelSelection(nn.Module):
+    """The channels that are left of a batch norm (network slimming)."""
+
+    def __init__(self, indexes):
+        super().__init__()
+        self.indexes = nn.Parameter(torch.tensor(indexes, dtype=torch.float))
+
+    def forward(self, x):
+        return x[:, self.indexes != 0]
+
+
+def make_slimmed_preresnet():
+    """Pre-activated bottlenecks whose first convolutions read some of the channels alone."""
+
+    def run_block(block, x):
+        y = block.conv1(F.relu(block.select(block.bn1(x))))
+        y = block.conv3(F.relu(block.bn3(block.conv2(F.relu(block.bn2(y))))))
+        return y + (block.downsample(x) if hasattr(block, "downsample") else x)
+
+    def make(inputs, outputs, stride, number):
+        kept = [(i + number) % 3 > 0 for i in range(inputs)]
+        modules = {
+            "bn1": nn.BatchNorm2d(inputs), "select": ChannelSelection(kept),
+            "conv1": conv(sum(kept), 5, 1), "bn2": nn.BatchNorm2d(5),
+            "conv2": conv(5, 6, 3, stride), "bn3": nn.BatchNorm2d(6), "conv3": conv(6, outputs, 1),
+        }  # fmt: skip
+        if inputs != outputs:
+            modules["downsample"] = sequence(conv(inputs, outputs, 1, stride))
+        return Layers(run_block, **modules)
+
+    modules, inputs = {"conv1": conv(3, 8)}, 8
+    for number, width in enumerate((16, 24, 32), 1):
+        stride = 2 if number > 1 else 1
+        blocks = [make(inputs, width, stride, number), make(width, width, 1, number + 1)]
+        modules[f"layer{number}"] = sequence(*blocks)
+        inputs = width
+    kept = [i % 4 > 0 for i in range(32)]
+
+    def run(net, x):
+        x = net.layer3(net.layer2(net.layer1(net.conv1(x))))
+        return net.fc(F.relu(net.select(net.bn(x))).mean((2, 3)))
+
+    return Layers(run, **modules, bn=nn.BatchNorm2d(32), select=ChannelSelection(kept),
+                  fc=nn.Linear(sum(kept), 10))  # fmt: skip
+
+
+def make_convolutional_head():
+    """A VGG whose first two linear layers are convolutions of 7 x 7 and 1 x 1."""
+
+    def run(net, x):
+        x = F.adaptive_avg_pool2d(net.features(x), 7)
+        return net.fc(F.relu(net.fc2(F.relu(net.fc1(x)))).flatten(1))
+
+    return Layers(run, features=vgg_layers(VGG16, has_norm=False, bias=True),
+                  fc1=nn.Conv2d(20, 24, 7), fc2=nn.Conv2d(24, 16, 1),
+                  fc=nn.Linear(16, 10))  # fmt: skip
+
+
+def make_averaged_cnn():
+    """Five convolutions, a pooling behind each but the last, then an average."""
+    widths = (8, 12, 16, 20, 20)
+    modules, inputs = [], 3
+    for number, width in enumerate(widths):
+        modules += [conv(inputs, width, bias=True), nn.ReLU()]
+        if number < 4:
+            modules.append(nn.MaxPool2d(2))
+        inputs = width
+    layers = sequence(*modules)
+    return Layers(lambda net, x: net.classifier(net.block(x).mean((2, 3))),
+                  block=layers, classifier=nn.Linear(20, 10))  # fmt: skip
+
+
 def make_torchvision(name):
     import torchvision
 
@@ -377,9 +492,9 @@ CASES = {
     ),
     "MNIST example": Case("pytorch/examples", make_mnist_example, 1, 28),
     "LeNet of 6-16-120-84": Case("kuangliu/pytorch-cifar", partial(make_lenet, channels=3)),
-    "LeNet, padded": Case("d2l-ai/d2l-en", partial(make_lenet, padding=2), 1, 28),
+    "LeNet, padded": Case("written for this test", partial(make_lenet, padding=2), 1, 28),
     "LeNet, averaged, tanh": Case(
-        "erykml/medium_articles",
+        "ContinualAI/avalanche",
         partial(make_lenet, pool=F.avg_pool2d, activate=torch.tanh),
         1,
         32,
@@ -387,7 +502,7 @@ CASES = {
     ),
     "LeNet by letters": Case("activatedgeek/LeNet-5", make_named_lenet, 1, 32, False),
     "LeNet with batch norms": Case("written for this test", make_normed_lenet, 1, 28),
-    "perceptron": Case("mi-lad/snip", make_perceptron, 1, 28),
+    "perceptron": Case("mil-ad/snip", make_perceptron, 1, 28),
     "VGG-16, one linear layer": Case("kuangliu/pytorch-cifar", make_vgg),
     "VGG-16 with biases": Case("kuangliu/pytorch-cifar", partial(make_vgg, bias=True)),
     "VGG-19 pruned, average at its end": Case(
@@ -403,7 +518,7 @@ CASES = {
         "chengyangfu/pytorch-vgg-cifar10",
         partial(make_vgg, has_norm=False, bias=True, head=two_hidden),
     ),
-    "VGG-16 with dropout": Case("geifmany/cifar-vgg", partial(make_vgg, has_dropout=True)),
+    "VGG-16 with dropout": Case("written for this test", partial(make_vgg, has_dropout=True)),
     "VGG in stages": Case("written for this test", make_staged_vgg),
     "VGG-11 of torchvision": Case("pytorch/vision", partial(make_torchvision, "vgg11"), size=64),
     "ResNet-18 of torchvision": Case(
@@ -417,7 +532,7 @@ CASES = {
         partial(make_resnet, last="linear", shortcut_of=pad_around),
     ),
     "ResNet, zeros behind": Case(
-        "he-y/soft-filter-pruning", make_lettered_resnet, is_first_reading=False
+        "he-y/filter-pruning-geometric-median", make_lettered_resnet, is_first_reading=False
     ),
     "ResNet, averaged shortcut": Case(
         "written for this test",
@@ -471,7 +586,7 @@ CASES = {
         ),
     ),
     "wide ResNet": Case(
-        "xternalz/WideResNet-pytorch",
+        "HobbitLong/RepDistiller",
         partial(
             make_resnet,
             (16, 24, 32),
@@ -486,6 +601,59 @@ CASES = {
                     "run": partial(run_preactivated, is_shortcut_activated=True),
                 }
             ),
+        ),
+        is_first_reading=False,
+    ),
+    "VGG, norm behind the relu of its head": Case(
+        "mil-ad/snip",
+        partial(
+            make_vgg,
+            head=lambda inputs, classes: sequence(
+                nn.Linear(inputs, 24), nn.ReLU(), nn.BatchNorm1d(24), nn.Linear(24, classes)
+            ),
+        ),
+    ),
+    "VGG, a head of convolutions": Case(
+        "huggingface/pytorch-image-models", make_convolutional_head
+    ),
+    "CNN, averaged": Case("HobbitLong/RepDistiller", make_averaged_cnn, is_first_reading=False),
+    "LeNet, padded, averaged, sigmoid": Case(
+        "d2l-ai/d2l-en",
+        partial(make_lenet, padding=2, pool=F.avg_pool2d, activate=torch.sigmoid),
+        1,
+        28,
+        False,
+    ),
+    "units with a body": Case("osmr/imgclsmob", make_unit_resnet),
+    "slimmed by channel selection": Case("Eric-mingjie/network-slimming", make_slimmed_preresnet),
+    "wide ResNet with biases, stride second": Case(
+        "timgaripov/swa",
+        partial(
+            make_resnet,
+            (16, 24, 32),
+            stem_norm=False,
+            last_norm="bn1",
+            shortcut="shortcut",
+            last="linear",
+            strided=1,
+            bias=True,
+            **PREACTIVATED,
+        ),
+        is_first_reading=False,
+    ),
+    "pre-activated with biases, no last norm": Case(
+        "weiaicunzai/pytorch-cifar100",
+        partial(make_resnet, (16, 24, 32), shortcut="shortcut", bias=True, **PREACTIVATED),
+    ),
+    "pre-activated, first identity activated": Case(
+        "hysts/pytorch_image_classification",
+        partial(
+            make_resnet,
+            (8, 16, 24),
+            stem_norm=False,
+            last_norm="bn",
+            shortcut="shortcut",
+            **(PREACTIVATED | {"run": partial(run_preactivated, is_identity_activated=True)}),
         ),
         is_first_reading=False,
     ),

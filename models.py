@@ -4,10 +4,16 @@ layers        running a convolution or linear layer on some of its channels
 nets          LeNet-5, VGG and CIFAR ResNet, each built from the widths of its prunable layers
 pruning       which channels matter least, and removing them (IJCAI 2018)
 cost          multiply-accumulates and parameters
-checkpoints   writing and reading them; recognising the state dicts of other people
+checkpoints   writing and reading them
+strangers     recognising the state dicts of other people
 export        the net for use without this project, as .pt2 or .onnx
 
-The *structure* of a net is the tuple of the widths of its prunable layers.
+The *structure* of a net says how many channels are at work in each prunable layer: its width or,
+in a gated net, what its gate keeps.
+
+Numbers marked `script` are from the authors' released script, `paper` from their papers ("Where to
+Prune: Using LSTM to Guide End-to-end Pruning", IJCAI 2018, and "... Data-Dependent Soft Pruning",
+IEEE TIP 2021); `ours` were chosen here.
 """
 
 import difflib
@@ -198,7 +204,7 @@ class ChainArchitecture:
                 size //= 2
         return size
 
-    def describe(self) -> str:
+    def in_words(self) -> str:
         """What weights do not tell of it, in words for the user."""
         poolings = [
             f"{convolution.pooling} pooling behind convolution {number}"
@@ -266,7 +272,7 @@ class ResNetArchitecture:
     def prunable_layers(self) -> int:
         return sum(len(stage) for stage in self.stages) * (len(self.kernels) - 1)
 
-    def describe(self) -> str:
+    def in_words(self) -> str:
         """What weights do not tell of it, in words for the user."""
         words = [self.name]
         if self.has_stem_pooling:
@@ -455,7 +461,11 @@ class ChainNet(Net):
         return names
 
     def add_features(self) -> list[tuple[str, str | None]]:
-        """Convolution, batch norm, relu and pooling in torchvision's order; returns the names."""
+        """Convolution, batch norm, relu and pooling in torchvision's order; returns the names.
+
+        Only the layers and norms are used, see run_prunable. Relus and poolings stand there for
+        torchvision's numbers; they may be other ones here.
+        """
         modules, names = [], []
         for convolution, layer, width in self.make_convolutions():
             place = len(modules)
@@ -535,7 +545,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, inner_widths, block: Block, architecture: ResNetArchitecture):
         super().__init__()
         self.architecture = architecture
-        self.block = block
+        self.spec = block
         self.padding_channels = block.outputs - inputs
         widths = [inputs, *inner_widths, block.outputs]
         is_preactivated = architecture.is_preactivated
@@ -557,10 +567,10 @@ class ResidualBlock(nn.Module):
 
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to the block's last convolution: x itself where no shape changes."""
-        stride = self.block.stride
-        if self.block.has_convolution:
+        stride = self.spec.stride
+        if self.spec.has_convolution:
             x = getattr(self.downsample, "0")(x)
-            # Not the whole of `downsample` at once: sep.py may have put other layers there.
+            # One by one: sep.py puts layers there that nn.Sequential would not run.
             norm = getattr(self.downsample, "1", None)
             return x if norm is None else norm(x)
         if stride > 1 and self.architecture.is_shortcut_averaged:
@@ -583,18 +593,17 @@ class ResNet(Net):
     def __init__(self, architecture: ResNetArchitecture, widths):
         super().__init__(architecture, widths)
         self.add_stem()
-        blocks = self.add_stages()
+        block_names = self.add_stages()
         outputs = architecture.stages[-1][-1].outputs
         if architecture.has_last_norm:
             self.bn = nn.BatchNorm2d(outputs)
         self.linear = nn.Linear(outputs, self.classes)
-        inner = range(1, len(architecture.kernels))
-        # The norm of a pre-activated convolution stands before it.
+        # In a pre-activated block the norm behind conv1 is bn2, the next convolution's.
         shift = 1 if architecture.is_preactivated else 0
         self.prunable = [
             PrunableLayer(f"{name}.conv{i}", f"{name}.bn{i + shift}", f"{name}.conv{i + 1}")
-            for name in blocks
-            for i in inner
+            for name in block_names
+            for i in range(1, len(architecture.kernels))
         ]
         self.initialise_weights()
 
@@ -657,14 +666,15 @@ class ResNet(Net):
 
     def run_preactivated_block(self, block: ResidualBlock, index: int, x: torch.Tensor):
         activated = F.relu(block.bn1(x))
-        shortcut = block.shortcut(activated if block.block.is_shortcut_activated else x)
+        shortcut = block.shortcut(activated if block.spec.is_shortcut_activated else x)
         return self.run_inner(block, index, activated) + shortcut
 
     def layers_and_norms(self) -> list[tuple[str, str]]:
         if self.architecture.is_preactivated:
             return [(prunable.layer, prunable.norm) for prunable in self.prunable]
-        names = [name for name, module in self.named_modules() if isinstance(module, nn.Conv2d)]
-        return [(name, norm_name_of(name)) for name in names]
+        modules = dict(self.named_modules())
+        names = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+        return [(name, norm_name_of(name)) for name in names if norm_name_of(name) in modules]
 
 
 def norm_name_of(convolution: str) -> str:
@@ -721,7 +731,7 @@ def default_widths(arch: str) -> tuple[int, ...]:
     raise UserError(f"unknown network '{arch}': {KNOWN_ARCHS}")
 
 
-def describe_lenet5(classes: int, channels: int, size: int) -> ChainArchitecture:
+def lenet5_architecture(classes: int, channels: int, size: int) -> ChainArchitecture:
     """Caffe's LeNet 20-50-500-10 (431,080 parameters at 28 x 28), a relu behind each hidden layer.
 
     Raises UserError for images of fewer than 16 x 16 pixels.
@@ -743,7 +753,7 @@ def describe_lenet5(classes: int, channels: int, size: int) -> ChainArchitecture
     )
 
 
-def describe_vgg(
+def vgg_architecture(
     arch: str, classes: int, channels: int, size: int, hidden: int = 0, head_size: int = 1
 ) -> ChainArchitecture:
     """VGG with batch normalisation.
@@ -768,7 +778,9 @@ def describe_vgg(
     return architecture
 
 
-def describe_cifar_resnet(arch: str, classes: int, channels: int, size: int) -> ResNetArchitecture:
+def cifar_resnet_architecture(
+    arch: str, classes: int, channels: int, size: int
+) -> ResNetArchitecture:
     """A CIFAR ResNet of depth 6n + 2 (He et al. 2016), option-A shortcuts."""
     count = blocks_per_cifar_stage(arch)
     stages = []
@@ -780,7 +792,9 @@ def describe_cifar_resnet(arch: str, classes: int, channels: int, size: int) -> 
     )
 
 
-def describe_large_resnet(arch: str, classes: int, channels: int, size: int) -> ResNetArchitecture:
+def large_resnet_architecture(
+    arch: str, classes: int, channels: int, size: int
+) -> ResNetArchitecture:
     """torchvision's ResNets: option-B shortcuts, a first convolution of 7 x 7 and a pooling."""
     kernels, counts = LARGE_RESNETS[arch]
     expansion = BOTTLENECK_EXPANSION if len(kernels) == 3 else 1
@@ -806,7 +820,7 @@ def describe_large_resnet(arch: str, classes: int, channels: int, size: int) -> 
     )
 
 
-def describe(arch: str, *, classes=10, channels=3, size=32, hidden=0, head_size=1):
+def named_architecture(arch: str, *, classes=10, channels=3, size=32, hidden=0, head_size=1):
     """The architecture of that name for `channels` x `size` x `size` images.
 
     `hidden` and `head_size` are for the linear layers of a VGG. Raises UserError for an unknown
@@ -814,12 +828,12 @@ def describe(arch: str, *, classes=10, channels=3, size=32, hidden=0, head_size=
     """
     default_widths(arch)  # raises where the name is unknown
     if arch == "lenet5":
-        return describe_lenet5(classes, channels, size)
+        return lenet5_architecture(classes, channels, size)
     if arch in VGG_STAGES:
-        return describe_vgg(arch, classes, channels, size, hidden, head_size)
+        return vgg_architecture(arch, classes, channels, size, hidden, head_size)
     if arch in LARGE_RESNETS:
-        return describe_large_resnet(arch, classes, channels, size)
-    return describe_cifar_resnet(arch, classes, channels, size)
+        return large_resnet_architecture(arch, classes, channels, size)
+    return cifar_resnet_architecture(arch, classes, channels, size)
 
 
 def build(arch: str, widths=None, *, classes=10, channels=3, size=32, head_size=1) -> Net:
@@ -834,7 +848,7 @@ def build(arch: str, widths=None, *, classes=10, channels=3, size=32, head_size=
     hidden = 0
     if arch in VGG_STAGES:
         hidden = max(0, min(2, len(widths) - len(unpruned)))
-    architecture = describe(
+    architecture = named_architecture(
         arch, classes=classes, channels=channels, size=size, hidden=hidden, head_size=head_size
     )
     return build_net(architecture, widths)
@@ -1231,21 +1245,21 @@ def read_safetensors(path: Path) -> dict:
 
 def check_checkpoint(content: dict, path: Path) -> None:
     """Raise UserError unless `content` has all that a checkpoint has, each of its type."""
-    number = content["format"]
-    if type(number) is not int or not 1 <= number <= CHECKPOINT_FORMAT:
+    version = content["format"]
+    if type(version) is not int or not 1 <= version <= CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} has another checkpoint format; this version reads 1 to {CHECKPOINT_FORMAT}"
         )
-    types = OLD_CHECKPOINT_TYPES if number == 1 else CHECKPOINT_TYPES
+    types = OLD_CHECKPOINT_TYPES if version == 1 else CHECKPOINT_TYPES
     missing = types.keys() - content.keys()
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     for key in types.keys() - {"facts"}:
         if not isinstance(content[key], types[key]):
             raise UserError(f"{path} is damaged: {key} in it is of the wrong type")
-    described = content if number == 1 else content["architecture"]
-    sizes = [described.get(key) for key in ("classes", "channels", "size")]
-    if number == 1:
+    architecture = content if version == 1 else content["architecture"]
+    sizes = [architecture.get(key) for key in ("classes", "channels", "size")]
+    if version == 1:
         sizes.append(content["side"])
     if not all(type(size) is int and size > 0 for size in [*sizes, *content["widths"]]):
         raise UserError(f"{path} is damaged: its widths and sizes are no whole numbers")
@@ -1253,7 +1267,7 @@ def check_checkpoint(content: dict, path: Path) -> None:
         raise UserError(f"{path} is damaged: its state is no state dict")
     facts = content["facts"]
     if not are_facts(facts) or not are_facts(facts.get("baseline") or {}):
-        raise UserError(f"{path} is damaged: its facts are no facts")
+        raise UserError(f"{path} is damaged: its facts are not the values that this tool writes")
 
 
 def are_facts(facts) -> bool:
@@ -1272,7 +1286,7 @@ def translate_old_checkpoint(content: dict, path: Path) -> dict:
     """A checkpoint of format 1 in today's format. Raises UserError."""
     try:
         layers = len(default_widths(content["arch"]))
-        architecture = describe(
+        architecture = named_architecture(
             content["arch"],
             classes=content["classes"],
             channels=content["channels"],
@@ -1286,7 +1300,8 @@ def translate_old_checkpoint(content: dict, path: Path) -> dict:
     state = {
         key.replace(".unit", ".initial_scale"): value for key, value in content["state"].items()
     }
-    return content | {"architecture": asdict(architecture), "state": state}
+    changes = {"format": CHECKPOINT_FORMAT, "architecture": asdict(architecture), "state": state}
+    return content | changes
 
 
 def build_from_checkpoint(checkpoint: dict) -> Net:
@@ -1311,10 +1326,10 @@ def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
     mismatch = find_mismatch(net, state)
     if mismatch:
         raise UserError(f"its weights do not fit a {net.arch} of the widths they name: {mismatch}")
-    net.load_state_dict(state, assign=assign)
     floats = [value for value in state.values() if value.is_floating_point()]
     if not all(value.isfinite().all() for value in floats):
         raise UserError("some of its weights are not finite numbers")
+    net.load_state_dict(state, assign=assign)
 
 
 def find_mismatch(net: Net, state: dict) -> str:
@@ -1341,23 +1356,40 @@ def describe_shape(tensor: torch.Tensor) -> str:
 # ---- checkpoints: state dicts of other people --------------------------------------------------
 #
 # A state dict lists its tensors in the order in which the net's modules were made. The shapes say
-# what each module is, and how it is chained to the next one. What neither says (where poolings
-# stand, which relu it is) has several readings; they are tried on images, see controller.py.
+# what each module is, and how it is chained to the next one. So it becomes a net:
+#
+#   find_state_dict     the weights in the file, their names without wrappers
+#   list_modules        convolutions, batch norms and linear layers, in their order
+#   group_blocks        are they the blocks of a residual net, or one chain?
+#   read_chain, read_residual_net
+#                       every architecture that fits, the likeliest first, each as a Reading
+#
+# What shapes and names do not say (where poolings stand, which kind of shortcut it is) has several
+# readings. Nothing here knows which is right: controller.find_reading tries them on images.
 
 KNOWN_NETS = (
     "LeNets and perceptrons, VGGs, ResNets of basic blocks, bottlenecks and pre-activated blocks"
 )
-# Where a training loop puts a net's weights, the averaged ones first.
+# Parts of the names of averaged copies of a net.
 AVERAGE_WORDS = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|shadow)($|[._\d-])")
+# Parts of names under which a training keeps tensors that are no net's.
 OPTIMIZER_WORDS = re.compile(r"optim|scheduler|scaler|momentum")
 # Parts of names that wrappers add.
 WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
+# Parts of the names of a block's shortcut.
 SHORTCUT_WORDS = re.compile(r"short|down|skip|proj|identity|convdim|residual_conv|resample")
+# Parts of names that no chain has.
+RESIDUAL_WORDS = re.compile(r"\bres\d|residual|shortcut|skip|projection|idconv|downsample")
+# Kernels of a first convolution from which on it usually has a stride, as in ImageNet's nets.
+STRIDED_KERNEL = 7
 
 
 @dataclass
 class Reading:
-    """What a state dict may be: an architecture, and the weights under its names."""
+    """What a state dict may be: an architecture, and the weights under its names.
+
+    Readings of one state dict share their tensors.
+    """
 
     architecture: ChainArchitecture | ResNetArchitecture
     widths: list[int]
@@ -1470,7 +1502,9 @@ def find_state_dict(content, path: Path) -> tuple[dict[str, torch.Tensor], list[
     notes = []
     if len(found) > 1:
         others = ", ".join(other or "the outermost" for other in found if other != name)
-        notes.append(f"{path} holds several state dicts; taken is {name}, not {others}")
+        notes.append(
+            f"{path} holds several state dicts; taken is {name or 'the outermost'}, not {others}"
+        )
     kinds = {str(value.dtype).removeprefix("torch.") for value in found[name].values()}
     halves = sorted(kinds & {"float16", "bfloat16"})
     if halves:
@@ -1512,26 +1546,31 @@ def apply_masks(state: dict) -> dict:
 def strip_wrappers(state: dict) -> dict:
     """The names without parts that wrappers add, and without what all of them begin with.
 
-    Where two copies of a net lie beside each other, the averaged one is taken.
+    Where two copies of a net lie beside each other, the averaged one is taken. Tensors that do not
+    lie in the net, as a loss's, are left out with the first part.
     """
     parts = {key: [part for part in key.split(".") if part not in WRAPPER_PARTS] for key in state}
-    while True:
-        shapes = {}
-        for key, names in parts.items():
-            if state[key].dim() > 1:
-                shapes.setdefault(names[0], []).append(state[key].shape)
-        averaged = [name for name in shapes if AVERAGE_WORDS.search(name.lower())]
-        has_copies = (
-            len(shapes) > 1 and averaged and list(shapes.values()).count(shapes[averaged[0]]) > 1
-        )
-        if len(shapes) > 1 and not has_copies:
-            break
-        chosen = averaged[0] if has_copies else next(iter(shapes))
-        inner = {key: names for key, names in parts.items() if names[0] == chosen}
-        if any(len(names) <= 2 for key, names in inner.items() if state[key].dim() > 1):
-            break  # the part is a layer's own name
-        parts = {key: names[1:] for key, names in inner.items()}
+    while (first := find_common_part(state, parts)) is not None:
+        parts = {key: names[1:] for key, names in parts.items() if names[0] == first}
     return {".".join(names): state[key] for key, names in parts.items()}
+
+
+def find_common_part(state: dict, parts: dict[str, list[str]]) -> str | None:
+    """The part with which the names of all weights begin, or of the averaged copy's; None if there
+    is none, or where it is a layer's own name."""
+    shapes_of: dict[str, list] = {}
+    for key, names in parts.items():
+        if state[key].dim() > 1:
+            shapes_of.setdefault(names[0], []).append(state[key].shape)
+    first = next(iter(shapes_of))
+    if len(shapes_of) > 1:
+        first = next((part for part in shapes_of if AVERAGE_WORDS.search(part.lower())), None)
+        if first is None or list(shapes_of.values()).count(shapes_of[first]) < 2:
+            return None
+    lengths = [
+        len(names) for key, names in parts.items() if names[0] == first and state[key].dim() > 1
+    ]
+    return first if min(lengths) > 2 else None
 
 
 # ---- checkpoints: modules and what they are
@@ -1561,7 +1600,7 @@ def list_modules(state: dict) -> list[FoundModule]:
         raise UnreadableError("it holds neither a convolution nor a linear layer")
     spread_selections(found)
     check_kernels(modules)
-    check_other_modules(found, modules)
+    refuse_other_norms(found, modules)
     return modules
 
 
@@ -1583,15 +1622,17 @@ def spread_selections(found: dict[str, FoundModule]) -> None:
 
 def check_kernels(modules: list[FoundModule]) -> None:
     for module in modules:
+        if any(tensor.is_complex() for tensor in module.tensors.values()):
+            raise UnreadableError(f"{module.name} has complex weights")
         if module.is_convolution and module.weight.shape[2] != module.weight.shape[3]:
             raise UnreadableError(f"{module.name} has kernels that are not square")
-        if module.weight.is_complex() if "weight" in module.tensors else False:
-            raise UnreadableError(f"{module.name} has complex weights")
 
 
-def check_other_modules(found: dict[str, FoundModule], modules: list[FoundModule]) -> None:
-    """Refuse what has weights between the layers and is no batch norm. Counters, weights of losses
-    and the like stand outside them."""
+def refuse_other_norms(found: dict[str, FoundModule], modules: list[FoundModule]) -> None:
+    """Raise UnreadableError where something between the layers has weights and is no batch norm.
+
+    Counters, the weights of losses and the like stand before or behind the layers, and do no harm.
+    """
     names = list(found)
     first, last = names.index(modules[0].name), names.index(modules[-1].name)
     for name in names[first : last + 1]:
@@ -1609,189 +1650,7 @@ def read_modules(modules: list[FoundModule]) -> list[Reading]:
     return read_chain(modules)
 
 
-# ---- checkpoints: chains
-
-
-def read_chain(modules: list[FoundModule]) -> list[Reading]:
-    """The readings of a chain of convolutions and linear layers. Raises UnreadableError."""
-    flatten_head(modules)
-    convolutions = [module for module in modules if module.is_convolution]
-    linear_layers = [module for module in modules if module.is_linear]
-    check_chain(modules, convolutions, linear_layers)
-    norm_of = match_norms(modules)
-    if linear_layers[-1].name in norm_of:
-        raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
-    fold_norms_behind_activations(linear_layers, norm_of)
-    channels, head_size = find_inputs(convolutions, linear_layers)
-    layers = [*convolutions, *linear_layers]
-    architectures = list_chains(
-        convolutions, linear_layers, norm_of, channels=channels, head_size=head_size
-    )
-    widths = [module.outputs for module in layers[:-1]]
-    states = {}  # by the names of the layers: poolings shift those of a VGG
-    readings = []
-    for architecture in architectures:
-        poolings = tuple(bool(convolution.pooling) for convolution in architecture.convolutions)
-        names = None if architecture.has_flat_names else poolings
-        if names not in states:
-            states[names] = translate_chain_state(architecture, layers, norm_of)
-        readings.append(Reading(architecture, widths, states[names]))
-    return readings
-
-
-def flatten_head(modules: list[FoundModule]) -> None:
-    """Make linear layers of convolutions that see all of a map, as timm's VGGs have them: one of
-    7 x 7, then some of 1 x 1."""
-    convolutions = [module for module in modules if module.is_convolution]
-    for index, module in enumerate(convolutions):
-        followers = convolutions[index + 1 :]
-        is_head = module.kernel >= STRIDED_KERNEL and all(each.kernel == 1 for each in followers)
-        if index and is_head:
-            for each in (module, *followers):
-                each.tensors["weight"] = each.weight.flatten(1)
-            return
-
-
-def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> dict:
-    """The tensors of a chain under our names."""
-    # A net of those names; its widths do not matter here.
-    prunable_layers = build_net(architecture, [1] * architecture.prunable_layers).prunable
-    state = {}
-    for prunable, module in zip(prunable_layers, layers):
-        put_layer(state, prunable.layer, module, prunable.norm, norm_of.get(module.name))
-    put_layer(state, prunable_layers[-1].next_layer, layers[-1], None, None)
-    return state
-
-
-def check_chain(modules, convolutions, linear_layers) -> None:
-    """Raise UnreadableError where these layers are no chain, each reading what the one before it
-    puts out."""
-    if not linear_layers or modules.index(linear_layers[-1]) < modules.index(
-        (convolutions or modules)[-1]
-    ):
-        last = [module for module in modules if not module.is_norm][-1]
-        raise UnreadableError(f"it does not end in a linear layer, but in {last.name}")
-    if not convolutions and len(linear_layers) == 1:
-        raise UnreadableError("it has no hidden layer, so nothing to prune")
-    shortcuts = [module.name for module in modules if CHAIN_BREAKERS.search(module.name.lower())]
-    for before, after in [*pairwise(convolutions), *pairwise(linear_layers)]:
-        if after.inputs != before.outputs and not shortcuts:
-            raise UnreadableError(explain_break(before, after, convolutions))
-    if shortcuts:
-        raise UnreadableError(
-            f"{shortcuts[0]} looks like part of a residual net, but its blocks are not one first "
-            "convolution and then blocks of two to four, each in a module of its own"
-        )
-    if convolutions and convolutions[0].kernel >= STRIDED_KERNEL:
-        raise UnreadableError(
-            f"{convolutions[0].name} has kernels of {convolutions[0].kernel} x "
-            f"{convolutions[0].kernel}, so it is probably strided (an AlexNet?); only residual "
-            "nets may begin so"
-        )
-
-
-# Kernels of a first convolution from which on it usually has a stride.
-STRIDED_KERNEL = 7
-# Parts of names that no chain has.
-CHAIN_BREAKERS = re.compile(r"\bres\d|residual|shortcut|skip|projection|idconv|downsample")
-
-
-def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
-    guess = ""
-    if after.is_convolution and after.inputs == convolutions[0].inputs:
-        guess = " (a branch?)"
-    elif after.is_convolution and after.inputs == 1:
-        guess = " (a depthwise convolution?)"
-    elif after.is_convolution and before.outputs % after.inputs == 0:
-        guess = " (a grouped convolution?)"
-    elif after.inputs > before.outputs:
-        guess = " (a dense net, or a branch?)"
-    unit = "channels" if after.is_convolution else "numbers"
-    return (
-        f"{after.name} reads {after.inputs} {unit} and {before.name}, before it, puts out "
-        f"{before.outputs}{guess}"
-    )
-
-
-def sequence_number(module: FoundModule) -> int | None:
-    """The number of a module in its nn.Sequential."""
-    last_part = module.name.rpartition(".")[2]
-    return int(last_part) if last_part.isdigit() else None
-
-
-def are_in_one_sequence(first: FoundModule, second: FoundModule) -> bool:
-    parents = {module.name.rpartition(".")[0] for module in (first, second)}
-    return len(parents) == 1 and None not in (sequence_number(first), sequence_number(second))
-
-
-def has_gap(layer: FoundModule, norm: FoundModule) -> bool:
-    """Whether another module stands between a layer and its norm: an activation."""
-    if not are_in_one_sequence(layer, norm):
-        return False
-    return sequence_number(norm) - sequence_number(layer) > 1
-
-
-def fold_norms_behind_activations(linear_layers, norm_of: dict[str, FoundModule]) -> None:
-    """Multiply norms that stand behind the activation of a linear layer into the next one.
-
-    Raises UnreadableError where one stands so behind a convolution.
-    """
-    for layer, after in pairwise(linear_layers):
-        norm = norm_of.get(layer.name)
-        if norm is None or not has_gap(layer, norm):
-            continue
-        tensors = {}
-        put_norm(tensors, "norm", norm)
-        variance = tensors["norm.running_var"] + nn.BatchNorm1d(1).eps
-        scale = tensors["norm.weight"] * variance.rsqrt()
-        shift = tensors["norm.bias"] - scale * tensors["norm.running_mean"]
-        bias = torch.zeros(after.outputs) if after.bias is None else after.bias
-        after.tensors = after.tensors | {
-            "weight": after.weight * scale,
-            "bias": bias + after.weight @ shift,
-        }
-        del norm_of[layer.name]
-
-
-def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
-    """The batch norm of each layer by its name: the one right behind it or, where norms are listed
-    by themselves, the first that has its width. Raises UnreadableError where one is left over."""
-    norm_of = {}
-    loose = []
-    for before, module in zip([None, *modules], modules):
-        if not module.is_norm:
-            continue
-        if before is None or before.is_norm or before.outputs != module.outputs:
-            loose.append(module)
-        else:
-            norm_of[before.name] = module
-            if before.is_convolution and has_gap(before, module):
-                raise UnreadableError(f"{module.name} stands behind an activation, not before it")
-    for norm in loose:
-        for layer in modules:
-            if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
-                norm_of[layer.name] = norm
-                break
-        else:
-            raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
-    return norm_of
-
-
-def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
-    """(channels of the images, places of each channel that the first linear layer reads, of a
-    side). Raises UnreadableError."""
-    features = linear_layers[0].inputs
-    if convolutions:
-        channels, width = convolutions[0].inputs, convolutions[-1].outputs
-    else:
-        channels = width = 1 if round(features**0.5) ** 2 == features else 3
-    head_size = round((features / width) ** 0.5)
-    if width * head_size**2 != features:
-        raise UnreadableError(
-            f"{linear_layers[0].name} reads {features} numbers, which are no square maps of "
-            f"{width} channels"
-        )
-    return channels, head_size
+# ---- checkpoints: tensors under our names
 
 
 def put_layer(state: dict, name: str, module: FoundModule, norm_name, norm) -> None:
@@ -1823,7 +1682,186 @@ def put_norm(state: dict, name: str, norm: FoundModule, bias=None) -> None:
     state[f"{name}.num_batches_tracked"] = torch.tensor(0)
 
 
-# From this many convolutions on a chain is a VGG, and its poolings follow the stages.
+# ---- checkpoints: chains
+
+
+def read_chain(modules: list[FoundModule]) -> list[Reading]:
+    """The readings of a chain of convolutions and linear layers. Raises UnreadableError."""
+    flatten_head(modules)
+    convolutions = [module for module in modules if module.is_convolution]
+    linear_layers = [module for module in modules if module.is_linear]
+    check_chain(modules, convolutions, linear_layers)
+    norm_of = match_norms(modules)
+    if linear_layers[-1].name in norm_of:
+        raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
+    fold_norms_behind_activations(linear_layers, norm_of)
+    channels, head_size = find_inputs(convolutions, linear_layers)
+    layers = [*convolutions, *linear_layers]
+    architectures = list_chains(
+        convolutions, linear_layers, norm_of, channels=channels, head_size=head_size
+    )
+    widths = [module.outputs for module in layers[:-1]]
+    states = {}  # Architectures with the same names of layers share one.
+    readings = []
+    for architecture in architectures:
+        # The numbers of a VGG's layers depend on where poolings stand; flat names do not.
+        poolings = tuple(bool(convolution.pooling) for convolution in architecture.convolutions)
+        key = () if architecture.has_flat_names else poolings
+        if key not in states:
+            states[key] = translate_chain_state(architecture, layers, norm_of)
+        readings.append(Reading(architecture, widths, states[key]))
+    return readings
+
+
+def flatten_head(modules: list[FoundModule]) -> None:
+    """Make linear layers of convolutions that see all of a map, as timm's VGGs have them: one of
+    7 x 7, then some of 1 x 1."""
+    convolutions = [module for module in modules if module.is_convolution]
+    for index, module in enumerate(convolutions):
+        followers = convolutions[index + 1 :]
+        is_head = module.kernel >= STRIDED_KERNEL and all(each.kernel == 1 for each in followers)
+        if index and is_head:
+            for each in (module, *followers):
+                each.tensors["weight"] = each.weight.flatten(1)
+            return
+
+
+def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> dict:
+    """The tensors of a chain under our names."""
+    # A net of those names; its widths do not matter here.
+    prunable_layers = build_net(architecture, [1] * architecture.prunable_layers).prunable
+    state = {}
+    for prunable, module in zip(prunable_layers, layers):
+        put_layer(state, prunable.layer, module, prunable.norm, norm_of.get(module.name))
+    put_layer(state, prunable_layers[-1].next_layer, layers[-1], None, None)
+    return state
+
+
+def check_chain(modules, convolutions, linear_layers) -> None:
+    """Raise UnreadableError where these layers are no chain, each reading what the one before it
+    puts out."""
+    last = [module for module in modules if not module.is_norm][-1]
+    if not last.is_linear:
+        raise UnreadableError(f"it does not end in a linear layer, but in {last.name}")
+    if not convolutions and len(linear_layers) == 1:
+        raise UnreadableError("it has no hidden layer, so nothing to prune")
+    shortcuts = [module.name for module in modules if RESIDUAL_WORDS.search(module.name.lower())]
+    if shortcuts:
+        raise UnreadableError(
+            f"{shortcuts[0]} looks like part of a residual net, but its blocks are not one first "
+            "convolution and then blocks of two to four, each in a module of its own"
+        )
+    for before, after in [*pairwise(convolutions), *pairwise(linear_layers)]:
+        if after.inputs != before.outputs:
+            raise UnreadableError(explain_break(before, after, convolutions))
+    if convolutions and convolutions[0].kernel >= STRIDED_KERNEL:
+        raise UnreadableError(
+            f"{convolutions[0].name} has kernels of {convolutions[0].kernel} x "
+            f"{convolutions[0].kernel}, so it is probably strided (an AlexNet?); only residual "
+            "nets may begin so"
+        )
+
+
+def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
+    guess = ""
+    if after.is_convolution and after.inputs == convolutions[0].inputs:
+        guess = " (a branch?)"
+    elif after.is_convolution and after.inputs == 1:
+        guess = " (a depthwise convolution?)"
+    elif after.is_convolution and before.outputs % after.inputs == 0:
+        guess = " (a grouped convolution?)"
+    elif after.inputs > before.outputs:
+        guess = " (a dense net, or a branch?)"
+    unit = "channels" if after.is_convolution else "numbers"
+    return (
+        f"{after.name} reads {after.inputs} {unit} and {before.name}, before it, puts out "
+        f"{before.outputs}{guess}"
+    )
+
+
+def sequence_number(module: FoundModule) -> int | None:
+    """The number of a module in its nn.Sequential."""
+    last_part = module.name.rpartition(".")[2]
+    return int(last_part) if last_part.isdigit() else None
+
+
+def are_in_one_sequence(first: FoundModule, second: FoundModule) -> bool:
+    parents = {module.name.rpartition(".")[0] for module in (first, second)}
+    return len(parents) == 1 and None not in (sequence_number(first), sequence_number(second))
+
+
+def is_behind_activation(norm: FoundModule, layer: FoundModule) -> bool:
+    """Whether numbers leave room for an activation between a layer and its norm."""
+    if not are_in_one_sequence(layer, norm):
+        return False
+    return sequence_number(norm) - sequence_number(layer) > 1
+
+
+def fold_norms_behind_activations(linear_layers, norm_of: dict[str, FoundModule]) -> None:
+    """Multiply norms that stand behind the activation of a linear layer into the next one.
+
+    Raises UnreadableError where one stands so behind a convolution.
+    """
+    for layer, after in pairwise(linear_layers):
+        norm = norm_of.get(layer.name)
+        if norm is None or not is_behind_activation(norm, layer):
+            continue
+        tensors = {}
+        put_norm(tensors, "norm", norm)
+        variance = tensors["norm.running_var"] + nn.BatchNorm1d(1).eps
+        scale = tensors["norm.weight"] * variance.rsqrt()
+        shift = tensors["norm.bias"] - scale * tensors["norm.running_mean"]
+        bias = torch.zeros(after.outputs) if after.bias is None else after.bias
+        after.tensors = after.tensors | {
+            "weight": after.weight * scale,
+            "bias": bias + after.weight @ shift,
+        }
+        del norm_of[layer.name]
+
+
+def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
+    """The batch norm of each layer by its name: the one right behind it or, where norms are listed
+    by themselves, the first that has its width. Raises UnreadableError where one is left over."""
+    norm_of = {}
+    loose = []
+    for before, module in zip([None, *modules], modules):
+        if not module.is_norm:
+            continue
+        if before is None or before.is_norm or before.outputs != module.outputs:
+            loose.append(module)
+        else:
+            norm_of[before.name] = module
+            if before.is_convolution and is_behind_activation(module, before):
+                raise UnreadableError(f"{module.name} stands behind an activation, not before it")
+    for norm in loose:
+        for layer in modules:
+            if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
+                norm_of[layer.name] = norm
+                break
+        else:
+            raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
+    return norm_of
+
+
+def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
+    """(channels of the images, places of each channel that the first linear layer reads, of a
+    side). Raises UnreadableError."""
+    features = linear_layers[0].inputs
+    if convolutions:
+        channels, width = convolutions[0].inputs, convolutions[-1].outputs
+    else:
+        channels = width = 1 if round(features**0.5) ** 2 == features else 3
+    head_size = round((features / width) ** 0.5)
+    if width * head_size**2 != features:
+        raise UnreadableError(
+            f"{linear_layers[0].name} reads {features} numbers, which are no square maps of "
+            f"{width} channels"
+        )
+    return channels, head_size
+
+
+# From this many convolutions on a chain is a VGG: its poolings follow the stages, for all 2^7
+# places would be too many to try.
 VGG_CONVOLUTIONS = 7
 # Sizes of images, the usual ones first.
 GRAY_SIZES = (28, 32, *range(8, 257))
@@ -1845,7 +1883,7 @@ def list_chains(
     for is_averaged, poolings, paddings in product(
         averaging, list_poolings(convolutions, norm_of), list_paddings(convolutions)
     ):
-        described = tuple(
+        layers = tuple(
             Convolution(
                 module.kernel,
                 padding,
@@ -1860,7 +1898,7 @@ def list_chains(
             linear_layers[-1].outputs,
             channels,
             sizes[0],
-            convolutions=described,
+            convolutions=layers,
             hidden_norms=hidden_norms,
             head_size=head_size,
             is_averaged=is_averaged,
@@ -1875,11 +1913,11 @@ def list_chains(
             "which no usual paddings and poolings leave of any image"
         )
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
-    readings = [name_as_lenet5(architecture) for architecture in architectures]
+    with_relu = [name_as_lenet5(architecture) for architecture in architectures]
     if is_vgg:
-        return readings
-    others = [replace(each, activation=name) for name in OTHER_ACTIVATIONS for each in readings]
-    return readings + others
+        return with_relu  # all VGGs have it
+    others = [replace(each, activation=name) for name in OTHER_ACTIVATIONS for each in with_relu]
+    return with_relu + others
 
 
 def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None:
@@ -1905,18 +1943,24 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
 
 
 def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
-    """What may follow each convolution: "max", "average" or nothing; the likeliest first."""
+    """What may follow each convolution: "max", "average" or nothing; the likeliest first.
+
+    In small nets most often every convolution is pooled, then at least the last one.
+    """
     count = len(convolutions)
     if count == 0:
         return [()]
-    rooms = find_rooms(convolutions, norm_of)
+    poolable = may_be_pooled(convolutions, norm_of)
     if count >= VGG_CONVOLUTIONS:
-        places = [ends for ends in list_stage_ends(convolutions) if all(rooms[i] for i in ends)]
+        places = [ends for ends in list_stage_ends(convolutions) if all(poolable[i] for i in ends)]
         with_max = [tuple("max" if i in ends else "" for i in range(count)) for ends in places]
         # The last one is often an average over all that is left.
         return [*with_max, *((*poolings[:-1], "") for poolings in with_max)]
     choices = [
-        choice for choice in product(*((True, False) if room else (False,) for room in rooms))
+        choice
+        for choice in product(
+            *((True, False) if is_poolable else (False,) for is_poolable in poolable)
+        )
     ]
     choices.sort(key=lambda choice: (not all(choice), not choice[-1], -sum(choice)))
     return [
@@ -1926,26 +1970,29 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
     ]
 
 
-def find_rooms(convolutions, norm_of) -> list[bool]:
-    """Of each convolution whether numbers leave room for a pooling behind it.
+def may_be_pooled(convolutions, norm_of) -> list[bool]:
+    """Of each convolution whether the numbers of modules leave room for a pooling behind it.
 
     Of two convolutions in one nn.Sequential the numbers between are a norm, an activation, perhaps
     a pooling. In an nn.ModuleList none are left anywhere, and nothing is known. Raises
     UnreadableError where there is no room for an activation in one place alone.
     """
-    left = []
+    modules_between = []  # None: not known
     for before, after in pairwise(convolutions):
         if not are_in_one_sequence(before, after):
-            left.append(None)
+            modules_between.append(None)
             continue
-        between = sequence_number(after) - sequence_number(before) - 1
+        count = sequence_number(after) - sequence_number(before) - 1
         norm = norm_of.get(before.name)
-        left.append(between - (norm is not None and are_in_one_sequence(before, norm)))
-    if any(left):
-        for module, number in zip(convolutions, left):
-            if number == 0:
-                raise UnreadableError(f"no activation stands behind {module.name}")
-    return [number != 1 for number in left] + [True]
+        if norm is not None and are_in_one_sequence(before, norm):
+            count -= 1
+        modules_between.append(count)
+    is_sequential = any(modules_between)
+    if is_sequential and 0 in modules_between:
+        name = convolutions[modules_between.index(0)].name
+        raise UnreadableError(f"no activation stands behind {name}")
+    # A single module is the activation. Behind the last convolution no number tells.
+    return [count != 1 for count in modules_between] + [True]
 
 
 def list_stage_ends(convolutions) -> list[frozenset[int]]:
@@ -1974,13 +2021,14 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
             found.append(frozenset(sum(counts[: n + 1]) - 1 for n in range(len(counts))))
     widths = [module.outputs for module in convolutions]
     found.append(frozenset(i for i, (a, b) in enumerate(pairwise(widths)) if b > a) | {last})
+    # Images of 32 pixels have room for five poolings, of 64 for six.
     return [ends for ends in dict.fromkeys(found) if 2 <= len(ends) <= 6]
 
 
 def name_as_lenet5(architecture: ChainArchitecture) -> ChainArchitecture:
     """The architecture under the name lenet5 where it is that one."""
     size = max(16, architecture.size)
-    lenet5 = describe_lenet5(architecture.classes, architecture.channels, size)
+    lenet5 = lenet5_architecture(architecture.classes, architecture.channels, size)
     return lenet5 if replace(architecture, name=lenet5.name) == lenet5 else architecture
 
 
@@ -1995,14 +2043,14 @@ def name_chain(convolutions) -> str:
 
 
 @dataclass
-class BlockGroup:
+class ModuleGroup:
     """The modules of a residual block, and the parts with which their names begin."""
 
     name: tuple[str, ...]
     modules: list[FoundModule]
 
 
-def group_blocks(modules: list[FoundModule]) -> list[BlockGroup] | None:
+def group_blocks(modules: list[FoundModule]) -> list[ModuleGroup] | None:
     """The modules of each residual block, by how deep names are alike; None for a chain.
 
     In a residual net the first convolution stands alone. All others stand in blocks of two to four.
@@ -2017,7 +2065,7 @@ def group_blocks(modules: list[FoundModule]) -> list[BlockGroup] | None:
             continue
         if all(2 <= counts[name] <= 4 for name in block_names):
             return [
-                BlockGroup(
+                ModuleGroup(
                     name,
                     [module for module in modules if tuple(module.name.split(".")[:depth]) == name],
                 )
@@ -2116,7 +2164,7 @@ def find_shortcut_norm(modules: list[FoundModule], block: FoundBlock) -> FoundMo
     return (named or behind or block.norms[-1:])[0]
 
 
-def read_residual_net(modules: list[FoundModule], groups: list[BlockGroup]) -> list[Reading]:
+def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> list[Reading]:
     """The readings of a residual net. Raises UnreadableError."""
     in_blocks = {module.name for group in groups for module in group.modules}
     others = [module for module in modules if module.name not in in_blocks]
@@ -2141,7 +2189,7 @@ def read_residual_net(modules: list[FoundModule], groups: list[BlockGroup]) -> l
     norms = [module for module in others if module.is_norm]
     names = [group.name for group in groups]
     readings = []
-    for is_preactivated in list_orders(modules, groups, blocks):
+    for is_preactivated in list_norm_orders(modules, groups, blocks):
         stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, inputs)
         for architecture in list_residual_architectures(
             stem,
@@ -2160,7 +2208,7 @@ def read_residual_net(modules: list[FoundModule], groups: list[BlockGroup]) -> l
     return readings
 
 
-def list_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
+def list_norm_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
     """Whether batch norms stand before the convolutions: the likelier first.
 
     Raises UnreadableError.
@@ -2208,7 +2256,7 @@ def list_residual_architectures(
     has_last_norm: bool,
 ) -> Iterator[ResNetArchitecture]:
     """The architectures that fit, the likeliest first."""
-    is_large = stem.kernel >= 7
+    is_large = stem.kernel >= STRIDED_KERNEL
     kernels = tuple(module.kernel for module in blocks[0].convolutions)
     pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
     for (
@@ -2254,22 +2302,22 @@ def list_stages(
     by_name = [i > 0 and parents[i] != parents[i - 1] for i in range(len(blocks))]
     by_width = [i > 0 and block.inputs != block.outputs for i, block in enumerate(blocks)]
     by_shortcut = [i > 0 and block.shortcut is not None for i, block in enumerate(blocks)]
-    ways = [by_name, by_width, by_shortcut]
+    stage_starts = [by_name, by_width, by_shortcut]
     if all(by_name[1:]) and not all(by_width[1:]):
-        ways.remove(by_name)  # names that number the blocks, not the stages
-    if any(map(any, ways)):
-        ways = [starts for starts in ways if any(starts)]
+        stage_starts.remove(by_name)  # names that number the blocks, not the stages
+    if any(any(starts) for starts in stage_starts):
+        stage_starts = [starts for starts in stage_starts if any(starts)]
     found = []
-    for starts in ways:
+    for starts in stage_starts:
         for activated in list_activated_shortcuts(blocks, starts, is_preactivated):
             stages = []
             for is_start, block, is_activated in zip(starts, blocks, activated):
                 if is_start or not stages:
                     stages.append([])
-                described = Block(
+                spec = Block(
                     block.outputs, 2 if is_start else 1, block.shortcut is not None, is_activated
                 )
-                stages[-1].append(described)
+                stages[-1].append(spec)
             found.append(tuple(tuple(stage) for stage in stages))
     return list(dict.fromkeys(found))
 
@@ -2289,6 +2337,7 @@ def list_activated_shortcuts(
 
 
 def name_residual_net(blocks, kernels, is_preactivated: bool) -> str:
+    """By its depth: all convolutions of blocks, the first one and the linear layer."""
     depth = 2 + len(blocks) * len(kernels)
     return f"preresnet{depth}" if is_preactivated else f"resnet{depth}"
 
@@ -2296,32 +2345,34 @@ def name_residual_net(blocks, kernels, is_preactivated: bool) -> str:
 def translate_residual_state(
     architecture: ResNetArchitecture, stem, stem_norm, blocks, last_norm, linear
 ) -> dict[str, torch.Tensor]:
-    """The tensors under our names, without biases of convolutions.
+    """The tensors under our names, without the biases of convolutions.
 
-    In a pre-activated net a bias runs on through the shortcuts as a constant per channel, `offset`,
-    up to the norms that read it: norm(x + offset) has the running mean less the offset.
+    A norm behind a convolution takes its bias in. In a pre-activated net no norm follows a block's
+    last convolution, so its bias goes on to the blocks behind. Without it their inputs are smaller
+    by `missing_bias`, a constant per channel: each norm that reads them has that subtracted from
+    its running mean.
     """
     state = {}
     put_layer(state, "conv1", stem, "bn1", stem_norm)
-    offset = state.pop("conv1.bias", torch.zeros(stem.outputs))
-    if offset.any() and not architecture.is_preactivated:
+    missing_bias = state.pop("conv1.bias", torch.zeros(stem.outputs))
+    if missing_bias.any() and not architecture.is_preactivated:
         raise UnreadableError(f"its first convolution, {stem.name}, has a bias and no batch norm")
     places = [
         (f"layer{number}.{i}", block)
         for number, stage in enumerate(architecture.stages, 1)
         for i, block in enumerate(stage)
     ]
-    for (name, described), block in zip(places, blocks):
+    for (name, spec), block in zip(places, blocks):
         if architecture.is_preactivated:
-            put_preactivated_block(state, name, block, offset)
-            offset = next_offset(architecture, described, block, offset)
+            put_preactivated_block(state, name, block, missing_bias)
+            missing_bias = next_missing_bias(architecture, spec, block, missing_bias)
         else:
             put_block(state, name, block)
     if last_norm is not None:
-        put_norm(state, "bn", last_norm, offset)
+        put_norm(state, "bn", last_norm, missing_bias)
     put_layer(state, "linear", linear, None, None)
     if last_norm is None and architecture.is_preactivated:
-        state["linear.bias"] = state["linear.bias"] + linear.weight @ offset
+        state["linear.bias"] = state["linear.bias"] + linear.weight @ missing_bias
     return state
 
 
@@ -2336,9 +2387,9 @@ def put_block(state: dict, name: str, block: FoundBlock) -> None:
         put_norm(state, f"{name}.downsample.1", norm, shortcut.bias)
 
 
-def put_preactivated_block(state: dict, name: str, block: FoundBlock, offset) -> None:
-    """`offset` (C,) is what the block's input has less than in the net with its biases."""
-    shifts = [offset, *(convolution.bias for convolution in block.convolutions[:-1])]
+def put_preactivated_block(state: dict, name: str, block: FoundBlock, missing_bias) -> None:
+    """`missing_bias` (C,): see translate_residual_state; of what the block reads."""
+    shifts = [missing_bias, *(convolution.bias for convolution in block.convolutions[:-1])]
     for number, (convolution, norm, shift) in enumerate(
         zip(block.convolutions, block.norms, shifts), 1
     ):
@@ -2352,26 +2403,26 @@ def put_preactivated_block(state: dict, name: str, block: FoundBlock, offset) ->
         state[f"{name}.downsample.0.weight"] = block.shortcut.weight
 
 
-def next_offset(
-    architecture: ResNetArchitecture, described: Block, block: FoundBlock, offset: torch.Tensor
+def next_missing_bias(
+    architecture: ResNetArchitecture, spec: Block, block: FoundBlock, missing_bias: torch.Tensor
 ) -> torch.Tensor:
-    """What the output of a pre-activated block has less than in the net with its biases, (C',)."""
-    if described.is_shortcut_activated:
-        offset = torch.zeros_like(offset)  # the norm has taken it in already
+    """The `missing_bias` (C',) of what a pre-activated block puts out."""
+    if spec.is_shortcut_activated:
+        missing_bias = torch.zeros_like(missing_bias)  # the norm has taken it in already
     if block.shortcut is not None:
-        offset = block.shortcut.weight.flatten(1) @ offset
+        missing_bias = block.shortcut.weight.flatten(1) @ missing_bias
         if block.shortcut.bias is not None:
-            offset = offset + block.shortcut.bias
+            missing_bias = missing_bias + block.shortcut.bias
     else:
         zeros = block.outputs - block.inputs
         before = 0 if architecture.has_zeros_behind else zeros // 2
-        offset = F.pad(offset, (before, zeros - before))
+        missing_bias = F.pad(missing_bias, (before, zeros - before))
     bias = block.convolutions[-1].bias
-    return offset if bias is None else offset + bias
+    return missing_bias if bias is None else missing_bias + bias
 
 
 def make_identity_norm(width: int) -> FoundModule:
-    """A batch norm that changes nothing."""
+    """A batch norm that changes nothing: its variance and epsilon are 1 together."""
     variance = torch.full((width,), 1 - nn.BatchNorm2d(1).eps)
     return FoundModule("", {"running_mean": torch.zeros(width), "running_var": variance})
 

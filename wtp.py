@@ -1053,7 +1053,7 @@ def settle_reading(given: GivenNet, train, seed: int, say) -> tuple:
     given.net, name, accuracy = find_reading(builders, train, seed)
     given.accuracy = accuracy
     say(
-        f"images normalised with {name}, and the net read as {given.net.architecture.describe()}: "
+        f"images normalised with {name}, and the net read as {given.net.architecture.in_words()}: "
         f"so it gets the most validation images right, {accuracy:.2%}"
     )
     return list_normalisations(train)[name]

@@ -19,6 +19,7 @@
     bench.py DATA_DIR rivals RUN                   a run's rows beside those of torch-pruning
 
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time
+    bench.py . families [NAME]                     the nets of zoo.py by the commands, end to end
 
 DATA_DIR holds torchvision's MNIST and CIFAR-10, BASELINE is a checkpoint of `train` or `reproduce`,
 RUN a run folder. This file has the measurements in that order.
@@ -41,6 +42,7 @@ from unittest import mock
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
+import zoo
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -1011,8 +1013,106 @@ def count_bytes(net):
 
 # ---- the command -------------------------------------------------------------------------------
 
+# ---- families ----------------------------------------------------------------------------------
+
+
+def families(_, name=""):
+    """Each net of zoo.py by the commands, as a user has it: a state dict, and images in a folder,
+    labelled with what the net says of them. Exported, its logits are compared with the net's own.
+    Then it is pruned to half its MACs by `smoke` and exported anew."""
+    say("| net | repository | largest difference of logits | cut | the pruned net's |")
+    say("|---|---|---|---|---|")
+    for case_name, case in zoo.CASES.items():
+        if name in case_name:
+            with tempfile.TemporaryDirectory() as folder:
+                numbers = measure_family(Path(folder), case)
+            say(f"| {case_name} | {case.repository} | {' | '.join(numbers)} |")
+
+
+def measure_family(folder, case):
+    """(largest difference of the exported net, cut, the same of the pruned net)."""
+    net, _ = zoo.make_lively(case)
+    name = "mnist" if case.channels == 1 else "cifar10"
+    statistics = controller.STATISTICS[name]
+    pixels = make_patches(1000, case)
+    images = Images(pixels, torch.zeros(len(pixels)), mean=statistics[0], std=statistics[1])
+    x = images.batch(torch.arange(len(pixels)))
+    spread_logits(net, x[:500])
+    with torch.no_grad():
+        expected = net(x[:8])
+        labels = torch.cat([net(part).argmax(1) for part in x.split(100)])
+    save_pictures(folder, pixels, labels)
+    torch.save(net.state_dict(), folder / "net.pth")
+    run_command(folder, "export", "net.pth", "net.onnx", "--data-dir", folder)
+    options = ["--target", "0.5", "--schedule", "smoke", "--force", "--out", folder / "runs"]
+    run_command(folder, "prune", "net.pth", "--data-dir", folder, *options)
+    run_command(folder, "export", "net-pruned.pt", "small.onnx")
+    small, facts = sep.load(folder / "net-pruned.pt")
+    with torch.no_grad():
+        small_expected = small.eval()(x[:8])
+    cut = 1 - facts["macs"] / facts["baseline"]["macs"]
+    unit_pixels = pixels[:8].permute(0, 3, 1, 2).float() / 255
+    differences = [
+        largest_difference(run_onnx(folder / file, unit_pixels), logits)
+        for file, logits in (("net.onnx", expected), ("small.onnx", small_expected))
+    ]
+    return f"{differences[0]:.0e}", f"{cut:.1%}", f"{differences[1]:.0e}"
+
+
+def make_patches(count, case):
+    """(N, H, W, C) uint8: noise that is alike in neighbouring places, of many contrasts."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, case.channels, 8, 8, generator=generator) - 0.5
+    contrast = torch.rand(count, 1, 1, 1, generator=generator)
+    shift = torch.rand(count, case.channels, 1, 1, generator=generator)
+    x = F.interpolate(coarse, size=(case.size, case.size), mode="bilinear")
+    return ((x * contrast + shift).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def spread_logits(net, x):
+    """Let no class be the largest for most images: each class's mean and spread become alike."""
+    *_, last = (module for module in net.modules() if isinstance(module, nn.Linear))
+    last.weight /= net(x).std(0)[:, None]
+    last.bias /= net(x).std(0)
+    last.bias -= net(x).mean(0)
+
+
+def save_pictures(folder, pixels, labels):
+    """As a user's own data set: four fifths train, the others test."""
+    from PIL import Image
+
+    pixels = pixels.squeeze(3) if pixels.shape[3] == 1 else pixels
+    for number, (image, label) in enumerate(zip(pixels, labels)):
+        part = "test" if number % 5 == 0 else "train"
+        class_folder = folder / part / f"class{label:02}"
+        class_folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(class_folder / f"{number}.png")
+
+
+def run_command(folder, *arguments):
+    """A command of the tool, in another process. What it says is shown where it fails."""
+    program = Path(__file__).parents[1] / "wtp.py"
+    command = [sys.executable, program, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, arguments))}: {done.stderr}")
+
+
+def run_onnx(file, x):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file)
+    return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def largest_difference(logits, expected):
+    """The largest difference, as a share of the largest logit."""
+    return ((logits - expected).abs().max() / expected.abs().max()).item()
+
+
 USUAL = (exactness, speed, size, search)
-OTHERS = (narrow, structures, recipes, choices, signals, budgets, seeds, rivals, small)
+OTHERS = (narrow, structures, recipes, choices, signals, budgets, seeds, rivals, small, families)
 
 
 def main(folder="data", name="", *arguments):

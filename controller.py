@@ -972,11 +972,12 @@ def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
     """(net, optimizer) with channels of zeros up to multiples of 8, which a GPU trains faster.
 
     The added weights stay zero: a channel of zeros contributes nothing and gets no gradient. The
-    arguments themselves are returned where all widths are multiples of 8 already, or where the net
-    has gates, which choose among all channels.
+    arguments themselves are returned where all widths are multiples of 8 already, where the net has
+    gates, which choose among all channels, or sigmoids, which make something of zeros.
     """
     widths = tuple(models.round_up(width, 8) for width in net.widths)
-    if net.gates is not None or widths == net.widths:
+    has_sigmoids = any(prunable.activation == "sigmoid" for prunable in net.prunable)
+    if net.gates is not None or widths == net.widths or has_sigmoids:
         return net, optimizer
     with next(net.parameters()).device:
         padded_net = models.build_like(net, widths).to(memory_format=torch.channels_last)

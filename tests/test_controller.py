@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from test_models import NETS
+from test_models import NETS, find_right_reading
 from torch import nn
 from torch.nn import functional as F
 
@@ -461,6 +461,36 @@ def test_a_net_padded_with_zeros_learns_the_same(arch, widths, monkeypatch):
     gated = sep.add_gates(net, net.widths)
     for each in (padded, gated):
         assert controller.pad_widths(each, padded_optimizer) == (each, padded_optimizer)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LeNet, averaged, tanh",
+        "VGG-16, batch norm in its head",
+        "bottlenecks",
+        "pre-activated bottlenecks",
+        "LeNet, padded, averaged, sigmoid",
+    ],
+)
+def test_padded_nets_of_all_families_train_alike(name, monkeypatch):
+    # In three digits, batch norms of four images would show more than what is to be seen.
+    monkeypatch.setattr(controller, "has_bfloat16", lambda device: False)
+    net, x, _ = find_right_reading(name)
+    net, other = deepcopy(net).requires_grad_(True), deepcopy(net).requires_grad_(True)
+    labels = torch.arange(len(x))
+    optimizer, other_optimizer = make_optimizer(net, 0.01), make_optimizer(other, 0.01)
+
+    padded, padded_optimizer = controller.pad_widths(other, other_optimizer)
+    losses = [
+        [controller.TrainStep(each.train(), its).update(x, labels, None).item() for _ in range(4)]
+        for each, its in ((net, optimizer), (padded, padded_optimizer))
+    ]
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
+    is_padded = "sigmoid" not in name
+    assert (padded is not other) == is_padded
 
 
 @pytest.mark.gpu

@@ -1470,6 +1470,12 @@ def recognise_state_dict(content, path: Path) -> dict:
         readings = read_modules(modules)
     except UnreadableError as error:
         raise UserError(f"{path}: {error}; known are {KNOWN_NETS}") from error
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+        # Half a batch norm, tensors of odd kinds and the like.
+        raise UserError(
+            f"{path}: its tensors are of no net that this tool knows ({error!r}); known are "
+            f"{KNOWN_NETS}"
+        ) from error
     first = readings[0]
     return {
         "format": CHECKPOINT_FORMAT,

@@ -447,6 +447,7 @@ def without(part):
         (without("layer2.0.conv2"), r"batch norm layer2\.0\.bn2 follows no layer of its width"),
         (without("layer2.0.bn2"), "has 2 convolutions and 1 batch norms"),
         (without("linear"), "0 linear layers, not one"),
+        (without("layer1.0.bn1.running_var"), "of no net that this tool knows .*running_var"),
         (
             lambda state: state | {"linear.weight": torch.ones(10, 63)},
             "linear reads 63 numbers and the blocks put out 64 channels",

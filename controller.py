@@ -183,8 +183,10 @@ class Images:
         rows = [half_width * direction, zero, x, zero, half_height, y]
         places = torch.stack(rows, 1).view(-1, 2, 3)
         pixels = self.pixels[index].permute(0, 3, 1, 2).float()
-        grid = F.affine_grid(places, list(pixels.shape), align_corners=False)
-        return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+        # bfloat16 would move the places: the teacher would see other crops than the student.
+        with torch.autocast(pixels.device.type, enabled=False):
+            grid = F.affine_grid(places, list(pixels.shape), align_corners=False)
+            return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
     def batch(self, index, crops=None) -> torch.Tensor:
         """The images `index` (B,), normalised: float32 (B, C, H, W), channels-last.
@@ -326,31 +328,26 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
         hint = " (the folder above that one)" if folder.name in inner_folders else ""
         raise UserError(
             f"{folder} has no complete {name} data, or damaged files of it, and it could not be "
-            f"downloaded; name its folder{hint} with --data-dir ({reason[:200]})"
+            f"downloaded; name its folder{hint} with --data-dir{suggest_image_folder(folder)} "
+            f"({reason[:200]})"
         ) from error
     return pixels.reshape(*pixels.shape[:3], -1), labels
 
 
 def check_is_no_image_folder(folder: Path) -> None:
-    """Raise UserError (status 2) where a folder looks like a user's own images, but is named at the
-    wrong level. Nothing is to be downloaded into it."""
+    """Raise UserError (status 2) where a folder holds a user's own images, but is named at the
+    wrong level: nothing is to be downloaded into it."""
     if not folder.is_dir():
         return
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    whole = [path for path in inner if (path / "train").is_dir() and (path / "test").is_dir()]
-    if whole:
-        raise UserError(
-            f"{folder} is one level too high: give --data-dir {whole[0]}, which has train/ and "
-            "test/",
-            2,
-        )
-    if folder.name in ("train", "test") and has_images(inner):
+    with_images = [path for path in inner if has_images(path)]
+    if folder.name in ("train", "test") and with_images:
         raise UserError(
             f"{folder} is one level too deep: give --data-dir {folder.parent}, which has train/ "
             "and test/",
             2,
         )
-    if has_images([folder, *inner]):
+    if len(with_images) > 1:
         raise UserError(
             f"{folder} holds images, but no train/ and test/: move them to "
             f"{folder}/train/CLASS/ and {folder}/test/CLASS/",
@@ -358,12 +355,19 @@ def check_is_no_image_folder(folder: Path) -> None:
         )
 
 
-def has_images(folders: list[Path]) -> bool:
-    """Whether an image lies in one of the folders."""
+def suggest_image_folder(folder: Path) -> str:
+    """Where images of the user's own lie one level below a folder: what to do to take them."""
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if (path / "train").is_dir() and (path / "test").is_dir():
+                return f"; for the images in {path} give --data-dir {path}"
+    return ""
+
+
+def has_images(folder: Path) -> bool:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    names = (name for folder in folders for name in os.listdir(folder))
-    return any(name.lower().endswith(IMG_EXTENSIONS) for name in names)
+    return any(name.lower().endswith(IMG_EXTENSIONS) for name in os.listdir(folder))
 
 
 # ours: images from this size on are cropped at many sizes in training, smaller ones as CIFAR's.
@@ -2906,7 +2910,7 @@ class Run:
         """Whether a checkpoint is the one that this run made as that row."""
         if net.architecture != self.architecture:
             return False
-        if not {"validation_accuracy", "seconds", "device", "versions"} <= facts.keys():
+        if not {"validation_accuracy", "seconds"} <= facts.keys():
             return False
         identity = self.identity_facts(row, net)
         if row == "baseline":
@@ -2949,8 +2953,9 @@ class Run:
             "widths": list(net.structure),
             "seconds": facts["seconds"],
             # A run may go on elsewhere: these are of the process that ended the row's training.
-            "device": facts["device"],
-            "versions": facts["versions"],
+            # Checkpoints of before December 2026 do not say it.
+            "device": facts.get("device", self.results["device"]),
+            "versions": facts.get("versions", self.results["versions"]),
         }
         self.results["rows"].append(numbers)
         self.results["curves"][row] = facts["curve"]

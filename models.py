@@ -1135,7 +1135,7 @@ def read_checkpoint(path: Path) -> dict:
             f"{path} is an export, not a checkpoint; give the file that it was made from", 2
         )
     content = read_tensors(path)
-    if not isinstance(content, dict) or "format" not in content:
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
         return recognise_state_dict(content, path)
     check_checkpoint(content, path)
     if content["format"] == 1:
@@ -1236,11 +1236,30 @@ def read_safetensors(path: Path) -> dict:
     except ImportError as error:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged, or no safetensors file: {error}") from error
+    return restore_order(tensors)
+
+
+def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that a file lists by the alphabet in an order as modules have it, as far as names
+    tell: by their numbers, and linear layers behind the convolutions."""
+
+    def by_numbers(key: str) -> list:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+    has_convolutions = any(value.dim() == 4 for value in tensors.values())
+    linear_layers = {
+        key.rpartition(".")[0]
+        for key, value in tensors.items()
+        if has_convolutions and key.endswith("weight") and value.dim() == 2
+    }
+    keys = sorted(tensors, key=by_numbers)
+    keys.sort(key=lambda key: key.rpartition(".")[0] in linear_layers)
+    return {key: tensors[key] for key in keys}
 
 
 def check_checkpoint(content: dict, path: Path) -> None:
@@ -1358,7 +1377,7 @@ def describe_shape(tensor: torch.Tensor) -> str:
 # A state dict lists its tensors in the order in which the net's modules were made. The shapes say
 # what each module is, and how it is chained to the next one. So it becomes a net:
 #
-#   find_state_dict     the weights in the file, their names without wrappers
+#   find_state_dicts    the weights in the file, their names without wrappers
 #   list_modules        convolutions, batch norms and linear layers, in their order
 #   group_blocks        are they the blocks of a residual net, or one chain?
 #   read_chain, read_residual_net
@@ -1459,23 +1478,7 @@ def recognise_state_dict(content, path: Path) -> dict:
 
     Raises UserError where it is of no net that this tool knows.
     """
-    state, notes = find_state_dict(content, path)
-    if any(key.startswith("gates.") for key in state):
-        raise UserError(
-            f"{path}: weights alone of a gated net do not say how many kernels its gates keep; "
-            "give the checkpoint that they are from"
-        )
-    try:
-        modules = list_modules(state)
-        readings = read_modules(modules)
-    except UnreadableError as error:
-        raise UserError(f"{path}: {error}; known are {KNOWN_NETS}") from error
-    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
-        # Half a batch norm, tensors of odd kinds and the like.
-        raise UserError(
-            f"{path}: its tensors are of no net that this tool knows ({error!r}); known are "
-            f"{KNOWN_NETS}"
-        ) from error
+    readings, notes = read_first_net(content, path)
     first = readings[0]
     return {
         "format": CHECKPOINT_FORMAT,
@@ -1489,13 +1492,38 @@ def recognise_state_dict(content, path: Path) -> dict:
     }
 
 
+def read_first_net(content, path: Path) -> tuple[list[Reading], list[str]]:
+    """(readings, notes) of the first state dict in a file that is a known net. Raises UserError."""
+    reasons = []
+    for state, notes in find_state_dicts(content, path):
+        try:
+            return read_modules(list_modules(state)), notes
+        except UnreadableError as error:
+            reasons.append(str(error))
+        except (
+            KeyError,
+            IndexError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            ArithmeticError,
+        ) as error:
+            # Half a batch norm, tensors of odd kinds and the like.
+            reasons.append(f"its tensors are of no net that this tool knows ({error!r})")
+    raise UserError(f"{path}: {reasons[0]}; known are {KNOWN_NETS}")
+
+
 # ---- checkpoints: finding the weights in a file
 
 
-def find_state_dict(content, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """(the weights in what torch.load found, in float32, their names without wrappers' parts;
-    notes for the user on what was taken)."""
-    if isinstance(content, dict) and {"title", "epoch"} <= content.keys():
+# What the files of a run hold that no checkpoint does.
+UNFINISHED_WORK = ({"title", "curve"}, {"title", "candidates"})
+
+
+def find_state_dicts(content, path: Path) -> Iterator[tuple[dict[str, torch.Tensor], list[str]]]:
+    """Yield each state dict in what torch.load found, averaged ones first: (the weights in float32,
+    their names without wrappers' parts; notes for the user on what is taken). Raises UserError."""
+    if isinstance(content, dict) and any(keys <= content.keys() for keys in UNFINISHED_WORK):
         raise UserError(f"{path} is the state of unfinished work, not a checkpoint")
     found = dict(list_state_dicts(content))
     if not found:
@@ -1504,7 +1532,23 @@ def find_state_dict(content, path: Path) -> tuple[dict[str, torch.Tensor], list[
             "torch.save(net.state_dict(), FILE) makes such a file"
         )
     averaged = [name for name in found if AVERAGE_WORDS.search(name.lower())]
-    name = averaged[0] if averaged else next(iter(found))
+    for name in [*averaged, *(name for name in found if name not in averaged)]:
+        tensors = found[name]
+        for other in found.values():
+            # An average of the parameters alone: the buffers are the net's own.
+            if name in averaged and tensors.keys() < other.keys():
+                tensors = other | tensors
+        state = convert_tensors(tensors, path)
+        if any(key.startswith("gates.") for key in state):
+            raise UserError(
+                f"{path}: weights alone of a gated net do not say how many kernels its gates keep; "
+                "give the checkpoint that they are from"
+            )
+        yield strip_wrappers(apply_masks(state)), list_notes(name, found, path)
+
+
+def list_notes(name: str, found: dict[str, dict], path: Path) -> list[str]:
+    """What the user is told where the state dict of that name is taken."""
     notes = []
     if len(found) > 1:
         others = ", ".join(other or "the outermost" for other in found if other != name)
@@ -1515,13 +1559,18 @@ def find_state_dict(content, path: Path) -> tuple[dict[str, torch.Tensor], list[
     halves = sorted(kinds & {"float16", "bfloat16"})
     if halves:
         notes.append(f"its weights are in {' and '.join(halves)}; they are computed in float32")
+    return notes
+
+
+def convert_tensors(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Dense tensors, those of numbers with a point in float32. Raises UserError."""
     state = {}
-    for key, value in found[name].items():
+    for key, value in tensors.items():
         if value.is_quantized:
             raise UserError(f"{path}: {key} is quantised; give the weights from before that")
         value = value.to_dense() if value.layout != torch.strided else value
         state[key] = value.float() if value.is_floating_point() else value
-    return strip_wrappers(apply_masks(state)), notes
+    return state
 
 
 def list_state_dicts(content, name: str = "") -> Iterator[tuple[str, dict]]:
@@ -1628,8 +1677,9 @@ def spread_selections(found: dict[str, FoundModule]) -> None:
 
 def check_kernels(modules: list[FoundModule]) -> None:
     for module in modules:
-        if any(tensor.is_complex() for tensor in module.tensors.values()):
-            raise UnreadableError(f"{module.name} has complex weights")
+        weight = module.tensors.get("weight", module.tensors.get("running_mean"))
+        if not weight.is_floating_point() or not weight.numel():
+            raise UnreadableError(f"{module.name} has weights of {weight.dtype}, or none")
         if module.is_convolution and module.weight.shape[2] != module.weight.shape[3]:
             raise UnreadableError(f"{module.name} has kernels that are not square")
 
@@ -2194,24 +2244,48 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
         raise UnreadableError(f"its blocks are of different kinds, of kernels {kinds}")
     norms = [module for module in others if module.is_norm]
     names = [group.name for group in groups]
-    readings = []
+    readings, errors = [], []
     for is_preactivated in list_norm_orders(modules, groups, blocks):
-        stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, inputs)
-        for architecture in list_residual_architectures(
-            stem,
-            blocks,
-            names,
-            classes=linear_layers[0].outputs,
-            is_preactivated=is_preactivated,
-            has_stem_norm=stem_norm is not None,
-            has_last_norm=last_norm is not None,
-        ):
-            widths = [width for block in blocks for width in block.inner_widths]
-            state = translate_residual_state(
-                architecture, stem, stem_norm, blocks, last_norm, linear_layers[0]
+        try:
+            readings += read_with_norm_order(
+                stem, norms, blocks, names, linear_layers[0], is_preactivated=is_preactivated
             )
-            readings.append(Reading(architecture, widths, state))
+        except UnreadableError as error:
+            errors.append(error)
+    if not readings:
+        raise errors[0]
     return readings
+
+
+def read_with_norm_order(
+    stem,
+    norms: list[FoundModule],
+    blocks: list[FoundBlock],
+    names: list[tuple[str, ...]],
+    linear,
+    *,
+    is_preactivated: bool,
+) -> list[Reading]:
+    """The readings in which norms stand before the convolutions, or behind them."""
+    stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, blocks[-1].outputs)
+    architectures = list_residual_architectures(
+        stem,
+        blocks,
+        names,
+        classes=linear.outputs,
+        is_preactivated=is_preactivated,
+        has_stem_norm=stem_norm is not None,
+        has_last_norm=last_norm is not None,
+    )
+    widths = [width for block in blocks for width in block.inner_widths]
+    return [
+        Reading(
+            architecture,
+            widths,
+            translate_residual_state(architecture, stem, stem_norm, blocks, last_norm, linear),
+        )
+        for architecture in architectures
+    ]
 
 
 def list_norm_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
@@ -2242,6 +2316,8 @@ def place_outer_norms(norms, stem, is_preactivated: bool, outputs: int):
         raise UnreadableError(f"it has {len(norms)} batch norms outside its blocks")
     if len(norms) == 2:
         stem_norm, last_norm = norms
+        if stem_norm.outputs != stem.outputs:
+            stem_norm, last_norm = last_norm, stem_norm
     elif is_preactivated and norms and norms[0].outputs == outputs:
         stem_norm, last_norm = None, norms[0]
     else:
@@ -2375,7 +2451,8 @@ def translate_residual_state(
         else:
             put_block(state, name, block)
     if last_norm is not None:
-        put_norm(state, "bn", last_norm, missing_bias)
+        bias = missing_bias if architecture.is_preactivated else None
+        put_norm(state, "bn", last_norm, bias)
     put_layer(state, "linear", linear, None, None)
     if last_norm is None and architecture.is_preactivated:
         state["linear.bias"] = state["linear.bias"] + linear.weight @ missing_bias

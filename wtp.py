@@ -21,6 +21,7 @@ PyTorch is imported inside the functions, so that --help is quick.
 """
 
 import errno
+import math
 import os
 import shlex
 import signal
@@ -219,7 +220,7 @@ def settings_for(
     train_images: int | None = None,
 ):
     """The numbers of a run: the experiment's, where the schedule does not say otherwise."""
-    from controller import Settings, TrainingPlan
+    from controller import BATCH_SIZE, VALIDATION_SHARE, Settings, TrainingPlan
 
     images = train_images or experiment.train_images
     has_fewer_images = images < experiment.train_images
@@ -228,7 +229,8 @@ def settings_for(
         """At least so many steps where there are fewer images than the experiment's."""
         if not has_fewer_images or not fewest_steps:
             return epochs
-        return max(epochs, epochs_for_steps(fewest_steps, images))
+        steps_per_epoch = max(1, int((1 - VALIDATION_SHARE) * images) // BATCH_SIZE)
+        return max(epochs, math.ceil(fewest_steps / steps_per_epoch))
 
     if schedule.recovery_steps:
         recovery_epochs = epochs_for_steps(schedule.recovery_steps, images)
@@ -913,7 +915,7 @@ def load_given(path: Path) -> GivenNet:
     return GivenNet(path, net, checkpoint["facts"], checkpoint.get("readings", []))
 
 
-def find_data_dir(data_dir: Path | None, facts: dict) -> Path:
+def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> Path:
     """Where the data is: as the user says, else where the checkpoint's own images still are, else
     in $WTP_DATA, else in `data`."""
     from controller import OWN_IMAGES, is_image_folder
@@ -921,6 +923,8 @@ def find_data_dir(data_dir: Path | None, facts: dict) -> Path:
     if data_dir is not None:
         return data_dir
     data = facts.get("data")
+    if "digits" in (experiment, data):
+        return Path("data")  # they are drawn, so no variable is meant for them
     if isinstance(data, str) and data.startswith(OWN_IMAGES):
         folder = Path(data.removeprefix(OWN_IMAGES))
         if folder.is_dir() and is_image_folder(folder):
@@ -1094,17 +1098,19 @@ def check_is_no_guess(given: GivenNet, accuracy: float, what_force_does: str) ->
         )
 
 
-def warn_of_guessing(run, reporter) -> None:
-    """Say so where the baseline that was trained learned nothing."""
+def warn_of_guessing(run, reporter, *, is_given: bool = False) -> None:
+    """Say so where the baseline learned nothing, or a given one is for other images."""
     from controller import is_near_guessing
 
     row = run.row("baseline")
     classes = run.trainer.baseline.classes
     if run.results["schedule"] != "smoke" and is_near_guessing(row["validation_accuracy"], classes):
+        advice = "more images help, or a smaller net, or --schedule published, which trains longer"
+        if is_given:
+            advice = "it is probably another net, or has its classes in another order"
         reporter.say(
-            f"the baseline learned nothing: it gets {row['validation_accuracy']:.2%} of the "
-            f"validation images right, and guessing among {classes} classes {1 / classes:.0%}; "
-            "more images help, or a smaller net, or --schedule published, which trains longer"
+            f"the baseline gets {row['validation_accuracy']:.2%} of the validation images right, "
+            f"hardly more than guessing among {classes} classes: {advice}"
         )
 
 
@@ -1390,7 +1396,7 @@ def reproduce(
     if time:
         raise UserError("--time is for the list of experiments: reproduce --time", 2)
     given = load_given(baseline) if baseline else None
-    data_dir = find_data_dir(data_dir, given.facts if given else {})
+    data_dir = find_data_dir(data_dir, given.facts if given else {}, experiment)
     options = RunOptions(schedule, data_dir, out, device, seed, fresh, round_to=round_to)
     methods = order_methods(method or DEFAULT_METHODS)
     run_experiment(experiment, methods, options, given)
@@ -1426,7 +1432,7 @@ def run_experiment(name: str, methods: list[str], options: RunOptions, given) ->
             run.make_baseline(given.net, is_trained=True)
         else:
             run.make_baseline(build_untrained(experiment, run))
-            warn_of_guessing(run, reporter)
+        warn_of_guessing(run, reporter, is_given=given is not None)
         for method in methods:
             run.make_row(method, run.goal_for(method))
     finish_run(run)
@@ -1527,7 +1533,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="overwrite the output")] = False,
 ):
     """A baseline alone, to a checkpoint: an experiment's, or any net on any images."""
-    data_dir = find_data_dir(data_dir, {})
+    data_dir = find_data_dir(data_dir, {}, experiment)
     options = RunOptions(schedule, data_dir, out, device, seed, fresh, force=force)
     name, chosen = choose_training(experiment, arch, size, data_dir)
     train_baseline(name, chosen, options, output)
@@ -1665,6 +1671,8 @@ def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: 
     experiment = replace(find_experiment_for(given, options.data_dir), target=target)
     check_target(given.net, [row], target, options.round_to)
     folder = folder_of_prune(given, row, target, options)
+    if not options.fresh:
+        adopt_reading(given, folder)
     is_done = is_delivered(
         folder,
         row,
@@ -1691,6 +1699,27 @@ def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: 
     finish_run(run)
     deliver(run.folder.checkpoint(row), output, may_replace=options.force)
     print_line(f"wrote {output}")
+
+
+def adopt_reading(given: GivenNet, folder: Path) -> None:
+    """Read a stranger's state dict as the run folder does that has begun with it: on another
+    machine another reading may come out ahead by an image."""
+    import sep
+    from controller import read_results
+    from models import UserError
+
+    baseline = folder / "baseline.pt"
+    if not given.readings or not baseline.exists():
+        return
+    try:
+        results = read_results(folder, missing_ok=True)
+        if results is None or results["source"] != given.describe_source():
+            return
+        given.net, facts = sep.load(baseline)
+    except UserError:
+        return  # it is said where the run is opened
+    given.readings = []
+    given.facts = {"mean": facts.get("mean"), "std": facts.get("std")}
 
 
 def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> Path:

@@ -651,6 +651,41 @@ def test_safetensors_are_read_where_the_package_is_there(tmp_path, monkeypatch):
     assert torch.equal(sep.load(tmp_path / "a.safetensors")[0].eval()(x), net(x))
 
 
+@pytest.mark.parametrize("arch", ["vgg11", "resnet74", "lenet5"])
+def test_safetensors_by_the_alphabet_are_the_same_net(tmp_path, arch):
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    net, x = make_lively_net(arch)
+    safetensors_torch.save_file(net.state_dict(), tmp_path / "a.safetensors")
+
+    assert torch.equal(sep.load(tmp_path / "a.safetensors")[0].eval()(x), net(x))
+
+
+def test_the_first_state_dict_that_is_a_net_is_taken(tmp_path):
+    net, x = make_lively_net("resnet8")
+    state = net.state_dict()
+    parameters = {key: value.clone() for key, value in net.named_parameters()}
+    zeros = {key: torch.zeros_like(value) for key, value in state.items()}
+    buffers = {key: value for key, value in state.items() if key not in parameters}
+    contents = [
+        {"model": zeros | buffers, "ema": {"shadow": parameters}},
+        {"state_dict": state, "confusion_matrix": torch.ones(3, 3)},
+        {"state_dict": state, "running_avg": {"loss_matrix": torch.ones(3, 3)}},
+        {"title": "mine", "epoch": 1, "state_dict": state},
+        {"format": "pt", "state_dict": state},
+    ]
+    for content in contents:
+        torch.save(content, tmp_path / "a.pt")
+        assert torch.equal(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x))
+
+
+def test_a_net_of_one_width_may_have_its_norms_before_or_behind():
+    net = zoo.make_resnet((8, 8, 8), shortcut="downsample")
+
+    readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
+
+    assert not readings[0].architecture.is_preactivated
+
+
 def test_a_whole_module_and_a_program_are_refused_with_the_code_that_helps(tmp_path):
     net, x = make_lively_net("resnet8")
     torch.save(net, tmp_path / "net.pt")

@@ -390,6 +390,26 @@ def save_guessing_net(path):
     models.save_checkpoint(path, net, {"data": "digits"})
 
 
+def test_a_strangers_net_is_read_as_its_run_folder_does(capsys, smoke, tmp_path, monkeypatch):
+    state = sep.load(smoke[0] / "baseline.pt")[0].state_dict()
+    torch.save(state, tmp_path / "net.pt")
+    save_pictures(tmp_path / "pictures", classes=10, count=12)
+    command = ["prune", tmp_path / "net.pt", "--method", "uniform", "--target", "0.5", "--force"]
+    command += ["--schedule", "smoke", "--out", tmp_path / "runs"]
+    command += ["--data-dir", tmp_path / "pictures"]
+    assert call(capsys, *command)[0] == 0
+
+    def find_another(*_):
+        raise AssertionError("readings are tried again")
+
+    monkeypatch.setattr(controller, "find_reading", find_another)
+    (tmp_path / "net-pruned.pt").unlink()
+    status, _, err = call(capsys, *command)
+
+    assert status == 0, err
+    assert (tmp_path / "net-pruned.pt").exists()
+
+
 def test_a_net_that_only_guesses_is_pruned_by_force_alone(capsys, tmp_path):
     save_guessing_net(tmp_path / "net.pt")
     command = ["prune", tmp_path / "net.pt", "--target", "0.3", "--schedule", "smoke"]
@@ -759,10 +779,12 @@ def test_few_images_of_ones_own_train_for_enough_steps():
     experiment = wtp.EXPERIMENTS["resnet56-cifar10"]
 
     for name in ("published", "full", "fast"):
+        # 216 train and 24 validate: a step of 128 images in each epoch.
         settings = wtp.settings_for(experiment, wtp.SCHEDULES[name], 0, train_images=240)
-        steps_per_epoch = 0.9 * 240 / 128
-        assert settings.baseline.epochs * steps_per_epoch == pytest.approx(2000, rel=0.01)
-        assert settings.final.epochs * steps_per_epoch >= 990
+        assert (settings.baseline.epochs, settings.final.epochs) == (2000, 1000)
+    # 2,304 train: 18 steps in each epoch, and 2,000 in all.
+    settings = wtp.settings_for(experiment, wtp.SCHEDULES["fast"], 0, train_images=2560)
+    assert settings.baseline.epochs == 112
     usual = settings_of("resnet56-cifar10", "fast")
     assert (usual.baseline.epochs, usual.final.epochs) == (20, 20)
     smoke = wtp.settings_for(experiment, wtp.SCHEDULES["smoke"], 0, train_images=240)
@@ -1219,9 +1241,7 @@ def test_pipes_and_links_back_in_an_image_folder_do_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "words"),
     [
-        ("", "is one level too high: give --data-dir FOLDER/pets"),
         ("pets/train", "is one level too deep: give --data-dir FOLDER/pets, which has train/"),
-        ("pets/train/class0", "holds images, but no train/ and test/: move them to"),
         ("classes", "holds images, but no train/ and test/: move them to FOLDER/classes/train/"),
     ],
 )
@@ -1236,6 +1256,19 @@ def test_a_folder_of_images_named_at_the_wrong_level_is_said(capsys, tmp_path, f
     assert words.replace("FOLDER", str(tmp_path)) in err
     assert is_one_line(err)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_above_ones_own_images_is_named_where_the_download_fails(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse_download)
+    save_pictures(tmp_path / "pets", classes=2, count=2)
+
+    status, _, err = call(capsys, "train", "mnist", "--data-dir", tmp_path)
+
+    assert status == 1
+    assert f"for the images in {tmp_path}/pets give --data-dir {tmp_path}/pets" in err
+    assert is_one_line(err)
 
 
 def test_too_many_large_images_are_refused_before_they_are_read(tmp_path, monkeypatch):

@@ -1455,6 +1455,26 @@ def test_each_row_says_which_machine_made_it(undisturbed, tmp_path, monkeypatch)
     assert results["device"] == rows["lstm"]["device"] == rows["uniform"]["device"] == device
 
 
+def test_a_run_of_before_machines_were_said_goes_on(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    for row in ("baseline", "lstm", "sep", "uniform"):
+        content = torch.load(tmp_path / f"{row}.pt")
+        for key in ("device", "versions"):
+            del content["facts"][key]
+        torch.save(content, tmp_path / f"{row}.pt")
+    results = json.loads((tmp_path / "results.json").read_text())
+    # One row is not finished: its checkpoint alone is there.
+    results["rows"] = [row for row in results["rows"] if row["method"] != "uniform"]
+    for row in results["rows"]:
+        del row["device"], row["versions"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+
+    rows = rows_by_method(make_rows(tmp_path, Spy()))
+
+    assert rows["uniform"]["device"] == results["device"]
+    assert rows["lstm"]["test_accuracy"] == rows_by_method(undisturbed[0])["lstm"]["test_accuracy"]
+
+
 def test_unfinished_work_of_another_version_starts_over(tmp_path):
     with pytest.raises(Interrupted):
         make_rows(tmp_path, Spy(12), methods=("lstm",))

@@ -77,7 +77,7 @@ class Experiment:
     # long one over the papers' epochs.
     short_final_epochs: int = 20
     short_final_lr: float = 0.005
-    long_final_lr: float = 0.02  # chosen on MNIST
+    long_final_lr: float = 0.02  # ours: RESULTS.md, section 5
 
 
 # ours: MNIST is neither cropped nor flipped, for a mirrored digit is another sign.
@@ -1536,7 +1536,7 @@ def train(
     data_dir = find_data_dir(data_dir, {}, experiment)
     options = RunOptions(schedule, data_dir, out, device, seed, fresh, force=force)
     name, chosen = choose_training(experiment, arch, size, data_dir)
-    train_baseline(name, chosen, options, output)
+    train_baseline(name, chosen, options, output, size)
 
 
 def choose_training(
@@ -1568,9 +1568,10 @@ def choose_training(
 
 
 def train_baseline(
-    name: str, experiment: Experiment, options: RunOptions, output: Path | None
+    name: str, experiment: Experiment, options: RunOptions, output: Path | None, size: int | None
 ) -> None:
-    """Train the baseline of an experiment, and copy it to `output`. Raises UserError."""
+    """Train the baseline of an experiment, and copy it to `output`; `size` is what the user asked
+    for. Raises UserError."""
     from controller import describe_data
 
     folder = options.folder(name + own_images_suffix(options.data_dir))
@@ -1585,6 +1586,11 @@ def train_baseline(
     if is_done:
         show_delivered(run, output)
         return
+    side = run.data.all.size
+    if size not in (None, side):
+        reporter.say(
+            f"--size is for photographs; these images are read as they are, {side} x {side}"
+        )
     announce(run, reporter, [], is_given=False)
     with resumable(reporter):
         run.make_baseline(build_untrained(experiment, run))

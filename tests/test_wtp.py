@@ -1284,9 +1284,11 @@ def test_any_net_is_trained_on_images_of_ones_own(capsys, tmp_path):
     folders = ["--out", tmp_path / "runs", "--data-dir", tmp_path / "p", "--schedule", "smoke"]
     output = tmp_path / "net.pt"
 
-    status, out, err = call(capsys, "train", "--arch", "resnet8", *folders, "--output", output)
+    command = ["train", "--arch", "resnet8", "--size", "40", *folders, "--output", output]
+    status, out, err = call(capsys, *command)
 
     assert status == 0, err
+    assert "--size is for photographs; these images are read as they are, 32 x 32" in err
     net, facts = sep.load(output)
     assert (net.arch, net.classes, net.size) == ("resnet8", 3, 32)
     assert (tmp_path / "runs/resnet8-on-p-smoke-s0/baseline.pt").exists()

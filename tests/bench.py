@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -1083,8 +1084,10 @@ def save_pictures(folder, pixels, labels):
     from PIL import Image
 
     pixels = pixels.squeeze(3) if pixels.shape[3] == 1 else pixels
-    for number, (image, label) in enumerate(zip(pixels, labels)):
-        part = "test" if number % 5 == 0 else "train"
+    counts = Counter()
+    for number, (image, label) in enumerate(zip(pixels, labels.tolist())):
+        part = "test" if counts[label] % 5 == 0 else "train"
+        counts[label] += 1
         class_folder = folder / part / f"class{label:02}"
         class_folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).save(class_folder / f"{number}.png")

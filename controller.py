@@ -270,10 +270,8 @@ def load_data(
         train = load_from_torchvision(name, folder, is_train=True)
         test = load_from_torchvision(name, folder, is_train=False)
     statistics = {"mean": mean, "std": std, "class_names": class_names}
-    if zooms:
-        train_images = Images(*train, zooms=True, flip=flip, **statistics)
-    else:
-        train_images = Images(*train, crop=crop, flip=flip, **statistics)
+    crop = 0 if zooms else crop
+    train_images = Images(*train, crop=crop, zooms=zooms, flip=flip, **statistics)
     return train_images, Images(*test, **statistics), describe_data(name, folder)
 
 

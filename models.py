@@ -291,6 +291,11 @@ class ResNetArchitecture:
             words.append(f"{activated} shortcuts behind a norm")
         return ", ".join(words)
 
+    def split_zeros(self, count: int) -> tuple[int, int]:
+        """Option A: of so many channels of zeros, how many stand before and behind the others."""
+        before = 0 if self.has_zeros_behind else count // 2
+        return before, count - before
+
     def fits_size(self, size: int) -> bool:
         """A residual net takes images of any size."""
         return True
@@ -579,8 +584,8 @@ class ResidualBlock(nn.Module):
             x = x[:, :, ::stride, ::stride]
         if not self.padding_channels:
             return x
-        before = 0 if self.architecture.has_zeros_behind else self.padding_channels // 2
-        return F.pad(x, (0, 0, 0, 0, before, self.padding_channels - before))
+        zeros = self.architecture.split_zeros(self.padding_channels)
+        return F.pad(x, (0, 0, 0, 0, *zeros))
 
 
 class ResNet(Net):
@@ -2058,9 +2063,8 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
     last = count - 1
     found = []
     # Numbers in one sequence: a pooling leaves a gap.
-    numbers = [int(name.rpartition(".")[2]) for name in names if name.rpartition(".")[2].isdigit()]
-    parents = {name.rpartition(".")[0] for name in names}
-    if len(numbers) == count and len(parents) == 1:
+    if all(are_in_one_sequence(before, after) for before, after in pairwise(convolutions)):
+        numbers = [sequence_number(module) for module in convolutions]
         gaps = [after - before for before, after in pairwise(numbers)]
         wide = frozenset(i for i, gap in enumerate(gaps) if gap > min(gaps))
         found.append(wide | {last})
@@ -2497,9 +2501,8 @@ def next_missing_bias(
         if block.shortcut.bias is not None:
             missing_bias = missing_bias + block.shortcut.bias
     else:
-        zeros = block.outputs - block.inputs
-        before = 0 if architecture.has_zeros_behind else zeros // 2
-        missing_bias = F.pad(missing_bias, (before, zeros - before))
+        zeros = architecture.split_zeros(block.outputs - block.inputs)
+        missing_bias = F.pad(missing_bias, zeros)
     bias = block.convolutions[-1].bias
     return missing_bias if bias is None else missing_bias + bias
 

@@ -1038,7 +1038,7 @@ def measure_family(folder, case):
     pixels = make_patches(1000, case)
     images = Images(pixels, torch.zeros(len(pixels)), mean=statistics[0], std=statistics[1])
     x = images.batch(torch.arange(len(pixels)))
-    spread_logits(net, x[:500])
+    zoo.spread_logits(net, x[:500])
     with torch.no_grad():
         expected = net(x[:8])
         labels = torch.cat([net(part).argmax(1) for part in x.split(100)])
@@ -1054,7 +1054,7 @@ def measure_family(folder, case):
     cut = 1 - facts["macs"] / facts["baseline"]["macs"]
     unit_pixels = pixels[:8].permute(0, 3, 1, 2).float() / 255
     differences = [
-        largest_difference(run_onnx(folder / file, unit_pixels), logits)
+        zoo.largest_difference(run_onnx(folder / file, unit_pixels), logits)
         for file, logits in (("net.onnx", expected), ("small.onnx", small_expected))
     ]
     return f"{differences[0]:.0e}", f"{cut:.1%}", f"{differences[1]:.0e}"
@@ -1068,15 +1068,6 @@ def make_patches(count, case):
     shift = torch.rand(count, case.channels, 1, 1, generator=generator)
     x = F.interpolate(coarse, size=(case.size, case.size), mode="bilinear")
     return ((x * contrast + shift).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-@torch.no_grad()
-def spread_logits(net, x):
-    """Let no class be the largest for most images: each class's mean and spread become alike."""
-    *_, last = (module for module in net.modules() if isinstance(module, nn.Linear))
-    last.weight /= net(x).std(0)[:, None]
-    last.bias /= net(x).std(0)
-    last.bias -= net(x).mean(0)
 
 
 def save_pictures(folder, pixels, labels):
@@ -1107,11 +1098,6 @@ def run_onnx(file, x):
 
     session = onnxruntime.InferenceSession(file)
     return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-
-
-def largest_difference(logits, expected):
-    """The largest difference, as a share of the largest logit."""
-    return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
 USUAL = (exactness, speed, size, search)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import zoo
 from test_models import NETS, find_right_reading
-from torch import nn
 from torch.nn import functional as F
 
 import controller
@@ -346,7 +345,7 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
     own = controller.STATISTICS["mnist" if case.channels == 1 else "cifar10"]
     images = Images(pixels, torch.zeros(len(pixels)), mean=own[0], std=own[1])
     used = images.normalised_by(*controller.list_normalisations(images)[statistics])
-    spread_logits(net, used.batch(torch.arange(500)))
+    zoo.spread_logits(net, used.batch(torch.arange(500)))
     images = images.replace(pixels, label_by(net, used))
     readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
     fitting = [reading.for_size(case.size) for reading in readings]
@@ -360,15 +359,6 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
         assert torch.allclose(found.eval()(x), net(x), atol=1e-4)
     assert normalisation == statistics
     assert accuracy > 0.99
-
-
-@torch.no_grad()
-def spread_logits(net, x):
-    """Let no class be the largest for most images: each class's mean and spread become alike."""
-    *_, last = (module for module in net.modules() if isinstance(module, nn.Linear))
-    last.weight /= net(x).std(0)[:, None]
-    last.bias /= net(x).std(0)
-    last.bias -= net(x).mean(0)
 
 
 def smooth(pixels):

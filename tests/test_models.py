@@ -248,11 +248,6 @@ def to_double(state):
     }
 
 
-def largest_difference(logits, expected):
-    """The largest difference, as a share of the largest logit."""
-    return (largest(logits - expected) / largest(expected)).item()
-
-
 def read_case(name):
     """(the net of the zoo, a batch, its logits, the readings that take images of its size)."""
     case = zoo.CASES[name]
@@ -270,7 +265,7 @@ def find_right_reading(name):
     _, x, expected, readings = read_case(name)
     for reading in readings:
         net = reading.build().eval()
-        if largest_difference(net(x), expected) < 1e-4:
+        if zoo.largest_difference(net(x), expected) < 1e-4:
             return net, x, expected
     raise AssertionError(f"no reading of {name} computes its logits")
 
@@ -280,7 +275,7 @@ def test_the_nets_of_public_repositories_are_read(name):
     _, x, expected, readings = read_case(name)
 
     def is_right(reading):
-        return largest_difference(reading.build().eval()(x), expected) < 1e-4
+        return zoo.largest_difference(reading.build().eval()(x), expected) < 1e-4
 
     with torch.no_grad():
         # Where names and shapes settle it, it is the first.
@@ -298,10 +293,10 @@ def test_the_nets_of_public_repositories_are_pruned_gated_and_counted(name):
     freeze_gates(soft, models.most_important_channels(net, structure))
 
     with torch.no_grad():
-        assert largest_difference(small(x), soft(x)) < 1e-4
+        assert zoo.largest_difference(small(x), soft(x)) < 1e-4
         tuned = sep.TunedNet(soft)
-        assert largest_difference(tuned(x[:1]), soft(x[:1])) < 1e-4
-        assert largest_difference(models.fold_batch_norms(net)(x), net(x)) < 1e-4
+        assert zoo.largest_difference(tuned(x[:1]), soft(x[:1])) < 1e-4
+        assert zoo.largest_difference(models.fold_batch_norms(net)(x), net(x)) < 1e-4
     for candidate in (net, small):
         assert count_macs(candidate) * 2 == count_flops(candidate, x[:1])
     assert small.structure == structure

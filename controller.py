@@ -1,6 +1,7 @@
 """Finding and training the small net. In this order:
 
-images        labelled images in memory; MNIST, CIFAR, a user's own folder, drawn digits
+images        labelled images; MNIST, CIFAR, a user's own folder, more than the memory holds; drawn
+              digits; what trains and what validates
 training      teacher and student: accuracy, loss, plan, a step; the step on a GPU; the loop, `fit`;
               how a stranger's images were normalised
 timing        latency of a net, speed of a training
@@ -23,11 +24,10 @@ import re
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from io import StringIO
 from itertools import pairwise, product
 from pathlib import Path
@@ -37,6 +37,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
 
 try:
     import fcntl
@@ -86,7 +87,7 @@ class Images:
     def __init__(
         self, pixels, labels, *, mean, std, crop=0, zooms=False, flip=False, class_names=()
     ):
-        self.pixels = pixels.contiguous()
+        self.pixels = pixels
         self.labels = labels.long()
         self.crop = crop
         self.zooms = zooms
@@ -100,19 +101,12 @@ class Images:
         self.shift = mean / std
         self.factor = 1 / (255 * std)
 
-    @cached_property
-    def padded_pixels(self) -> torch.Tensor:
-        """The pixels with a black border to crop from; made where somebody crops."""
-        if not self.crop:
-            return self.pixels
-        return F.pad(self.pixels, (0, 0, self.crop, self.crop, self.crop, self.crop))
-
     def __len__(self):
         return len(self.labels)
 
     def replace(self, pixels, labels, mean=None, std=None) -> "Images":
         """Other images, or other statistics, treated as these are."""
-        return Images(
+        return type(self)(
             pixels,
             labels,
             mean=mean or self.mean,
@@ -176,37 +170,57 @@ class Images:
         is_flipped = torch.randint(0, 2, (len(self), 1), generator=generator) * self.flip
         return torch.cat([places * (1 - half_sizes), half_sizes, 1.0 - 2 * is_flipped], 1)
 
-    def zoom(self, index, parts: torch.Tensor) -> torch.Tensor:
-        """The `parts` (B, 5) of the images `index` at full size: (B, C, H, W) of [0, 255]."""
-        x, y, half_width, half_height, direction = parts.unbind(1)
-        zero = torch.zeros_like(x)
-        rows = [half_width * direction, zero, x, zero, half_height, y]
-        places = torch.stack(rows, 1).view(-1, 2, 3)
-        pixels = self.pixels[index].permute(0, 3, 1, 2).float()
-        # bfloat16 would move the places: the teacher would see other crops than the student.
-        with torch.autocast(pixels.device.type, enabled=False):
-            grid = F.affine_grid(places, list(pixels.shape), align_corners=False)
-            return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-
     def batch(self, index, crops=None) -> torch.Tensor:
         """The images `index` (B,), normalised: float32 (B, C, H, W), channels-last.
 
         `crops` of `draw_epoch` crops and flips them.
         """
-        if crops is not None and self.zooms:
-            zoomed = self.zoom(index, crops[index]).contiguous(memory_format=torch.channels_last)
-            return zoomed.mul_(self.factor).sub_(self.shift)
+        return self.prepare(self.pixels[index], None if crops is None else crops[index])
+
+    def batches(self, chunks: Sequence[torch.Tensor], crops=None) -> Iterator[torch.Tensor]:
+        """Yield the `batch` of each of the `chunks`, which are indices."""
+        for index in chunks:
+            yield self.batch(index, crops)
+
+    def prepare(self, pixels, crops) -> torch.Tensor:
+        """uint8 pixels (B, H, W, C), cropped and flipped if `crops` are given, normalised."""
         if crops is None:
-            x = self.pixels[index]
+            x = pixels.permute(0, 3, 1, 2).float()
+        elif self.zooms:
+            x = zoom(pixels, crops).contiguous(memory_format=torch.channels_last)
         else:
-            top, left, is_flipped = crops[index].unbind(1)
-            height, width = self.pixels.shape[1:3]
-            rows = top[:, None] + torch.arange(height, device=index.device)
-            columns = torch.arange(width, device=index.device).expand(len(index), -1)
-            columns = torch.where(is_flipped[:, None] > 0, width - 1 - columns, columns)
-            columns = left[:, None] + columns
-            x = self.padded_pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return x.permute(0, 3, 1, 2).float().mul_(self.factor).sub_(self.shift)
+            x = crop_and_flip(pixels, crops, self.crop).permute(0, 3, 1, 2).float()
+        return x.mul_(self.factor).sub_(self.shift)
+
+
+def crop_and_flip(pixels, crops, border: int) -> torch.Tensor:
+    """Crops of the images' own size, from pixels (B, H, W, C) with a black border around them.
+
+    crops (B, 3): the first row and column of each in the image with its border, and whether it is
+    flipped.
+    """
+    top, left, is_flipped = crops.unbind(1)
+    count, height, width = pixels.shape[:3]
+    rows = top[:, None] + torch.arange(height, device=pixels.device)
+    columns = torch.arange(width, device=pixels.device).expand(count, -1)
+    columns = torch.where(is_flipped[:, None] > 0, width - 1 - columns, columns)
+    columns = left[:, None] + columns
+    padded = F.pad(pixels, (0, 0, border, border, border, border))
+    images = torch.arange(count, device=pixels.device)
+    return padded[images[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def zoom(pixels, parts) -> torch.Tensor:
+    """The `parts` (B, 5) of pixels (B, H, W, C) at full size: (B, C, H, W) of [0, 255]."""
+    x, y, half_width, half_height, direction = parts.unbind(1)
+    zero = torch.zeros_like(x)
+    rows = [half_width * direction, zero, x, zero, half_height, y]
+    places = torch.stack(rows, 1).view(-1, 2, 3)
+    pixels = pixels.permute(0, 3, 1, 2).float()
+    # bfloat16 would move the places: the teacher would see other crops than the student.
+    with torch.autocast(pixels.device.type, enabled=False):
+        grid = F.affine_grid(places, list(pixels.shape), align_corners=False)
+        return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
 # ours: of a random part of a photograph, the least and the largest share of its area, and the
@@ -254,25 +268,32 @@ def load_data(
             )
         train, test = (draw_digits(count, seed_for("digits", count)) for count in (6000, 2000))
         return Images(*train, mean=mean, std=std), Images(*test, mean=mean, std=std), "digits"
-    class_names = ()
-    zooms = False
+    images_class = Images
+    statistics = {"mean": mean, "std": std}
+    augmentation = {"crop": crop, "flip": flip}
     if is_own:
-        found = open_image_folder(folder, size)
-        zooms, class_names = found.size >= SMALLEST_ZOOMED, found.class_names
+        found = open_image_folder(folder, size, is_gray=name == "mnist")
         if found.are_photographs:
-            count = sum(map(len, found.paths.values()))
             say(
-                f"{count:,} photographs ({found.most_common} pixels) are resized and cropped in "
-                f"their middle to {size} x {size}"
+                f"{found.count:,} photographs ({found.most_common} pixels) are resized and cropped "
+                f"in their middle to {size} x {size}"
             )
-        train, test = (found.read(part, is_gray=name == "mnist") for part in ("train", "test"))
+        if found.fill_memory:
+            images_class = ImagesInFiles
+            say(
+                f"{found.count:,} images of {found.size} x {found.size} pixels would take "
+                f"{found.bytes / 1e9:.1f} GB of memory: they are read from their files in every "
+                "epoch, which is slower"
+            )
+        statistics["class_names"] = found.class_names
+        if found.size >= SMALLEST_ZOOMED:
+            augmentation = {"zooms": True, "flip": flip}
+        train, test = found.read("train"), found.read("test")
     else:
         train = load_from_torchvision(name, folder, is_train=True)
         test = load_from_torchvision(name, folder, is_train=False)
-    statistics = {"mean": mean, "std": std, "class_names": class_names}
-    crop = 0 if zooms else crop
-    train_images = Images(*train, crop=crop, zooms=zooms, flip=flip, **statistics)
-    return train_images, Images(*test, **statistics), describe_data(name, folder)
+    train_images = images_class(*train, **statistics, **augmentation)
+    return train_images, images_class(*test, **statistics), describe_data(name, folder)
 
 
 def describe_data(name: str, folder: Path) -> str:
@@ -374,7 +395,9 @@ SMALLEST_ZOOMED = 64
 LARGEST_SQUARE = 256
 # ours: of a photograph's shorter side, in sizes of the net's images; the rest is cropped away.
 PHOTOGRAPH_MARGIN = 256 / 224
-MOST_BYTES_OF_IMAGES = 4 << 30
+# ours: more are read from their files in every epoch. A run holds the images that it trains with
+# twice: all of them, and again in those that train and those that validate.
+MOST_BYTES_OF_IMAGES = 2 << 30
 
 
 @dataclass
@@ -385,27 +408,35 @@ class FolderOfImages:
     labels: dict[str, list[int]]
     class_names: list[str]
     size: int  # pixels of a side, as the net will read them
+    is_gray: bool  # they are read as gray images, else as RGB
     are_photographs: bool  # of many sizes, or large: they are resized and cropped
     most_common: str  # their own size, in words
 
-    def read(self, part: str, *, is_gray: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pixels, labels) of a part. Raises UserError."""
-        paths = self.paths[part]
-        shape = (len(paths), self.size, self.size, 1 if is_gray else 3)
-        if math.prod(shape) > MOST_BYTES_OF_IMAGES:
-            raise UserError(
-                f"{len(paths):,} images of {self.size} x {self.size} pixels take "
-                f"{math.prod(shape) / 1e9:.0f} GB, and at most {MOST_BYTES_OF_IMAGES / 1e9:.0f} GB "
-                "are read; give fewer, or train with a smaller --size"
-            )
-        pixels = torch.empty(shape, dtype=torch.uint8)
-        for index, path in enumerate(paths):
-            size = self.size if self.are_photographs else None
-            pixels[index] = read_image(path, is_gray, size)
-        return pixels, torch.tensor(self.labels[part])
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.paths.values()))
+
+    @property
+    def bytes(self) -> int:
+        """What all pixels take in memory."""
+        return self.count * self.size * self.size * (1 if self.is_gray else 3)
+
+    @property
+    def fill_memory(self) -> bool:
+        return self.bytes > MOST_BYTES_OF_IMAGES
+
+    def read(self, part: str) -> tuple["torch.Tensor | ImageFiles", torch.Tensor]:
+        """(pixels, labels) of a part; the pixels are ImageFiles if they fill the memory.
+
+        Raises UserError.
+        """
+        labels = torch.tensor(self.labels[part])
+        resized_to = self.size if self.are_photographs else None
+        files = ImageFiles(self.paths[part], self.size, resized_to, self.is_gray)
+        return files if self.fill_memory else files[torch.arange(len(labels))], labels
 
 
-def open_image_folder(folder: Path, size: int) -> FolderOfImages:
+def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> FolderOfImages:
     """What is in folder/train and folder/test. Photographs will be brought to `size`.
 
     Raises UserError where an image cannot be read, or the two parts have other classes.
@@ -429,6 +460,7 @@ def open_image_folder(folder: Path, size: int) -> FolderOfImages:
         labels,
         names["train"],
         size if are_photographs else width,
+        is_gray,
         are_photographs,
         f"{width} x {height}" if len(sizes) == 1 else f"most {width} x {height}",
     )
@@ -471,52 +503,144 @@ def list_image_files(folder: Path):
     return paths, dataset.targets, dataset.classes
 
 
-def open_image(path: str):
-    """A PIL image, of 8 bits a channel, turned upright as its camera says. Raises UserError."""
-    from PIL import Image, ImageOps
+@contextmanager
+def opened_image(path: str):
+    """The PIL image of a file, not decoded yet. Raises UserError for what goes wrong with it."""
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # 32 or 16 bits a channel
-                raise ValueError(image.mode)
-            return ImageOps.exif_transpose(image)
-    except Exception as error:
+            yield image
+    except Exception as error:  # as many kinds as there are decoders
         raise UserError(f"{path} cannot be read as an image of 8 bits a channel") from error
 
 
 def measure_image(path: str) -> tuple[int, int]:
     """(width, height) of an image when it stands upright, without decoding it. Raises UserError."""
-    from PIL import Image
     from PIL.ExifTags import Base
 
-    try:
-        with Image.open(path) as image:
-            is_lying = image.getexif().get(Base.Orientation, 1) >= 5
-            return image.size[::-1] if is_lying else image.size
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as an image of 8 bits a channel") from error
+    with opened_image(path) as image:
+        is_lying = image.getexif().get(Base.Orientation, 1) >= 5
+        return image.size[::-1] if is_lying else image.size
 
 
 def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tensor:
-    """An image as uint8 (H, W, C), C = 1 or 3; with a `size` resized and cropped in its middle to
-    that square. Raises UserError where it is none of 8 bits."""
+    """An image as uint8 (H, W, C), C = 1 or 3, upright as its camera says; with a `size` resized
+    and cropped in its middle to that square. Raises UserError where it is none of 8 bits."""
+    from PIL import ImageOps
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-    try:
-        image = open_image(path).convert("L" if is_gray else "RGB")
-    except OSError as error:  # cut short
-        raise UserError(f"{path} cannot be read as an image of 8 bits a channel") from error
+    with opened_image(path) as image:
+        if image.mode[0] in "IF":  # 32 or 16 bits a channel
+            raise ValueError(image.mode)
+        image = ImageOps.exif_transpose(image).convert("L" if is_gray else "RGB")
     if size is not None:
         image = center_crop(resize(image, round(size * PHOTOGRAPH_MARGIN)), size)
     return pil_to_tensor(image).permute(1, 2, 0)
 
 
+# ---- images: more than the memory holds --------------------------------------------------------
+
+
+class ImageFiles:
+    """Images that are read from their files when they are asked for.
+
+    It is indexed as the tensor (N, H, W, C) of uint8 that all of their pixels would be.
+    """
+
+    def __init__(self, paths, size: int, resized_to: int | None, is_gray: bool, device="cpu"):
+        self.paths = list(paths)
+        self.size = size
+        self.resized_to = resized_to
+        self.is_gray = is_gray
+        self.device = torch.device(device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.paths), self.size, self.size, 1 if self.is_gray else 3
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        """The pixels of the images `index` (B,), uint8 (B, H, W, C). Raises UserError."""
+        pixels = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
+        for place, number in enumerate(index.tolist()):
+            pixels[place] = read_image(self.paths[number], self.is_gray, self.resized_to)
+        return pixels.to(self.device)
+
+    def select(self, index) -> "ImageFiles":
+        """The files `index`, a tensor of indices or a slice."""
+        chosen = torch.arange(len(self.paths))[index].tolist()
+        return self.replace([self.paths[number] for number in chosen], self.device)
+
+    def to(self, device) -> "ImageFiles":
+        return self.replace(self.paths, device)
+
+    def replace(self, paths, device) -> "ImageFiles":
+        return ImageFiles(paths, self.size, self.resized_to, self.is_gray, device)
+
+
+class ImagesInFiles(Images):
+    """Images that would fill the memory; their pixels are ImageFiles."""
+
+    def select(self, index) -> "ImagesInFiles":
+        return self.replace(self.pixels.select(index), self.labels[index])
+
+    def batches(self, chunks, crops=None) -> Iterator[torch.Tensor]:
+        """Yield the `batch` of each of the `chunks`; processes read the next ones meanwhile."""
+        loader = DataLoader(
+            ChunkReader(self.pixels.to("cpu")),
+            sampler=[index.cpu() for index in chunks],
+            batch_size=None,
+            num_workers=min(MOST_READERS, torch.get_num_threads()),
+            collate_fn=return_unchanged,
+        )
+        for index, pixels in zip(chunks, loader):
+            if isinstance(pixels, UserError):
+                raise pixels
+            pixels = torch.from_numpy(pixels).to(self.device)
+            yield self.prepare(pixels, None if crops is None else crops[index])
+
+
+MOST_READERS = 16  # ours: processes that read image files
+
+
+class ChunkReader:
+    """What a reading process does: the pixels of a chunk as a NumPy array, or the UserError.
+
+    Tensors would go through shared memory, of which a container often has 64 MB. A DataLoader would
+    raise the error anew with a traceback in its message.
+    """
+
+    def __init__(self, files: ImageFiles):
+        self.files = files
+
+    def __getitem__(self, index):
+        try:
+            return self.files[index].numpy()
+        except UserError as error:
+            return error
+
+
+def return_unchanged(value):
+    return value
+
+
+# ---- images: fingerprint -----------------------------------------------------------------------
+
+
 def fingerprint(*sets: Images) -> str:
-    """A hash of all pixels and labels, to recognise the same data."""
+    """A hash of all pixels and labels, to recognise the same data.
+
+    Of images that stay in their files it is the names and the lengths of the files that count.
+    """
     digest = hashlib.sha256()
     for images in sets:
-        for tensor in (images.pixels, images.labels):
-            digest.update(tensor.cpu().numpy())
+        if isinstance(images, ImagesInFiles):
+            for path in map(Path, images.pixels.paths):
+                name = f"{path.parent.name}/{path.name} {path.stat().st_size}"
+                digest.update(name.encode(errors="surrogateescape"))
+        else:
+            digest.update(images.pixels.cpu().numpy())
+        digest.update(images.labels.cpu().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -614,8 +738,8 @@ def order_of_split(images: Images, seed: int) -> torch.Tensor:
     return torch.randperm(len(images), generator=generator)
 
 
-def split_images(images: Images, seed: int) -> tuple[Images, Images]:
-    """(training, validation): 10 % of the training images validate, chosen by `seed`.
+def split_order(images: Images, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of what (trains, validates): 10 % of the images validate, chosen by `seed`.
 
     Raises UserError where these are fewer than 10.
     """
@@ -626,7 +750,13 @@ def split_images(images: Images, seed: int) -> tuple[Images, Images]:
             f"{len(images)} training images are too few: {VALIDATION_SHARE:.0%} of them validate, "
             f"so at least {10 / VALIDATION_SHARE:.0f} are needed"
         )
-    return images.select(order[count:]), images.select(order[:count])
+    return order[count:], order[:count]
+
+
+def split_images(images: Images, seed: int) -> tuple[Images, Images]:
+    """(training, validation) images; see `split_order`."""
+    train, validation = split_order(images, seed)
+    return images.select(train), images.select(validation)
 
 
 def make_data_split(
@@ -637,20 +767,17 @@ def make_data_split(
     They are split before some are left out, so that what validates a net in a small run validates
     it in a large one, too. Raises UserError where the images are too few.
     """
-    train, validation = split_images(images, seed)
-    if max_images is None:
-        return DataSplit(images, train, validation, test, seed)
-    if max_images < len(images):
+    train, validation = split_order(images, seed)
+    used = images
+    if max_images is not None and max_images < len(images):
         count = int(VALIDATION_SHARE * max_images)
-        validation = validation.select(slice(count))
-        train = train.select(slice(max_images - count))
-        pixels = torch.cat([train.pixels, validation.pixels])
-        images = images.replace(pixels, torch.cat([train.labels, validation.labels]))
-    if max_images < len(test):
+        train, validation = train[: max_images - count], validation[:count]
+        used = images.select(torch.cat([train, validation]))
+    if max_images is not None and max_images < len(test):
         generator = torch.Generator().manual_seed(seed_for("few"))
         order = torch.randperm(len(test), generator=generator)
         test = test.select(order[:max_images])
-    return DataSplit(images, train, validation, test, seed)
+    return DataSplit(used, images.select(train), images.select(validation), test, seed)
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -675,9 +802,10 @@ def measure_accuracy(net: Net, images: Images, *, in_float32: bool = False) -> f
     device = images.device
     autocast = torch.autocast(device.type, enabled=False) if in_float32 else autocast_for(device)
     with autocast:
+        chunks = split_into_chunks(images)
         right = sum(
-            (net(images.batch(index)).argmax(1) == images.labels[index]).sum()
-            for index in split_into_chunks(images)
+            (net(x).argmax(1) == images.labels[index]).sum()
+            for index, x in zip(chunks, images.batches(chunks))
         )
     return int(right) / len(images)
 
@@ -708,17 +836,14 @@ class Teacher:
     @torch.no_grad()
     def compute(self, epoch: int, count: int) -> torch.Tensor:
         order, crops = self.images.draw_epoch(self.seed, epoch)
-        chunk = len(split_into_chunks(self.images)[0])
+        shown = order[:count].sort().values
+        chunks = shown.split(len(split_into_chunks(self.images)[0]))
         self.net.eval()
         with autocast_for(self.images.device):
-            parts = [
-                (index, self.net(self.images.batch(index, crops)).float().softmax(1))
-                for index in order[:count].sort().values.split(chunk)
-            ]
-        classes = parts[0][1].shape[1]
+            parts = [self.net(x).float().softmax(1) for x in self.images.batches(chunks, crops)]
+        classes = parts[0].shape[1]
         probabilities = torch.zeros(len(self.images), classes, device=order.device)
-        for index, part in parts:
-            probabilities[index] = part
+        probabilities[shown] = torch.cat(parts)
         return probabilities
 
 
@@ -1026,8 +1151,8 @@ def draw_batches(images: Images, teacher_probs, order, crops, batch_size: int) -
     if images.device.type == "cuda":
         # A dozen small kernels less for each step.
         batches_at_once = max(1, 16 * 32 * 32 // images.size**2)
-    for index in order.split(batch_size * batches_at_once):
-        x = images.batch(index, crops)
+    chunks = order.split(batch_size * batches_at_once)
+    for index, x in zip(chunks, images.batches(chunks, crops)):
         labels = images.labels[index]
         probs = None if teacher_probs is None else teacher_probs[index]
         for start in range(0, len(index), batch_size):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from PIL import Image
 from test_models import NETS, find_right_reading
 from torch.nn import functional as F
 
@@ -129,6 +130,55 @@ def test_zooms_show_parts_of_images_at_full_size():
     assert 150 < (direction < 0).sum() < 250
     unchanged = images.batch(torch.arange(5))
     assert torch.allclose(unchanged, pixels[:5].permute(0, 3, 1, 2) / 255, atol=1e-6)
+
+
+def save_noise(folder, count=10, size=20):
+    """Pictures of noise as PNG, and their pixels (N, H, W, C)."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for path, picture in zip(paths, pixels):
+        Image.fromarray(picture.numpy()).save(path)
+    return paths, pixels
+
+
+@pytest.mark.parametrize("zooms", [False, True])
+def test_images_in_files_are_what_they_are_in_memory(tmp_path, zooms):
+    paths, pixels = save_noise(tmp_path)
+    options = {"mean": (0.4,) * 3, "std": (0.2,) * 3, "crop": 2, "zooms": zooms, "flip": True}
+    in_memory = Images(pixels, torch.arange(10), **options)
+    files = controller.ImageFiles(paths, 20, None, is_gray=False)
+    in_files = controller.ImagesInFiles(files, torch.arange(10), **options)
+    chunks = torch.tensor([3, 1, 9, 0, 4]).split(2)
+
+    for one, other in ((in_memory, in_files), (in_memory.select([7, 2, 9, 9, 1]), None)):
+        other = other or in_files.select([7, 2, 9, 9, 1])
+        crops = one.draw_epoch(0, 1)[1]
+        assert len(one) == len(other)
+        assert torch.equal(other.draw_epoch(0, 1)[1], crops)
+        index = chunks[0] % len(one)
+        assert torch.equal(one.batch(index, crops), other.batch(index, crops))
+
+    crops = in_memory.draw_epoch(0, 1)[1]
+    expected = list(in_memory.batches(chunks, crops))
+    batches = list(in_files.batches(chunks, crops))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert all(map(torch.equal, batches, expected))
+    assert torch.equal(in_files.batch(torch.arange(3)), in_memory.batch(torch.arange(3)))
+
+
+def test_a_damaged_image_that_is_met_in_training_is_named(tmp_path):
+    paths, _ = save_noise(tmp_path)
+    files = controller.ImageFiles(paths, 20, None, is_gray=False)
+    images = controller.ImagesInFiles(files, torch.zeros(10), mean=(0.5,) * 3, std=(0.2,) * 3)
+    mark = controller.fingerprint(images)
+    paths[6].write_bytes(paths[6].read_bytes()[:500])
+
+    with pytest.raises(UserError) as raised:
+        list(images.batches(torch.arange(10).split(2)))
+
+    assert str(raised.value) == f"{paths[6]} cannot be read as an image of 8 bits a channel"
+    assert controller.fingerprint(images) != mark
 
 
 def pixel_rows(images):

@@ -1271,12 +1271,35 @@ def test_a_folder_above_ones_own_images_is_named_where_the_download_fails(
     assert is_one_line(err)
 
 
-def test_too_many_large_images_are_refused_before_they_are_read(tmp_path, monkeypatch):
-    save_pictures(tmp_path, classes=2, count=3)
-    monkeypatch.setattr(controller, "MOST_BYTES_OF_IMAGES", 1000)
+def train_and_prune(capsys, tmp_path, name):
+    """The lines on the screen and the numbers of a run on the photographs in tmp_path/p."""
+    folders = ["--out", tmp_path / name, "--schedule", "smoke"]
+    output = tmp_path / f"{name}.pt"
+    train = ["train", "--arch", "resnet8", "--size", "64", "--data-dir", tmp_path / "p"]
+    assert call(capsys, *train, *folders, "--output", output)[0] == 0
+    status, _, err = call(capsys, "prune", output, "--target", "0.3", "--force", *folders)
+    assert status == 0, err
+    numbers = []
+    for path in sorted((tmp_path / name).rglob("results.json")):
+        results = json.loads(path.read_text())
+        numbers.append(results["curves"])
+        numbers += [(row["test_accuracy"], row["validation_accuracy"]) for row in results["rows"]]
+    return err, numbers
 
-    with pytest.raises(UserError, match=r"6 images of 28 x 28 pixels .* smaller --size"):
-        controller.load_data("mnist", tmp_path)
+
+def test_images_that_fill_the_memory_are_read_from_their_files_to_the_same_numbers(
+    capsys, tmp_path, monkeypatch
+):
+    save_photographs(tmp_path / "p")
+    err, numbers = train_and_prune(capsys, tmp_path, "memory")
+    assert "read from their files" not in err
+
+    monkeypatch.setattr(controller, "MOST_BYTES_OF_IMAGES", 1000)
+    err, numbers_from_files = train_and_prune(capsys, tmp_path, "files")
+
+    assert "would take 0.0 GB of memory: they are read from their files in every epoch" in err
+    assert len(numbers) > 2
+    assert numbers == numbers_from_files
 
 
 def test_any_net_is_trained_on_images_of_ones_own(capsys, tmp_path):

@@ -2425,7 +2425,7 @@ class Trainer:
 
         With `validation` the accuracy on these images is measured after each epoch. With
         `keeps_best` the weights are those of the best epoch by that accuracy, else of the last one.
-        Trainings are told apart by `title`.
+        Trainings are told apart by `title`. Raises UserError if the loss is no longer a number.
         """
         net = net.to(self.device).to(memory_format=torch.channels_last)
         optimizer = make_optimizer(net, plan.lr)
@@ -2445,6 +2445,12 @@ class Trainer:
             wrap_steps=self.reporter.wrap_steps,
         )
         for epoch, loss in epochs:
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"{title}: the training diverged in epoch {epoch + 1}, its loss is no longer a "
+                    "number: the learning rate is too high for this net; --schedule published "
+                    "prunes with a lower one, another --seed may do, too"
+                )
             accuracy = None if validation is None else measure_accuracy(net, validation)
             state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
             state.seconds = time.time() - start

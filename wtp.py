@@ -808,6 +808,16 @@ DataDir = Annotated[
         show_default=False,
     ),
 ]
+PhotographSize = Annotated[
+    int | None,
+    typer.Option(
+        "--size",
+        min=1,
+        help="pixels of a side that photographs are brought to, where a state dict of others does "
+        "not say it; default: 32, or 224 for a ResNet as torchvision's",
+        show_default=False,
+    ),
+]
 Out = Annotated[Path, typer.Option(help="where run folders are made")]
 Device = Annotated[str, typer.Option(help="cpu, cuda (or gpu), or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
@@ -878,6 +888,7 @@ class GivenNet:
     net: object
     facts: dict
     readings: list
+    photograph_size: int | None = None  # to which the user wants photographs to be brought
     # On validation images, where they had to tell how the net is to be read.
     accuracy: float | None = None
 
@@ -905,14 +916,20 @@ class GivenNet:
         return f"{self.path.name}, sha256 {digest[:16]}"
 
 
-def load_given(path: Path) -> GivenNet:
+def load_given(path: Path, photograph_size: int | None = None) -> GivenNet:
     """A user's checkpoint. Raises UserError."""
     import sep
+    from models import UserError
 
     net, checkpoint = sep.load_checkpoint(path)
+    readings = checkpoint.get("readings", [])
+    if photograph_size not in (None, net.size) and not readings:
+        raise UserError(
+            f"{path} says its size, {net.size} x {net.size} pixels; leave out --size", 2
+        )
     for note in checkpoint.get("notes", []):
         print_note(note)
-    return GivenNet(path, net, checkpoint["facts"], checkpoint.get("readings", []))
+    return GivenNet(path, net, checkpoint["facts"], readings, photograph_size)
 
 
 def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> Path:
@@ -1003,25 +1020,27 @@ def select_device(name: str):
     return device
 
 
+def load_data_for(experiment: Experiment, data_dir: Path, size: int, say):
+    """(training images, test images, what they are) as an experiment augments them; photographs are
+    brought to `size`. Raises UserError."""
+    from controller import load_data
+
+    augmentation = {"crop": experiment.crop, "flip": experiment.flip}
+    return load_data(experiment.data, data_dir, **augmentation, size=size, say=say)
+
+
 def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, device, seed, say):
     """(training images, test images, what they are) for a user's net, on the device.
 
     They are normalised as the net is used to. A net from a state dict takes the images' size.
     Raises UserError where it cannot read the images or has other classes.
     """
-    from controller import load_data
     from models import UserError
 
     net, facts = given.net, given.facts
+    size = given.photograph_size or net.size
     try:
-        train, test, description = load_data(
-            experiment.data,
-            data_dir,
-            crop=experiment.crop,
-            flip=experiment.flip,
-            size=net.size,
-            say=say,
-        )
+        train, test, description = load_data_for(experiment, data_dir, size, say)
     except UserError as error:
         guess = ""
         if facts.get("data") is None:
@@ -1114,6 +1133,23 @@ def warn_of_guessing(run, reporter, *, is_given: bool = False) -> None:
         )
 
 
+def warn_of_lost_nets(run) -> None:
+    """Say which pruned nets guess, although their baseline does not."""
+    from controller import is_near_guessing
+
+    classes = run.trainer.baseline.classes
+    rows = rows_in_order(run.results)
+    lost = [row for row in rows if is_near_guessing(row["test_accuracy"], classes)]
+    if run.results["schedule"] == "smoke" or run.row("baseline") in lost:
+        return
+    for row in lost:
+        print_line(
+            f"{row['method']} gets {row['test_accuracy']:.2%} of the test images right, hardly "
+            f"more than guessing among {classes} classes: too much was removed, or its training "
+            "was too short; a smaller --target helps, or a longer --schedule"
+        )
+
+
 def check_target(net, methods, target: float | None, round_to: int | None) -> None:
     """Refuse a target that `net` cannot reach, before anything is trained."""
     from controller import KIND_OF, check_reachable, make_reduction_of
@@ -1139,17 +1175,8 @@ def load_images_of_run(experiment: Experiment, options: RunOptions, device, say,
     """
     import torch
 
-    from controller import load_data
-
     if given is None:
-        train, test, description = load_data(
-            experiment.data,
-            options.data_dir,
-            crop=experiment.crop,
-            flip=experiment.flip,
-            size=experiment.size,
-            say=say,
-        )
+        train, test, description = load_data_for(experiment, options.data_dir, experiment.size, say)
         with torch.device("meta"):
             build_net(experiment, size=train.size)  # refuses images that are too small
         return train, test, description
@@ -1250,6 +1277,7 @@ def build_untrained(experiment: Experiment, run):
 def finish_run(run) -> None:
     """Show what came of a run."""
     show_results(run.results)
+    warn_of_lost_nets(run)
     print_line(
         f"{run.folder.path / 'results.json'}; {format_duration(run.results['seconds'])} in all; "
         f"python wtp.py report {shlex.quote(str(run.folder.path))} draws it"
@@ -1630,6 +1658,7 @@ def prune(
         Path | None, typer.Option(help="default: CKPT with -pruned in its name")
     ] = None,
     data_dir: DataDir = None,
+    size: PhotographSize = None,
     out: Out = Path("runs"),
     device: Device = "auto",
     seed: Seed = 0,
@@ -1640,7 +1669,7 @@ def prune(
 ):
     """A smaller net from your own checkpoint."""
     row = row_to_prune(method, is_static=static, target=target)
-    given = load_given(ckpt)
+    given = load_given(ckpt, size)
     data_dir = find_data_dir(data_dir, given.facts)
     if schedule is None:
         schedule = ScheduleName.published if target is None else ScheduleName.fast
@@ -1745,12 +1774,14 @@ def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> P
 
 
 @app.command()
-def evaluate(ckpt: Path, data_dir: DataDir = None, device: Device = "auto"):
+def evaluate(
+    ckpt: Path, data_dir: DataDir = None, size: PhotographSize = None, device: Device = "auto"
+):
     """Accuracy, MACs, parameters, size, latency of a checkpoint."""
     import sep
     from controller import is_near_guessing, measure_accuracy
 
-    given = load_given(ckpt)
+    given = load_given(ckpt, size)
     data_dir = find_data_dir(data_dir, given.facts)
     experiment = find_experiment_for(given, data_dir)
     device = select_device(device)
@@ -1997,6 +2028,8 @@ def export(
     import models
 
     given = load_given(ckpt)
+    if given.readings:
+        given.photograph_size = size
     data_dir = find_data_dir(data_dir, given.facts)
     check_export(given, file, is_static=static, may_replace=force)
     net, mean, std = prepare_export(given, data_dir, device, size, is_static=static)

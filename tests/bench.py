@@ -20,6 +20,7 @@
 
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time
     bench.py . families [NAME]                     the nets of zoo.py by the commands, end to end
+    bench.py DATA_DIR photographs FOLDER           a ResNet-18 on pictures in a folder, end to end
 
 DATA_DIR holds torchvision's MNIST and CIFAR-10, BASELINE is a checkpoint of `train` or `reproduce`,
 RUN a run folder. This file has the measurements in that order.
@@ -1012,8 +1013,6 @@ def count_bytes(net):
     return file.tell()
 
 
-# ---- the command -------------------------------------------------------------------------------
-
 # ---- families ----------------------------------------------------------------------------------
 
 
@@ -1085,12 +1084,13 @@ def save_pictures(folder, pixels, labels):
 
 
 def run_command(folder, *arguments):
-    """A command of the tool, in another process. What it says is shown where it fails."""
+    """What a command of the tool says, in another process. Ends with its message if it fails."""
     program = Path(__file__).parents[1] / "wtp.py"
     command = [sys.executable, program, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, arguments))}: {done.stderr}")
+    return done.stdout
 
 
 def run_onnx(file, x):
@@ -1100,8 +1100,61 @@ def run_onnx(file, x):
     return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
+# ---- photographs -------------------------------------------------------------------------------
+
+
+def photographs(folder, name):
+    """torchvision's ResNet-18 at 96 x 96 from pictures in a folder to a small exported net.
+
+    The pictures are those of CIFAR-10, enlarged: 400 of each class to train with, 200 to test. The
+    same command goes on where it was stopped.
+    """
+    work_folder = Path(name).resolve()
+    if not (work_folder / "pictures").exists():
+        save_enlarged(folder, work_folder / "unfinished")
+        (work_folder / "unfinished").rename(work_folder / "pictures")
+    net = ["--arch", "resnet18", "--size", "96", "--schedule", "fast"]
+    for command in (
+        ["train", *net, "--data-dir", "pictures", "--output", "net.pt"],
+        ["prune", "net.pt", "--target", "0.5"],
+        ["evaluate", "net-pruned.pt"],
+        ["export", "net.pt", "net.onnx", "--force"],
+        ["export", "net-pruned.pt", "net-pruned.onnx", "--force"],
+    ):
+        say(f"$ python wtp.py {' '.join(command)}")
+        start = time.perf_counter()
+        say(run_command(work_folder, *command))
+        say(f"{time.perf_counter() - start:.0f} s")
+    nets = [sep.load(work_folder / file)[0] for file in ("net.pt", "net-pruned.pt")]
+    exported = [ExportedNet(net, "onnx") for net in nets]
+    seconds = measure_one_by_one(exported, make_random_images(nets[0]), 1)
+    sizes = [(work_folder / file).stat().st_size / 1e6 for file in ("net.onnx", "net-pruned.onnx")]
+    say(f".onnx: {ratio(*seconds)} an image, {sizes[0]:.1f} -> {sizes[1]:.1f} MB")
+
+
+def save_enlarged(data_folder, folder):
+    """Pictures of CIFAR-10 as JPEG, their sides 96 to 160 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 400), ("test", 200)):
+        dataset = datasets.CIFAR10(data_folder, train=part == "train")
+        counts = Counter()
+        for number, (picture, label) in enumerate(dataset):
+            if counts[label] == count:
+                continue
+            counts[label] += 1
+            class_folder = folder / part / dataset.classes[label]
+            class_folder.mkdir(parents=True, exist_ok=True)
+            sides = torch.randint(96, 161, (2,), generator=generator).tolist()
+            picture.resize(sides).save(class_folder / f"{number}.jpg", quality=90)
+
+
+# ---- the command -------------------------------------------------------------------------------
+
 USUAL = (exactness, speed, size, search)
-OTHERS = (narrow, structures, recipes, choices, signals, budgets, seeds, rivals, small, families)
+OTHERS = (
+    *(narrow, structures, recipes, choices, signals, budgets, seeds, rivals),
+    *(small, families, photographs),
+)
 
 
 def main(folder="data", name="", *arguments):

@@ -1134,6 +1134,15 @@ def test_the_search_keeps_the_published_rules(undisturbed):
             assert tuple(child["structure"]) == structure
 
 
+def test_a_training_that_diverges_says_so_and_stops(tmp_path):
+    settings = replace(TINY, baseline=TrainingPlan(3, 1e9))
+
+    with pytest.raises(UserError, match="baseline: the training diverged in epoch 1, its loss"):
+        make_run(tmp_path, settings=settings).make_baseline(make_lenet())
+
+    assert not (tmp_path / "baseline.pt").exists()
+
+
 def test_the_test_images_are_read_once_per_row(tmp_path, monkeypatch):
     measure = measure_accuracy
     sizes = []

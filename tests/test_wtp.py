@@ -15,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -424,6 +425,44 @@ def test_a_net_that_only_guesses_is_pruned_by_force_alone(capsys, tmp_path):
     status, _, err = call(capsys, *command, "--force")
     assert status == 0, err
     assert (tmp_path / "net-pruned.pt").exists()
+
+
+@pytest.mark.parametrize(("schedule", "is_said"), [("fast", True), ("smoke", False)])
+def test_a_pruned_net_that_only_guesses_is_named(capsys, schedule, is_said):
+    rows = [
+        {"method": "baseline", "test_accuracy": 0.9},
+        {"method": "uniform", "test_accuracy": 0.12},
+        {"method": "lstm", "test_accuracy": 0.8},
+    ]
+    run = SimpleNamespace(
+        results={"schedule": schedule, "rows": rows},
+        row=lambda method: rows[0],
+        trainer=SimpleNamespace(baseline=SimpleNamespace(classes=10)),
+    )
+
+    wtp.warn_of_lost_nets(run)
+
+    out = capsys.readouterr().out
+    assert ("uniform gets 12.00% of the test images right, hardly more than" in out) == is_said
+    assert "lstm" not in out
+
+
+def test_a_strangers_photographs_are_brought_to_the_size_that_the_user_says(capsys, tmp_path):
+    save_photographs(tmp_path / "p")
+    torch.manual_seed(0)
+    net = models.build("resnet8", classes=2, size=48)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    command = ["evaluate", tmp_path / "net.pth", "--data-dir", tmp_path / "p", "--size"]
+
+    status, _, err = call(capsys, *command, 48)
+    assert status == 0, err
+    assert "in their middle to 48 x 48" in err
+
+    models.save_checkpoint(tmp_path / "net.pth", net, {})
+    assert call(capsys, *command, 48)[0] == 0
+    status, _, err = call(capsys, *command, 40)
+    assert status == 2
+    assert "says its size, 48 x 48 pixels; leave out --size" in err
 
 
 def test_a_strangers_net_that_only_guesses_is_exported_by_force_alone(capsys, tmp_path):

@@ -1555,7 +1555,7 @@ def layer_features(net: Net, structure) -> torch.Tensor:
     an LSTM). The size of a pooling is its window of 2 pixels, over the same.
     """
     widest = max(net.widths)
-    width_of = {p.layer: width for p, width in zip(net.prunable, structure)}
+    width_of = {p.layer_name: width for p, width in zip(net.prunable, structure)}
 
     def type_code(name):
         is_linear = isinstance(net.get_submodule(name), nn.Linear)
@@ -1563,14 +1563,14 @@ def layer_features(net: Net, structure) -> torch.Tensor:
 
     rows = []
     for prunable, width in zip(net.prunable, structure):
-        following = prunable.next_layer
+        following = prunable.next_layer_name
         if prunable.pooling:
             next_type, next_size = POOLING_CODE, 2
         else:
             next_type = type_code(following)
             outputs = net.get_submodule(following).weight.shape[0]
             next_size = width_of.get(following, outputs)
-        rows.append((type_code(prunable.layer), width / widest, next_type, next_size / widest))
+        rows.append((type_code(prunable.layer_name), width / widest, next_type, next_size / widest))
     return torch.tensor(rows, dtype=torch.float)
 
 
@@ -3091,5 +3091,5 @@ class Run:
         }
         self.results["rows"].append(numbers)
         self.results["curves"][row] = facts["curve"]
-        self.results["layers"] = [prunable.layer for prunable in net.prunable]
+        self.results["layers"] = [prunable.layer_name for prunable in net.prunable]
         self.folder.save_results()

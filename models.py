@@ -185,7 +185,7 @@ class ChainArchitecture:
     has_flat_names: bool = False  # conv1, fc1, ... as LeNets have; else features.N, classifier.N
 
     @property
-    def prunable_layers(self) -> int:
+    def prunable_count(self) -> int:
         return len(self.convolutions) + len(self.hidden_norms)
 
     @property
@@ -269,7 +269,7 @@ class ResNetArchitecture:
     has_zeros_behind: bool = False  # zeros behind the channels; else half of them before
 
     @property
-    def prunable_layers(self) -> int:
+    def prunable_count(self) -> int:
         return sum(len(stage) for stage in self.stages) * (len(self.kernels) - 1)
 
     def in_words(self) -> str:
@@ -308,9 +308,9 @@ class ResNetArchitecture:
 class PrunableLayer:
     """A group of channels that can be pruned, by the names of the modules around it."""
 
-    layer: str  # the convolution or linear layer that computes the channels
-    norm: str | None  # their batch normalisation
-    next_layer: str  # the layer that reads them
+    layer_name: str  # the convolution or linear layer that computes the channels
+    norm_name: str | None  # their batch normalisation
+    next_layer_name: str  # the layer that reads them
     pooling: str = ""  # "max" or "average", over 2 x 2 places, stands in between
     activation: str = "relu"
 
@@ -377,8 +377,8 @@ class Net(nn.Module):
             return self.layer_runners[index](x, input_channels)
         prunable = self.prunable[index]
         # attrgetter takes an eighth of get_submodule's time.
-        layer = attrgetter(prunable.layer)(self)
-        norm = attrgetter(prunable.norm)(self) if prunable.norm else None
+        layer = attrgetter(prunable.layer_name)(self)
+        norm = attrgetter(prunable.norm_name)(self) if prunable.norm_name else None
         gate = self.gates[index] if self.gates is not None else None
         if gate is not None:
             return gate(x, input_channels, layer, norm, prunable)
@@ -523,7 +523,7 @@ class ChainNet(Net):
             x, channels = self.run_prunable(index, x, channels)
         if convolutions == len(self.prunable):
             x = self.fit_to_head(x)
-        last_layer = attrgetter(self.prunable[-1].next_layer)(self)
+        last_layer = attrgetter(self.prunable[-1].next_layer_name)(self)
         return run_layer(last_layer, x, channels)
 
     def fit_to_head(self, x: torch.Tensor) -> torch.Tensor:
@@ -538,7 +538,11 @@ class ChainNet(Net):
         return x
 
     def layers_and_norms(self) -> list[tuple[str, str]]:
-        return [(prunable.layer, prunable.norm) for prunable in self.prunable if prunable.norm]
+        return [
+            (prunable.layer_name, prunable.norm_name)
+            for prunable in self.prunable
+            if prunable.norm_name
+        ]
 
 
 class ResidualBlock(nn.Module):
@@ -676,7 +680,7 @@ class ResNet(Net):
 
     def layers_and_norms(self) -> list[tuple[str, str]]:
         if self.architecture.is_preactivated:
-            return [(prunable.layer, prunable.norm) for prunable in self.prunable]
+            return [(prunable.layer_name, prunable.norm_name) for prunable in self.prunable]
         modules = dict(self.named_modules())
         names = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
         return [(name, norm_name_of(name)) for name in names if norm_name_of(name) in modules]
@@ -861,7 +865,7 @@ def build(arch: str, widths=None, *, classes=10, channels=3, size=32, head_size=
 
 def build_net(architecture, widths) -> Net:
     """A new net of that architecture and those widths. Raises UserError where they do not fit."""
-    count = architecture.prunable_layers
+    count = architecture.prunable_count
     if len(widths) != count or min(widths) < 1:
         raise UserError(
             f"{architecture.name} has {count} prunable layers, each at least 1 wide, "
@@ -888,11 +892,11 @@ def channel_importance(net: Net, used_filters=None) -> list[torch.Tensor]:
     """
     filters_of = {}
     if used_filters is not None:
-        filters_of = {p.layer: index for p, index in zip(net.prunable, used_filters)}
+        filters_of = {p.layer_name: index for p, index in zip(net.prunable, used_filters)}
     importance = []
     for prunable, width in zip(net.prunable, net.widths):
-        weight = net.get_submodule(prunable.next_layer).weight.detach()
-        weight = weight[filters_of.get(prunable.next_layer, slice(None))]
+        weight = net.get_submodule(prunable.next_layer_name).weight.detach()
+        weight = weight[filters_of.get(prunable.next_layer_name, slice(None))]
         importance.append(group_by_input_channel(weight, width).square().sum((0, 2)))
     return importance
 
@@ -914,7 +918,7 @@ def compensate(net: Net, kept_channels, previous_channels=None) -> None:
     all of them.
     """
     for i, (prunable, width, kept) in enumerate(zip(net.prunable, net.widths, kept_channels)):
-        weight = net.get_submodule(prunable.next_layer).weight
+        weight = net.get_submodule(prunable.next_layer_name).weight
         energy = group_by_input_channel(weight, width).square().sum(2)  # (out, C)
         is_lost = torch.zeros(width, dtype=torch.bool, device=weight.device)
         is_lost[slice(None) if previous_channels is None else previous_channels[i]] = True
@@ -937,12 +941,12 @@ def remove_channels(net: Net, kept_channels) -> Net:
     small = build_like(net, [len(kept) for kept in kept_channels])
     state = net.state_dict()
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
-        for name in (prunable.layer, prunable.norm):
+        for name in (prunable.layer_name, prunable.norm_name):
             keys = [key for key in state if name and key.rpartition(".")[0] == name]
             for key in keys:
                 if state[key].dim():
                     state[key] = state[key][kept]
-        key = prunable.next_layer + ".weight"
+        key = prunable.next_layer_name + ".weight"
         weight = state[key]
         fewer = group_by_input_channel(weight, width)[:, kept]
         state[key] = fewer.reshape(weight.shape[0], -1, *weight.shape[2:])
@@ -996,9 +1000,10 @@ def count_macs(net: Net, structure=None) -> int:
     Gates come on top: see sep.count_macs.
     """
     structure = net.structure if structure is None else structure
-    outputs_of = {p.layer: count for p, count in zip(net.prunable, structure)}
+    outputs_of = {p.layer_name: count for p, count in zip(net.prunable, structure)}
     inputs_of = {
-        p.next_layer: (count, width) for p, count, width in zip(net.prunable, structure, net.widths)
+        p.next_layer_name: (count, width)
+        for p, count, width in zip(net.prunable, structure, net.widths)
     }
     total = 0
     kernels = macs_per_kernel(net.architecture, len(net.widths))
@@ -1790,11 +1795,11 @@ def flatten_head(modules: list[FoundModule]) -> None:
 def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> dict:
     """The tensors of a chain under our names."""
     # A net of those names; its widths do not matter here.
-    prunable_layers = build_net(architecture, [1] * architecture.prunable_layers).prunable
+    prunable_layers = build_net(architecture, [1] * architecture.prunable_count).prunable
     state = {}
     for prunable, module in zip(prunable_layers, layers):
-        put_layer(state, prunable.layer, module, prunable.norm, norm_of.get(module.name))
-    put_layer(state, prunable_layers[-1].next_layer, layers[-1], None, None)
+        put_layer(state, prunable.layer_name, module, prunable.norm_name, norm_of.get(module.name))
+    put_layer(state, prunable_layers[-1].next_layer_name, layers[-1], None, None)
     return state
 
 
@@ -2541,7 +2546,7 @@ def fold_batch_norms(net: Net) -> Net:
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         net.set_submodule(layer_name, fuse(layer, norm))
         net.set_submodule(norm_name, nn.Identity())
-    net.prunable = [replace(prunable, norm=None) for prunable in net.prunable]
+    net.prunable = [replace(prunable, norm_name=None) for prunable in net.prunable]
     return net
 
 

@@ -220,9 +220,9 @@ def gates_of(net: Net) -> list[SEGate | None]:
 
 def input_channels_of(net: Net, index: int) -> int:
     """The number of channels (of a linear layer: not of inputs) that a prunable layer reads."""
-    name = net.prunable[index].layer
+    name = net.prunable[index].layer_name
     for prunable, width in zip(net.prunable, net.widths):
-        if prunable.next_layer == name:
+        if prunable.next_layer_name == name:
             return width
     return net.get_submodule(name).weight.shape[1]
 
@@ -242,7 +242,7 @@ def attach_gates(net: Net, ks) -> None:
         if k is None or net.gates[i] is not None:
             continue
         if type(k) is not int or not 1 <= k <= width:
-            raise UserError(f"a gate of {prunable.layer} keeps {k} of {width} channels")
+            raise UserError(f"a gate of {prunable.layer_name} keeps {k} of {width} channels")
         net.gates[i] = SEGate(input_channels_of(net, i), width, k).to(device)
 
 
@@ -318,7 +318,7 @@ def to_static(net: Net, batches) -> Net:
         # A tie goes to the channel that the gate prefers.
         scores = selections + torch.sigmoid(gate.excite.bias)
         kept_channels.append(scores.topk(structure[i]).indices.sort().values.cpu())
-        weight = net.get_submodule(prunable.next_layer).weight
+        weight = net.get_submodule(prunable.next_layer_name).weight
         mean_scales = scale_sums / selections.clamp_min(1)
         factors = mean_scales.repeat_interleave(weight.shape[1] // width)
         weight.mul_(factors.reshape(-1, *[1] * (weight.dim() - 2)))
@@ -545,7 +545,7 @@ def make_single_image_net(net: Net) -> Net:
         delattr(parent, own_name)
         setattr(parent, own_name, return_unchanged if is_identity else GatheringLayer(module))
     net.layer_runners = [
-        make_runner(attrgetter(prunable.layer)(net), prunable, gate)
+        make_runner(attrgetter(prunable.layer_name)(net), prunable, gate)
         for prunable, gate in zip(net.prunable, gates)
     ]
     return net
@@ -578,13 +578,13 @@ class TunedNet:
 
     def set_skipping(self, skipping_gates) -> None:
         """Let each gate skip or mask."""
-        gated_layers = {prunable.layer for _, prunable in self.gated_runners}
+        gated_layers = {prunable.layer_name for _, prunable in self.gated_runners}
         for (runner, prunable), is_skipping in zip(self.gated_runners, skipping_gates, strict=True):
             runner.set_skipping(is_skipping)
-            readers = {prunable.layer, prunable.next_layer}
+            readers = {prunable.layer_name, prunable.next_layer_name}
             for name in readers:
                 # A layer with a gate of its own is reset with that gate.
-                if name == prunable.layer or name not in gated_layers:
+                if name == prunable.layer_name or name not in gated_layers:
                     attrgetter(name)(self.single_net).reset(is_skipping)
 
     def eval(self):

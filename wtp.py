@@ -1955,7 +1955,7 @@ def describe_usage(net, usage, images: int) -> str:
         never = int((selections == 0).sum())
         always = int((selections == images).sum())
         sometimes = len(selections) - never - always
-        layers.append(f"{prunable.layer} {never}/{sometimes}/{always}")
+        layers.append(f"{prunable.layer_name} {never}/{sometimes}/{always}")
     return f"kernels used for no image / some / all: {', '.join(layers)}"
 
 

@@ -99,7 +99,7 @@ def mask_channels(net, kept_channels):
     models.compensate(net, kept_channels)
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
         is_lost = torch.ones(width, dtype=torch.bool).index_fill(0, kept, False)
-        weight = net.get_submodule(prunable.next_layer).weight.data
+        weight = net.get_submodule(prunable.next_layer_name).weight.data
         models.group_by_input_channel(weight, width)[:, is_lost] = 0
 
 
@@ -813,7 +813,7 @@ RIVALS = (
 def make_pruner(rival, net):
     import torch_pruning
 
-    prunable = {net.get_submodule(prunable.layer) for prunable in net.prunable}
+    prunable = {net.get_submodule(prunable.layer_name) for prunable in net.prunable}
     layers = (module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear))
     images = torch.zeros(1, net.channels, net.size, net.size, device=DEVICE)
     pruner_class, options = torch_pruning.BasePruner, {}

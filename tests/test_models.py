@@ -183,7 +183,7 @@ def mask_inputs(net, kept_channels):
 
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
         mask = torch.zeros(width).index_fill(0, kept, 1.0)
-        net.get_submodule(prunable.next_layer).register_forward_pre_hook(make_hook(mask))
+        net.get_submodule(prunable.next_layer_name).register_forward_pre_hook(make_hook(mask))
 
 
 def test_a_net_that_keeps_everything_is_the_same_net():
@@ -366,9 +366,9 @@ def test_a_convolution_bias_in_front_of_batch_norm_is_folded(tmp_path):
     state = net.state_dict()
     for prunable in net.prunable:
         # A bias, and a running mean that takes it away again.
-        bias = torch.randn(net.get_submodule(prunable.layer).out_channels)
-        state[f"{prunable.layer}.bias"] = bias
-        key = f"{prunable.norm}.running_mean"
+        bias = torch.randn(net.get_submodule(prunable.layer_name).out_channels)
+        state[f"{prunable.layer_name}.bias"] = bias
+        key = f"{prunable.norm_name}.running_mean"
         state[key] = state[key] + bias
     torch.save(state, tmp_path / "a.pth")
 
@@ -407,7 +407,7 @@ def test_torchvisions_vgg_is_pruned_and_saved_with_its_head(tmp_path, has_bias, 
     loaded_net = sep.load(tmp_path / "b.pt")[0].eval()
 
     assert torch.allclose(small(x), soft(x), atol=1e-5)
-    assert small.prunable[-1].next_layer == "classifier.6"
+    assert small.prunable[-1].next_layer_name == "classifier.6"
     assert torch.equal(loaded_net(x), small(x))
     assert count_flops(small, x[:1]) == 2 * count_macs(small)
 

@@ -151,7 +151,7 @@ def test_an_excluded_kernel_gets_no_gradient_from_the_image_that_excludes_it(arc
 
     gated = [prunable for prunable, gate in zip(net.prunable, net.gates) if gate is not None]
     for prunable, scale in zip(gated, scales):
-        gradient = net.get_submodule(prunable.layer).weight.grad.flatten(1).abs().sum(1)
+        gradient = net.get_submodule(prunable.layer_name).weight.grad.flatten(1).abs().sum(1)
         assert (scale[0] == 0).any()
         assert (gradient[scale[0] == 0] == 0).all()
         assert (gradient[scale[0] != 0] != 0).any()
@@ -215,7 +215,7 @@ def test_where_all_images_choose_alike_batch_norm_is_the_ordinary_one():
 def test_macs_are_what_runs_with_the_gates(monkeypatch):
     net, x = make_lively_net("vgg16")
     for prunable in net.prunable:  # no channel is dead
-        norm = net.get_submodule(prunable.norm)
+        norm = net.get_submodule(prunable.norm_name)
         torch.nn.init.constant_(norm.weight, 0.01)
         torch.nn.init.constant_(norm.bias, 1)
     structure = tuple(width // 2 for width in net.widths)

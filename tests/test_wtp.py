@@ -528,7 +528,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
         assert value in out
     usage = re.search("kernels used for no image / some / all: (.*)", out)
     pruned_layers = [
-        prunable.layer
+        prunable.layer_name
         for prunable, width, whole in zip(net.prunable, small.structure, net.widths)
         if width < whole
     ]

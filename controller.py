@@ -29,7 +29,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
 
@@ -106,7 +106,10 @@ class Images:
 
     def replace(self, pixels, labels, mean=None, std=None) -> "Images":
         """Other images, or other statistics, treated as these are."""
-        return type(self)(
+        return self.make_like(type(self), pixels, labels, mean, std)
+
+    def make_like(self, images_class, pixels, labels, mean=None, std=None) -> "Images":
+        return images_class(
             pixels,
             labels,
             mean=mean or self.mean,
@@ -125,6 +128,9 @@ class Images:
 
     def normalised_by(self, mean, std) -> "Images":
         return self.replace(self.pixels, self.labels, mean, std)
+
+    def in_memory(self) -> "Images":
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -583,6 +589,10 @@ class ImagesInFiles(Images):
 
     def select(self, index) -> "ImagesInFiles":
         return self.replace(self.pixels.select(index), self.labels[index])
+
+    def in_memory(self) -> Images:
+        every = torch.arange(len(self), device=self.device)
+        return self.make_like(Images, self.pixels[every], self.labels)
 
     def batches(self, chunks, crops=None) -> Iterator[torch.Tensor]:
         """Yield the `batch` of each of the `chunks`; processes read the next ones meanwhile."""
@@ -1235,30 +1245,116 @@ def list_normalisations(train: Images) -> dict[str, tuple]:
 
 # ours: so many images first, then more for what is left; so many trials are left each time.
 TRIAL_ROUNDS = ((32, 100), (128, 12), (1024, 3), (None, 1))
+# ours: of more trials than these, each reading is tried with one normalisation first, and the best
+# readings with all.
+MOST_TRIALS = 2000
+MOST_READINGS = 25
+# ours: a rare activation has to get so many more images right than a usual one does. A net that is
+# hardly trained may do a little better with one that it was not trained with.
+RARE_ACTIVATION_HANDICAP = 0.05
+# ours: below this accuracy all readings are tried with all rare activations.
+POOR_ACCURACY = 0.5
 
 
-def find_reading(builders: list[Callable[[], Net]], train: Images, seed: int) -> tuple:
-    """(net, its normalisation's name, accuracy): the net that gets most validation images right.
+@dataclass(frozen=True, eq=False)
+class KnownNet:
+    """A net of which only the normalisation is unknown; it takes a models.Reading's place."""
 
-    `builders` make the nets that somebody's weights may be, the likeliest first; each is tried with
-    each of `list_normalisations`. The accuracy is in [0, 1].
+    net: Net
+
+    @property
+    def architecture(self):
+        return self.net.architecture
+
+    def build(self) -> Net:
+        return self.net
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One way to use somebody's weights."""
+
+    reading: models.Reading | KnownNet
+    normalisation: str  # its name
+
+    @property
+    def is_rare(self) -> bool:
+        return self.reading.architecture.activation in models.RARE_ACTIVATIONS
+
+    @property
+    def handicap(self) -> float:
+        return RARE_ACTIVATION_HANDICAP if self.is_rare else 0.0
+
+    def with_rare_activations(self) -> list["Trial"]:
+        readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
+        return [Trial(reading, self.normalisation) for reading in readings]
+
+
+def find_reading(
+    readings: list, train: Images, seed: int, *, tries_activations=False, wrap=lambda trials: trials
+) -> tuple:
+    """(net, its normalisation's name, accuracy, on how many images): the net that gets most of the
+    images right that validate.
+
+    `readings` is what somebody's weights may be, the likeliest first; each is tried with each of
+    `list_normalisations`, and with rare activations if `tries_activations`. The accuracy is in
+    [0, 1]. `wrap(trials)` passes on the trials of a round, to show them.
     """
     count = max(100, int(VALIDATION_SHARE * len(train)))
     images = train.select(order_of_split(train, seed)[:count])
-    normalisations = list_normalisations(train)
-    trials = list(product(range(len(builders)), normalisations))
+    best, accuracy = choose_trial(readings, images, wrap, tries_activations=tries_activations)
+    if tries_activations and (best.is_rare or accuracy < POOR_ACCURACY):
+        # The other things were chosen with another activation: anew with this one, or with all.
+        own = best.reading.architecture.activation
+        rare = [
+            reading.with_activation(activation)
+            for activation in ([own] if best.is_rare else models.RARE_ACTIVATIONS)
+            for reading in readings
+            if reading.architecture.activation == "relu"
+        ]
+        other, other_accuracy = choose_trial(rare, images, wrap)
+        if other_accuracy - other.handicap > accuracy - best.handicap:
+            best, accuracy = other, other_accuracy
+    return best.reading.build().to(train.device), best.normalisation, accuracy, count
+
+
+def choose_trial(
+    readings: list, images: Images, wrap: Callable, *, tries_activations=False
+) -> tuple[Trial, float]:
+    """The best way to use somebody's weights, and its accuracy: the trials of `find_reading`."""
+    names = list_normalisations(images)
+    trials = [Trial(reading, name) for reading in readings for name in names]
+    few = TRIAL_ROUNDS[0][0]
+    if len(trials) > MOST_TRIALS:
+        own = next(iter(names))
+        ranked = rank_trials([Trial(reading, own) for reading in readings], images, few, wrap)
+        best = [trial.reading for trial, _ in ranked[:MOST_READINGS]]
+        trials = [Trial(reading, name) for reading in best for name in names]
     for number, trials_left in TRIAL_ROUNDS:
-        shown = images.select(slice(number))
-        sets = {name: shown.normalised_by(*n) for name, n in normalisations.items()}
-        accuracies = {}
-        for index in sorted({index for index, _ in trials}):
-            net = builders[index]().to(images.device)
-            names = [name for trial_index, name in trials if trial_index == index]
-            accuracies |= {(index, name): measure_if_fitting(net, sets[name]) for name in names}
-        # Sorting is stable: of equal ones the likelier comes first.
-        trials = sorted(trials, key=lambda trial: -accuracies[trial])[:trials_left]
-    index, name = trials[0]
-    return builders[index]().to(train.device), name, accuracies[index, name]
+        ranked = rank_trials(trials, images, number, wrap)[:trials_left]
+        trials = [trial for trial, _ in ranked]
+        if tries_activations and number == few:
+            for trial in trials[:2]:
+                trials += trial.with_rare_activations()
+    return ranked[0]
+
+
+def rank_trials(
+    trials: list[Trial], images: Images, number: int | None, wrap: Callable
+) -> list[tuple[Trial, float]]:
+    """(trial, accuracy) on the first `number` images, on all of them if that is None; the best
+    first, of equal ones the likelier."""
+    normalisations = list_normalisations(images)
+    shown = images.select(slice(number))
+    if number is not None:
+        shown = shown.in_memory()
+    accuracies = []
+    for trial in wrap(trials):
+        net = trial.reading.build().to(images.device)
+        normalised = shown.normalised_by(*normalisations[trial.normalisation])
+        accuracies.append(measure_if_fitting(net, normalised))
+    ranked = zip(trials, accuracies)
+    return sorted(ranked, key=lambda pair: pair[0].handicap - pair[1])
 
 
 def measure_if_fitting(net: Net, images: Images) -> float:

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO, StringIO
 from itertools import chain, pairwise, product
 from math import prod
@@ -181,7 +181,7 @@ class ChainArchitecture:
     head_size: int
     # Whether larger maps are averaged to head_size; else only images of `size` fit.
     is_averaged: bool
-    activation: str = "relu"  # or "tanh", "sigmoid"
+    activation: str = "relu"  # one of ACTIVATIONS
     has_flat_names: bool = False  # conv1, fc1, ... as LeNets have; else features.N, classifier.N
 
     @property
@@ -264,6 +264,7 @@ class ResNetArchitecture:
     is_preactivated: bool = False  # batch norms and relus stand before the convolutions
     has_last_norm: bool = False  # behind the blocks, of pre-activated nets
     strided_convolution: int = 0  # which of a block's convolutions has its stride
+    activation: str = "relu"  # one of ACTIVATIONS
     # Option A: how places and channels are brought into shape.
     is_shortcut_averaged: bool = False  # the mean of 2 x 2 places; else every second place
     has_zeros_behind: bool = False  # zeros behind the channels; else half of them before
@@ -289,7 +290,7 @@ class ResNetArchitecture:
         if self.is_preactivated:
             activated = sum(block.is_shortcut_activated for stage in self.stages for block in stage)
             words.append(f"{activated} shortcuts behind a norm")
-        return ", ".join(words)
+        return ", ".join([*words, self.activation])
 
     def split_zeros(self, count: int) -> tuple[int, int]:
         """Option A: of so many channels of zeros, how many stand before and behind the others."""
@@ -315,21 +316,41 @@ class PrunableLayer:
     activation: str = "relu"
 
 
-# Old nets have them; they rise, as max-pooling needs.
-OTHER_ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
+# The number is the slope below 0.
+ACTIVATIONS = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu_0.01": partial(F.leaky_relu, negative_slope=0.01),
+    "leaky_relu_0.1": partial(F.leaky_relu, negative_slope=0.1),
+    "leaky_relu_0.2": partial(F.leaky_relu, negative_slope=0.2),
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+# No usual net of the families here has them; they are found only where they do much better.
+RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
+# They fall somewhere, so it matters whether max-pooling comes before them.
+NOT_RISING = ("gelu", "silu")
+
+
+def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor:
+    if activation == "relu":
+        return F.relu(y, inplace)
+    return ACTIVATIONS[activation](y)
 
 
 def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
     """The activation of a prunable layer, and its pooling where it has one.
 
-    Max-pooling and an activation commute; pooling first spares three quarters of the latter.
+    Max-pooling and a rising activation commute; pooling first spares three quarters of the latter.
     """
-    if prunable.pooling == "max":
+    is_pooled_last = prunable.activation in NOT_RISING
+    if prunable.pooling == "max" and not is_pooled_last:
         y = F.max_pool2d(y, 2)
-    if prunable.activation == "relu":
-        y = F.relu(y, inplace)
-    else:
-        y = OTHER_ACTIVATIONS[prunable.activation](y)
+    y = activate(y, prunable.activation, inplace=inplace)
+    if prunable.pooling == "max" and is_pooled_last:
+        y = F.max_pool2d(y, 2)
     return F.avg_pool2d(y, 2) if prunable.pooling == "average" else y
 
 
@@ -610,7 +631,12 @@ class ResNet(Net):
         # In a pre-activated block the norm behind conv1 is bn2, the next convolution's.
         shift = 1 if architecture.is_preactivated else 0
         self.prunable = [
-            PrunableLayer(f"{name}.conv{i}", f"{name}.bn{i + shift}", f"{name}.conv{i + 1}")
+            PrunableLayer(
+                f"{name}.conv{i}",
+                f"{name}.bn{i + shift}",
+                f"{name}.conv{i + 1}",
+                activation=architecture.activation,
+            )
             for name in block_names
             for i in range(1, len(architecture.kernels))
         ]
@@ -645,7 +671,7 @@ class ResNet(Net):
         """(B, channels, H, W) -> (B, classes)."""
         x = self.conv1(x)
         if self.architecture.has_stem_norm:
-            x = F.relu(self.bn1(x))
+            x = self.activate(self.bn1(x))
         if self.architecture.has_stem_pooling:
             x = F.max_pool2d(x, 3, 2, 1)
         run_block = self.run_block
@@ -657,8 +683,11 @@ class ResNet(Net):
             x = run_block(block, index, x)
             index += len(self.architecture.kernels) - 1
         if self.architecture.has_last_norm:
-            x = F.relu(self.bn(x))
+            x = self.activate(self.bn(x))
         return self.linear(x.mean((2, 3)))
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        return activate(x, self.architecture.activation)
 
     def run_inner(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         """All convolutions of a block: its prunable ones from `index` on, then the last."""
@@ -671,10 +700,10 @@ class ResNet(Net):
     def run_block(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         outer = self.run_inner(block, index, x)
         outer = getattr(block, f"bn{len(self.architecture.kernels)}")(outer)
-        return F.relu(outer + block.shortcut(x))
+        return self.activate(outer + block.shortcut(x))
 
     def run_preactivated_block(self, block: ResidualBlock, index: int, x: torch.Tensor):
-        activated = F.relu(block.bn1(x))
+        activated = self.activate(block.bn1(x))
         shortcut = block.shortcut(activated if block.spec.is_shortcut_activated else x)
         return self.run_inner(block, index, activated) + shortcut
 
@@ -871,6 +900,8 @@ def build_net(architecture, widths) -> Net:
             f"{architecture.name} has {count} prunable layers, each at least 1 wide, "
             f"not {list(widths)}"
         )
+    if architecture.activation not in ACTIVATIONS:
+        raise UserError(f"unknown activation '{architecture.activation}'")
     is_chain = isinstance(architecture, ChainArchitecture)
     return (ChainNet if is_chain else ResNet)(architecture, widths)
 
@@ -1221,6 +1252,9 @@ def read_tensors(path: Path):
     return content
 
 
+ZIP_START = b"PK\x03\x04"  # of a file of torch.save; what is in it stands at its end
+
+
 def explain_unreadable_file(path: Path, error: Exception) -> str:
     """Why torch.load could not read a file, and what to do."""
     saves = f"torch.save(net.state_dict(), '{path.stem}-state.pt')"
@@ -1233,8 +1267,13 @@ def explain_unreadable_file(path: Path, error: Exception) -> str:
             f"and it holds a module, run where its code is: net = torch.load('{path}', "
             f"weights_only=False); {saves}"
         )
+    state = ""
+    if path.stat().st_size == 0:
+        state = " (it is empty)"
+    elif path.read_bytes()[:4] == ZIP_START:
+        state = " (its end is missing: was it copied or written to the end?)"
     return (
-        f"{path} is not a checkpoint that torch can read; "
+        f"{path} is not a checkpoint that torch can read{state}; "
         "torch.save(net.state_dict(), FILE) makes one"
     )
 
@@ -1355,9 +1394,9 @@ def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
     mismatch = find_mismatch(net, state)
     if mismatch:
         raise UserError(f"its weights do not fit a {net.arch} of the widths they name: {mismatch}")
-    floats = [value for value in state.values() if value.is_floating_point()]
-    if not all(value.isfinite().all() for value in floats):
-        raise UserError("some of its weights are not finite numbers")
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"some of its weights are not finite numbers, in {key}")
     net.load_state_dict(state, assign=assign)
 
 
@@ -1436,6 +1475,10 @@ class Reading:
         if not self.architecture.fits_size(size):
             return None
         return replace(self, architecture=replace(self.architecture, size=size))
+
+    def with_activation(self, activation: str) -> "Reading":
+        """The same with another of ACTIVATIONS."""
+        return replace(self, architecture=replace(self.architecture, activation=activation))
 
 
 @dataclass
@@ -1561,10 +1604,13 @@ def list_notes(name: str, found: dict[str, dict], path: Path) -> list[str]:
     """What the user is told where the state dict of that name is taken."""
     notes = []
     if len(found) > 1:
-        others = ", ".join(other or "the outermost" for other in found if other != name)
-        notes.append(
-            f"{path} holds several state dicts; taken is {name or 'the outermost'}, not {others}"
-        )
+        others = [other for other in found if other != name]
+        names = ", ".join(other or "the outermost" for other in others)
+        note = f"{path} holds several state dicts; taken is {name or 'the outermost'}, not {names}"
+        if others[0]:
+            keys = "".join(f"[{key!r}]" for key in others[0].split("."))
+            note += f"; for another: torch.save(torch.load(FILE){keys}, 'other.pt')"
+        notes.append(note)
     kinds = {str(value.dtype).removeprefix("torch.") for value in found[name].values()}
     halves = sorted(kinds & {"float16", "bfloat16"})
     if halves:
@@ -1808,7 +1854,10 @@ def check_chain(modules, convolutions, linear_layers) -> None:
     puts out."""
     last = [module for module in modules if not module.is_norm][-1]
     if not last.is_linear:
-        raise UnreadableError(f"it does not end in a linear layer, but in {last.name}")
+        raise UnreadableError(
+            f"it does not end in a linear layer, but in layer {last.name} with weights of "
+            f"{describe_shape(last.weight)}"
+        )
     if not convolutions and len(linear_layers) == 1:
         raise UnreadableError("it has no hidden layer, so nothing to prune")
     shortcuts = [module.name for module in modules if RESIDUAL_WORDS.search(module.name.lower())]
@@ -1929,6 +1978,8 @@ def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
 # From this many convolutions on a chain is a VGG: its poolings follow the stages, for all 2^7
 # places would be too many to try.
 VGG_CONVOLUTIONS = 7
+# Old small nets have them.
+OLD_ACTIVATIONS = ("tanh", "sigmoid")
 # Sizes of images, the usual ones first.
 GRAY_SIZES = (28, 32, *range(8, 257))
 COLOUR_SIZES = (32, 64, 96, 128, 224, *range(8, 257))
@@ -1982,7 +2033,7 @@ def list_chains(
     with_relu = [name_as_lenet5(architecture) for architecture in architectures]
     if is_vgg:
         return with_relu  # all VGGs have it
-    others = [replace(each, activation=name) for name in OTHER_ACTIVATIONS for each in with_relu]
+    others = [replace(each, activation=name) for name in OLD_ACTIVATIONS for each in with_relu]
     return with_relu + others
 
 

@@ -105,7 +105,7 @@ EXPERIMENTS = {
     "vgg-cifar100": Experiment("vgg19", "cifar100", classes=100, **VGG),
     "resnet56-cifar10": Experiment("resnet56", "cifar10", target=RESNET_CUT),
     "resnet56-cifar100": Experiment("resnet56", "cifar100", classes=100, target=RESNET_CUT),
-    "digits": Experiment("lenet5", "digits", train_images=6_000, **GRAY),
+    "digits": Experiment("lenet5", "digits", target=0.985, train_images=6_000, **GRAY),
 }
 # fmt: on
 
@@ -818,6 +818,15 @@ PhotographSize = Annotated[
         show_default=False,
     ),
 ]
+Activation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="of a state dict of others, where the tool's own reading is less accurate than the "
+        "net: relu, tanh, sigmoid, elu, gelu, silu, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2",
+        show_default=False,
+    ),
+]
 Out = Annotated[Path, typer.Option(help="where run folders are made")]
 Device = Annotated[str, typer.Option(help="cpu, cuda (or gpu), or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
@@ -889,6 +898,7 @@ class GivenNet:
     facts: dict
     readings: list
     photograph_size: int | None = None  # to which the user wants photographs to be brought
+    activation: str | None = None  # that the user says it has
     # On validation images, where they had to tell how the net is to be read.
     accuracy: float | None = None
 
@@ -916,20 +926,39 @@ class GivenNet:
         return f"{self.path.name}, sha256 {digest[:16]}"
 
 
-def load_given(path: Path, photograph_size: int | None = None) -> GivenNet:
-    """A user's checkpoint. Raises UserError."""
-    import sep
-    from models import UserError
+def load_given(
+    path: Path, *, photograph_size: int | None = None, activation: str | None = None
+) -> GivenNet:
+    """A user's checkpoint; the options say what a state dict of others does not.
 
+    Raises UserError.
+    """
+    import sep
+    from models import ACTIVATIONS, UserError
+
+    if activation not in (None, *ACTIVATIONS):
+        raise UserError(f"unknown activation '{activation}'; there are {', '.join(ACTIVATIONS)}", 2)
     net, checkpoint = sep.load_checkpoint(path)
     readings = checkpoint.get("readings", [])
-    if photograph_size not in (None, net.size) and not readings:
+    if not readings and activation not in (None, net.architecture.activation):
+        raise UserError(
+            f"{path} says its activation, {net.architecture.activation}; leave out --activation", 2
+        )
+    if not readings and photograph_size not in (None, net.size):
         raise UserError(
             f"{path} says its size, {net.size} x {net.size} pixels; leave out --size", 2
         )
     for note in checkpoint.get("notes", []):
         print_note(note)
-    return GivenNet(path, net, checkpoint["facts"], readings, photograph_size)
+    if activation is not None and readings:
+        usual = net.architecture.activation
+        readings = [
+            reading.with_activation(activation)
+            for reading in readings
+            if reading.architecture.activation == usual
+        ]
+        net = readings[0].build()
+    return GivenNet(path, net, checkpoint["facts"], readings, photograph_size, activation)
 
 
 def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> Path:
@@ -1062,24 +1091,40 @@ def settle_reading(given: GivenNet, train, seed: int, say) -> tuple:
     Of a stranger's state dict all readings are tried, and `given.net` becomes the best. `say` tells
     the user.
     """
-    from controller import find_reading, list_normalisations, stored_normalisation
+    from controller import KnownNet, find_reading, list_normalisations, stored_normalisation
 
     stored = stored_normalisation(given.net, given.facts)
     if stored is not None:
         return stored
     given.net.to(train.device)
-    builders = [reading.build for reading in given.readings] or [lambda: given.net]
     say(
         "the weights alone do not tell how images were normalised, nor all of the net: tries what "
-        "is usual on the validation images"
+        "is usual on images that validate"
     )
-    given.net, name, accuracy = find_reading(builders, train, seed)
+    given.net, name, accuracy, count = find_reading(
+        given.readings or [KnownNet(given.net)],
+        train,
+        seed,
+        tries_activations=bool(given.readings) and given.activation is None,
+        wrap=show_trials,
+    )
     given.accuracy = accuracy
     say(
         f"images normalised with {name}, and the net read as {given.net.architecture.in_words()}: "
-        f"so it gets the most validation images right, {accuracy:.2%}"
+        f"so it gets the most right, {accuracy:.2%} of {count:,} training images"
     )
+    if given.readings:
+        say("compare that with what you know of the net; --activation says what else it may have")
     return list_normalisations(train)[name]
+
+
+def show_trials(trials):
+    """Pass on the trials, with a bar on a terminal."""
+    from rich.progress import track
+
+    console = make_console(is_stderr=True)
+    is_hidden = not console.is_terminal
+    return track(trials, "trials", console=console, transient=True, disable=is_hidden)
 
 
 def check_net_fits(net, facts: dict, images, description: str) -> None:
@@ -1659,6 +1704,7 @@ def prune(
     ] = None,
     data_dir: DataDir = None,
     size: PhotographSize = None,
+    activation: Activation = None,
     out: Out = Path("runs"),
     device: Device = "auto",
     seed: Seed = 0,
@@ -1669,7 +1715,7 @@ def prune(
 ):
     """A smaller net from your own checkpoint."""
     row = row_to_prune(method, is_static=static, target=target)
-    given = load_given(ckpt, size)
+    given = load_given(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, given.facts)
     if schedule is None:
         schedule = ScheduleName.published if target is None else ScheduleName.fast
@@ -1767,6 +1813,10 @@ def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> P
         name += f"-rate{options.pruning_rate:g}"
     if options.round_to:
         name += f"-round{options.round_to:g}"
+    if given.photograph_size is not None:
+        name += f"-size{given.photograph_size}"
+    if given.activation is not None:
+        name += f"-{given.activation}"
     return options.folder(name + own_images_suffix(options.data_dir))
 
 
@@ -1775,13 +1825,17 @@ def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> P
 
 @app.command()
 def evaluate(
-    ckpt: Path, data_dir: DataDir = None, size: PhotographSize = None, device: Device = "auto"
+    ckpt: Path,
+    data_dir: DataDir = None,
+    size: PhotographSize = None,
+    activation: Activation = None,
+    device: Device = "auto",
 ):
     """Accuracy, MACs, parameters, size, latency of a checkpoint."""
     import sep
     from controller import is_near_guessing, measure_accuracy
 
-    given = load_given(ckpt, size)
+    given = load_given(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, given.facts)
     experiment = find_experiment_for(given, data_dir)
     device = select_device(device)
@@ -2018,6 +2072,7 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="overwrite FILE; export a net that only guesses")
     ] = False,
+    activation: Activation = None,
     data_dir: DataDir = None,
     device: Device = "auto",
 ):
@@ -2027,7 +2082,7 @@ def export(
     """
     import models
 
-    given = load_given(ckpt)
+    given = load_given(ckpt, activation=activation)
     if given.readings:
         given.photograph_size = size
     data_dir = find_data_dir(data_dir, given.facts)

@@ -7,12 +7,14 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import zoo
 from PIL import Image
 from test_models import NETS, find_right_reading
+from torch import nn
 from torch.nn import functional as F
 
 import controller
@@ -390,25 +392,64 @@ def label_by(net, images):
 def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(name, statistics):
     case = zoo.CASES[name]
     net, _ = zoo.make_lively(case)
+    images = make_images_for(net, case, statistics)
+
+    found, normalisation, accuracy = find_reading_of(net, case, images)
+
+    x = images.batch(torch.arange(8))
+    with torch.no_grad():
+        assert torch.allclose(found.eval()(x), net(x), atol=1e-4)
+    assert found.architecture.activation in ("relu", "tanh")
+    assert normalisation == statistics
+    assert accuracy > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("CNN, averaged", "gelu"),
+        ("CNN, averaged", "leaky_relu_0.2"),
+        ("VGG-16, one linear layer", "elu"),
+        ("wide ResNet", "leaky_relu_0.1"),
+        ("ResNet, option A", "silu"),
+    ],
+)
+def test_a_rare_activation_is_found_where_images_show_it(monkeypatch, name, activation):
+    case = zoo.CASES[name]
+    function = models.ACTIVATIONS[activation]
+    monkeypatch.setattr(zoo, "F", SimpleNamespace(**{**vars(F), "relu": function}))
+    monkeypatch.setattr(nn.ReLU, "forward", lambda module, x: function(x))
+    net, _ = zoo.make_lively(case)
+    images = make_images_for(net, case, "mean and std 0.5")
+
+    found, normalisation, accuracy = find_reading_of(net, case, images)
+
+    x = images.batch(torch.arange(8))
+    with torch.no_grad():
+        assert torch.allclose(found.eval()(x), net(x), atol=1e-4)
+    assert found.architecture.activation == activation
+    assert normalisation == "mean and std 0.5"
+    assert accuracy > 0.99
+
+
+def make_images_for(net, case, statistics):
+    """Images labelled with what a net says of them, if they are normalised by `statistics`."""
     pixels = torch.randint(0, 256, (1500, case.size, case.size, case.channels), dtype=torch.uint8)
     pixels = smooth(pixels)
     own = controller.STATISTICS["mnist" if case.channels == 1 else "cifar10"]
     images = Images(pixels, torch.zeros(len(pixels)), mean=own[0], std=own[1])
     used = images.normalised_by(*controller.list_normalisations(images)[statistics])
     zoo.spread_logits(net, used.batch(torch.arange(500)))
-    images = images.replace(pixels, label_by(net, used))
+    return images.replace(pixels, label_by(net, used))
+
+
+def find_reading_of(net, case, images):
+    """(net, normalisation, accuracy) that a net's state dict is taken for."""
     readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
     fitting = [reading.for_size(case.size) for reading in readings]
-
-    found, normalisation, accuracy = controller.find_reading(
-        [reading.build for reading in fitting if reading], images, seed=0
-    )
-
-    x = images.batch(torch.arange(8))
-    with torch.no_grad():
-        assert torch.allclose(found.eval()(x), net(x), atol=1e-4)
-    assert normalisation == statistics
-    assert accuracy > 0.99
+    return controller.find_reading(
+        [reading for reading in fitting if reading], images, seed=0, tries_activations=True
+    )[:3]
 
 
 def smooth(pixels):

@@ -614,7 +614,10 @@ def test_what_was_taken_from_a_file_is_noted(tmp_path):
     torch.save(half, tmp_path / "b.pt")
 
     notes = models.read_checkpoint(tmp_path / "a.pt")["notes"]
-    assert notes == [f"{tmp_path}/a.pt holds several state dicts; taken is model_ema, not model"]
+    assert notes == [
+        f"{tmp_path}/a.pt holds several state dicts; taken is model_ema, not model; for another: "
+        "torch.save(torch.load(FILE)['model'], 'other.pt')"
+    ]
     notes = models.read_checkpoint(tmp_path / "b.pt")["notes"]
     assert notes == ["its weights are in float16; they are computed in float32"]
 

@@ -1401,7 +1401,8 @@ def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(smoke, t
     stranger = sep.load(tmp_path / "a.pt")[0]
     images = controller.load_data("digits", tmp_path)[0]
 
-    _, normalisation, accuracy = controller.find_reading([lambda: stranger], images, 0)
+    known = controller.KnownNet(stranger)
+    _, normalisation, accuracy, _ = controller.find_reading([known], images, 0)
 
     assert normalisation == "mean and std 0.5"
     assert accuracy > 0.9

@@ -254,13 +254,20 @@ OWN_IMAGES = "images in "  # begins the name of a user's own data set; its folde
 
 
 def load_data(
-    name: str, folder: Path, *, crop=0, flip=False, size=32, say=lambda text: None
+    name: str,
+    folder: Path,
+    *,
+    crop=0,
+    flip=False,
+    size=32,
+    size_advice="",
+    say=lambda text: None,
 ) -> tuple[Images, Images, str]:
     """(training images, test images, what they are) of a data set; downloads what is missing.
 
     A `folder` with train/CLASS and test/CLASS in it is the user's own data set. It is taken instead
     of `name`, with the statistics of `name`. Photographs, which are of many sizes or large, are
-    brought to `size`; `say` tells the user. Raises UserError.
+    brought to `size`; `say` tells the user, with `size_advice` added. Raises UserError.
     """
     folder = Path(folder)
     is_own = is_image_folder(folder)
@@ -282,7 +289,7 @@ def load_data(
         if found.are_photographs:
             say(
                 f"{found.count:,} photographs ({found.most_common} pixels) are resized and cropped "
-                f"in their middle to {size} x {size}"
+                f"in their middle to {size} x {size}{size_advice}"
             )
         if found.fill_memory:
             images_class = ImagesInFiles
@@ -364,6 +371,12 @@ def check_is_no_image_folder(folder: Path) -> None:
     wrong level: nothing is to be downloaded into it."""
     if not folder.is_dir():
         return
+    if has_images(folder) and folder.parent.name in ("train", "test"):
+        raise UserError(
+            f"{folder} is two levels too deep: give --data-dir {folder.parent.parent}, which has "
+            "train/ and test/",
+            2,
+        )
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     with_images = [path for path in inner if has_images(path)]
     if folder.name in ("train", "test") and with_images:
@@ -2675,6 +2688,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         return pool / f"{structure_name(structure)}.pt"
 
     log_progress(search, folder)
+    best_said = None
     while (proposal := search.propose()) is not None:
         score = search.known.get(proposal.structure)
         if score is None:
@@ -2690,8 +2704,9 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
             models.save_checkpoint(weights_of(proposal.structure), net, {})
         lstm_epoch = search.lstm_epoch
         search.record(proposal, score)
-        if search.lstm_epoch > lstm_epoch:
+        if search.lstm_epoch > lstm_epoch and search.best is not best_said:
             folder.say(describe_search(search, lstm_epoch))
+            best_said = search.best
         save_search(search, folder)
         log_progress(search, folder)
         folder.save_results()

@@ -684,15 +684,17 @@ def draw_kept_channels(axis, results: dict, _) -> None:
     rows = rows_in_order(results)
     whole_widths = rows[0]["widths"]
     bar_width = 0.8 / (len(rows) - 1)
+    largest_share = 0
     for number, row in enumerate(rows[1:]):
         offset = (number - (len(rows) - 2) / 2) * bar_width
         places = [layer + offset for layer in range(len(whole_widths))]
         shares = [100 * width / whole for width, whole in zip(row["widths"], whole_widths)]
+        largest_share = max(largest_share, *shares)
         colour = ROW_STYLES[row["method"]][0]
         axis.bar(places, shares, bar_width, color=colour, label=row["method"])
-    # Room for the legend above 100 %.
-    axis.set(title="channels kept in each layer", ylabel="channels kept (%)", ylim=(0, 135))
-    axis.set_yticks(range(0, 101, 20))
+    # Room for the legend above the bars.
+    top = 1.35 * largest_share
+    axis.set(title="channels kept in each layer", ylabel="channels kept (%)", ylim=(0, top))
     label_layers(axis.xaxis, results["layers"])
     axis.legend(ncols=3, loc="upper center")
 
@@ -1049,13 +1051,14 @@ def select_device(name: str):
     return device
 
 
-def load_data_for(experiment: Experiment, data_dir: Path, size: int, say):
+def load_data_for(experiment: Experiment, data_dir: Path, size: int, say, size_advice: str = ""):
     """(training images, test images, what they are) as an experiment augments them; photographs are
-    brought to `size`. Raises UserError."""
+    brought to `size`, and the user is told so with `size_advice`. Raises UserError."""
     from controller import load_data
 
     augmentation = {"crop": experiment.crop, "flip": experiment.flip}
-    return load_data(experiment.data, data_dir, **augmentation, size=size, say=say)
+    sizes = {"size": size, "size_advice": size_advice}
+    return load_data(experiment.data, data_dir, **augmentation, **sizes, say=say)
 
 
 def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, device, seed, say):
@@ -1068,8 +1071,11 @@ def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, dev
 
     net, facts = given.net, given.facts
     size = given.photograph_size or net.size
+    size_advice = ""
+    if given.readings and given.photograph_size is None:
+        size_advice = "; the net may have been trained at another size: --size names it"
     try:
-        train, test, description = load_data_for(experiment, data_dir, size, say)
+        train, test, description = load_data_for(experiment, data_dir, size, say, size_advice)
     except UserError as error:
         guess = ""
         if facts.get("data") is None:
@@ -1157,8 +1163,9 @@ def check_is_no_guess(given: GivenNet, accuracy: float, what_force_does: str) ->
     if is_near_guessing(accuracy, given.net.classes):
         raise UserError(
             f"{given.path} gets {accuracy:.2%} of the validation images right, hardly more than "
-            f"guessing among {given.net.classes} classes: it is probably another net, for other "
-            f"images, or has its classes in another order; --force to {what_force_does}"
+            f"guessing among {given.net.classes} classes: it was hardly trained, or it is another "
+            f"net, for other images, or with its classes in another order; --force to "
+            f"{what_force_does}"
         )
 
 
@@ -1356,6 +1363,8 @@ def check_output(
     is_in_run = is_in_run or (path.parent / "results.json").exists()
     if is_in_run and path.name in own_names:
         raise UserError(f"{path} is a run's own file; {advice}", 2)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it", 2)
     if not (may_replace and path.is_file()):
         refuse_existing(path, advice)
     if not parent.is_dir():
@@ -1616,7 +1625,7 @@ def choose_training(
     name: str, arch: str | None, size: int | None, data_dir: Path
 ) -> tuple[str, Experiment]:
     """(name of the run, what is trained on which images). Raises UserError."""
-    from controller import is_image_folder
+    from controller import check_is_no_image_folder, is_image_folder, suggest_image_folder
     from models import LARGE_RESNETS, UserError, default_widths
 
     if not name and not arch:
@@ -1625,10 +1634,14 @@ def choose_training(
     if arch:
         default_widths(arch)  # raises where the name is unknown
     if not name and not is_image_folder(data_dir):
+        check_is_no_image_folder(data_dir)
+        hint = suggest_image_folder(data_dir)
+        if not data_dir.is_dir():
+            hint = f"; there is no folder {data_dir}"
         raise UserError(
             f"--arch {arch} alone is for images of your own: --data-dir FOLDER, with "
-            f"train/CLASS/images and test/CLASS/images; or name an experiment for its images, as "
-            f"in `train vgg-cifar10 --arch {arch}`",
+            f"train/CLASS/images and test/CLASS/images{hint}; or name an experiment for its "
+            f"images, as in `train vgg-cifar10 --arch {arch}`",
             2,
         )
     experiment = find_experiment(name or ("mnist" if arch == "lenet5" else "resnet56-cifar10"))
@@ -2139,10 +2152,8 @@ def prepare_export(
         train, _, _ = load_images_for(given, experiment, data_dir, device, 0, print_line)
         net = given.net  # images may have told what the weights did not
     except UserError as error:
-        purpose = "a recovery"
-        if not is_static:
-            purpose = f"finding out how {given.path}'s images were normalised"
-        raise UserError(f"{error}; the images are for {purpose}", error.status) from error
+        purpose = "a recovery" if is_static else "finding out what its weights do not tell"
+        raise UserError(f"{error} (export reads images for {purpose})", error.status) from error
     if is_static:
         net = make_static_for_export(net.to(device), train)
     return net, train.mean, train.std

@@ -456,7 +456,9 @@ def test_a_strangers_photographs_are_brought_to_the_size_that_the_user_says(caps
 
     status, _, err = call(capsys, *command, 48)
     assert status == 0, err
-    assert "in their middle to 48 x 48" in err
+    assert "in their middle to 48 x 48\n" in err
+    status, _, err = call(capsys, *command[:-1])
+    assert "in their middle to 32 x 32; the net may have been trained at another size" in err
 
     models.save_checkpoint(tmp_path / "net.pth", net, {})
     assert call(capsys, *command, 48)[0] == 0
@@ -1281,6 +1283,7 @@ def test_pipes_and_links_back_in_an_image_folder_do_no_harm(tmp_path):
     ("folder", "words"),
     [
         ("pets/train", "is one level too deep: give --data-dir FOLDER/pets, which has train/"),
+        ("pets/train/class0", "is two levels too deep: give --data-dir FOLDER/pets, which has"),
         ("classes", "holds images, but no train/ and test/: move them to FOLDER/classes/train/"),
     ],
 )
@@ -1295,6 +1298,24 @@ def test_a_folder_of_images_named_at_the_wrong_level_is_said(capsys, tmp_path, f
     assert words.replace("FOLDER", str(tmp_path)) in err
     assert is_one_line(err)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("pets/train", "is one level too deep: give --data-dir FOLDER/pets"),
+        (".", "for the images in FOLDER/pets give --data-dir FOLDER/pets"),
+        ("none", "there is no folder FOLDER/none"),
+    ],
+)
+def test_a_net_for_ones_own_images_wants_the_right_folder(capsys, tmp_path, folder, words):
+    save_pictures(tmp_path / "pets", classes=2, count=2)
+
+    status, _, err = call(capsys, "train", "--arch", "resnet8", "--data-dir", tmp_path / folder)
+
+    assert status == 2
+    assert words.replace("FOLDER", str(tmp_path)) in err
+    assert is_one_line(err)
 
 
 def test_a_folder_above_ones_own_images_is_named_where_the_download_fails(

@@ -105,7 +105,7 @@ EXPERIMENTS = {
     "vgg-cifar100": Experiment("vgg19", "cifar100", classes=100, **VGG),
     "resnet56-cifar10": Experiment("resnet56", "cifar10", target=RESNET_CUT),
     "resnet56-cifar100": Experiment("resnet56", "cifar100", classes=100, target=RESNET_CUT),
-    "digits": Experiment("lenet5", "digits", target=0.985, train_images=6_000, **GRAY),
+    "digits": Experiment("lenet5", "digits", train_images=6_000, **GRAY),
 }
 # fmt: on
 
@@ -1452,6 +1452,15 @@ def reproduce(
     baseline: Annotated[
         Path | None, typer.Option(help="a checkpoint to start from, instead of training one")
     ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_share,
+            metavar="SHARE",
+            callback=check_share,
+            help="share of the MACs to remove, in place of the experiment's own",
+        ),
+    ] = None,
     round_to: RoundTo = None,
     data_dir: DataDir = None,
     out: Out = Path("runs"),
@@ -1466,7 +1475,7 @@ def reproduce(
     from models import UserError
 
     if not experiment:
-        if method or baseline or round_to or fresh:
+        if method or baseline or target or round_to or fresh:
             names = ", ".join(EXPERIMENTS)
             raise UserError(
                 f"name an experiment: {names}; `reproduce` alone lists them, and with --time how "
@@ -1481,7 +1490,7 @@ def reproduce(
     data_dir = find_data_dir(data_dir, given.facts if given else {}, experiment)
     options = RunOptions(schedule, data_dir, out, device, seed, fresh, round_to=round_to)
     methods = order_methods(method or DEFAULT_METHODS)
-    run_experiment(experiment, methods, options, given)
+    run_experiment(experiment, methods, options, given, target)
 
 
 def order_methods(methods) -> list[str]:
@@ -1491,13 +1500,22 @@ def order_methods(methods) -> list[str]:
     return [method for method in METHODS if method in methods]
 
 
-def run_experiment(name: str, methods: list[str], options: RunOptions, given) -> None:
-    """Make the rows of an experiment and show them. Raises UserError."""
+def run_experiment(
+    name: str, methods: list[str], options: RunOptions, given, target: float | None
+) -> None:
+    """Make the rows of an experiment and show them, at another `target` if that is given.
+
+    Raises UserError.
+    """
     experiment = find_experiment(name)
     if given is not None:
         check_is_whole(given, name)
+    run_name = name
+    if target is not None:
+        experiment = replace(experiment, target=target)
+        run_name += f"-target{target:g}"
     check_target(build_net(experiment), methods, experiment.target, options.round_to)
-    folder_name = name + own_images_suffix(options.data_dir)
+    folder_name = run_name + own_images_suffix(options.data_dir)
     folder = options.folder(folder_name)
     if given is not None:
         folder = folder.with_name(f"{folder.name}-from-{given.path.stem}")
@@ -1542,7 +1560,7 @@ def check_has_row(folder: Path, options: RunOptions) -> None:
     results = None if options.fresh else read_results(folder, missing_ok=True)
     rows = results["rows"] if results else []
     if not any(row["method"] != "baseline" for row in rows):
-        raise UserError("uniform needs a cut to land on; add --method lstm", 2)
+        raise UserError("uniform needs a cut to land on; give --target, or add --method lstm", 2)
 
 
 def show_experiments(device) -> None:

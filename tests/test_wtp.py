@@ -1429,6 +1429,18 @@ def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(smoke, t
     assert accuracy > 0.9
 
 
+def test_reproduce_makes_its_rows_at_another_cut(capsys, tmp_path):
+    command = ["reproduce", "digits", "--schedule", "smoke", "--method", "uniform"]
+
+    status, out, err = call(capsys, *command, "--target", "0.5", "--out", tmp_path)
+
+    assert status == 0, err
+    results = json.loads((tmp_path / "digits-target0.5-smoke-s0/results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == ["baseline", "uniform"]
+    assert results["rows"][1]["macs_reduction"] == pytest.approx(0.5, abs=0.02)
+    assert "uniform" in out
+
+
 def test_reproduce_goes_on_from_a_given_baseline(capsys, smoke, tmp_path, monkeypatch):
     # To `digits`: a state dict alone would be taken for MNIST's.
     given = copy_row(smoke, "baseline", tmp_path / "given.pt")

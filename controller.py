@@ -481,7 +481,7 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> FolderOfImag
         size if are_photographs else width,
         is_gray,
         are_photographs,
-        f"{width} x {height}" if len(sizes) == 1 else f"most {width} x {height}",
+        f"{width} x {height}" if len(sizes) == 1 else f"most often {width} x {height}",
     )
 
 

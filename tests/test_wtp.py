@@ -1254,7 +1254,8 @@ def test_photographs_of_many_sizes_and_kinds_are_resized_and_cropped(tmp_path):
 
     assert train.pixels.shape == (130, 72, 72, 3)
     assert lines == [
-        "260 photographs (most 70 x 47 pixels) are resized and cropped in their middle to 72 x 72"
+        "260 photographs (most often 70 x 47 pixels) are resized and cropped in their middle to "
+        "72 x 72"
     ]
     for images in (train, test):
         corner = images.pixels[:, 5:30, 5:30].float().mean((1, 2))

@@ -26,6 +26,11 @@ class Case:
     gain: float = 1.0  # of the weights: fresh sigmoids tell images hardly apart
 
 
+# PyTorch's fresh weights are so small that a deep net without norms says the same of all images.
+# With this gain relus pass on what they read at its own size (He et al. 2015).
+GAIN_WITHOUT_NORMS = 6**0.5
+
+
 def conv(inputs, outputs, kernel=3, stride=1, bias=False):
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
 
@@ -518,6 +523,7 @@ CASES = {
     "VGG-16 without batch norms": Case(
         "chengyangfu/pytorch-vgg-cifar10",
         partial(make_vgg, has_norm=False, bias=True, head=two_hidden),
+        gain=GAIN_WITHOUT_NORMS,
     ),
     "VGG-16 with dropout": Case("written for this test", partial(make_vgg, has_dropout=True)),
     "VGG in stages": Case("written for this test", make_staged_vgg),
@@ -615,7 +621,7 @@ CASES = {
         ),
     ),
     "VGG, a head of convolutions": Case(
-        "huggingface/pytorch-image-models", make_convolutional_head
+        "huggingface/pytorch-image-models", make_convolutional_head, gain=GAIN_WITHOUT_NORMS
     ),
     "CNN, averaged": Case("HobbitLong/RepDistiller", make_averaged_cnn, is_first_reading=False),
     "LeNet, padded, averaged, sigmoid": Case(

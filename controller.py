@@ -23,8 +23,9 @@ import platform
 import re
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -37,7 +38,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
 
 try:
     import fcntl
@@ -530,6 +530,8 @@ def opened_image(path: str):
     try:
         with Image.open(path) as image:
             yield image
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read by this user") from error
     except Exception as error:  # as many kinds as there are decoders
         raise UserError(f"{path} cannot be read as an image of 8 bits a channel") from error
 
@@ -608,43 +610,31 @@ class ImagesInFiles(Images):
         return self.make_like(Images, self.pixels[every], self.labels)
 
     def batches(self, chunks, crops=None) -> Iterator[torch.Tensor]:
-        """Yield the `batch` of each of the `chunks`; processes read the next ones meanwhile."""
-        loader = DataLoader(
-            ChunkReader(self.pixels.to("cpu")),
-            sampler=[index.cpu() for index in chunks],
-            batch_size=None,
-            num_workers=min(MOST_READERS, torch.get_num_threads()),
-            collate_fn=return_unchanged,
-        )
-        for index, pixels in zip(chunks, loader):
-            if isinstance(pixels, UserError):
-                raise pixels
-            pixels = torch.from_numpy(pixels).to(self.device)
-            yield self.prepare(pixels, None if crops is None else crops[index])
+        """Yield the `batch` of each of the `chunks`; threads read the next ones meanwhile.
 
-
-MOST_READERS = 16  # ours: processes that read image files
-
-
-class ChunkReader:
-    """What a reading process does: the pixels of a chunk as a NumPy array, or the UserError.
-
-    Tensors would go through shared memory, of which a container often has 64 MB. A DataLoader would
-    raise the error anew with a traceback in its message.
-    """
-
-    def __init__(self, files: ImageFiles):
-        self.files = files
-
-    def __getitem__(self, index):
+        Threads, not the processes of a DataLoader: decoding and resizing leave Python's lock to
+        others, and a stop signal finds no processes to wait for.
+        """
+        readers = min(MOST_READERS, torch.get_num_threads())
+        pool = ThreadPoolExecutor(readers)
+        files = self.pixels.to("cpu")
+        pending = deque()
         try:
-            return self.files[index].numpy()
-        except UserError as error:
-            return error
+            for index in chunks:
+                pending.append((index, pool.submit(files.__getitem__, index.cpu())))
+                if len(pending) > readers:
+                    yield self.prepare_read(*pending.popleft(), crops)
+            while pending:
+                yield self.prepare_read(*pending.popleft(), crops)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def prepare_read(self, index, pixels: Future, crops) -> torch.Tensor:
+        pixels = pixels.result().to(self.device)
+        return self.prepare(pixels, None if crops is None else crops[index])
 
 
-def return_unchanged(value):
-    return value
+MOST_READERS = 16  # ours: threads that read image files
 
 
 # ---- images: fingerprint -----------------------------------------------------------------------
@@ -653,11 +643,12 @@ def return_unchanged(value):
 def fingerprint(*sets: Images) -> str:
     """A hash of all pixels and labels, to recognise the same data.
 
-    Of images that stay in their files it is the names and the lengths of the files that count.
+    Of images that stay in their files the names and lengths of the files count, and their size.
     """
     digest = hashlib.sha256()
     for images in sets:
         if isinstance(images, ImagesInFiles):
+            digest.update(repr((images.pixels.shape, images.pixels.resized_to)).encode())
             for path in map(Path, images.pixels.paths):
                 name = f"{path.parent.name}/{path.name} {path.stat().st_size}"
                 digest.update(name.encode(errors="surrogateescape"))
@@ -1261,10 +1252,11 @@ TRIAL_ROUNDS = ((32, 100), (128, 12), (1024, 3), (None, 1))
 # ours: of more trials than these, each reading is tried with one normalisation first, and the best
 # readings with all.
 MOST_TRIALS = 2000
+MOST_RARE_TRIALS = 100
 MOST_READINGS = 25
 # ours: a rare activation has to get so many more images right than a usual one does. A net that is
 # hardly trained may do a little better with one that it was not trained with.
-RARE_ACTIVATION_HANDICAP = 0.05
+LEAST_HANDICAP = 0.05
 # ours: below this accuracy all readings are tried with all rare activations.
 POOR_ACCURACY = 0.5
 
@@ -1294,9 +1286,9 @@ class Trial:
     def is_rare(self) -> bool:
         return self.reading.architecture.activation in models.RARE_ACTIVATIONS
 
-    @property
-    def handicap(self) -> float:
-        return RARE_ACTIVATION_HANDICAP if self.is_rare else 0.0
+    def handicap(self, count: int) -> float:
+        """What is taken off its accuracy on `count` images, at least two standard deviations."""
+        return max(LEAST_HANDICAP, count**-0.5) if self.is_rare else 0.0
 
     def with_rare_activations(self) -> list["Trial"]:
         readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
@@ -1325,20 +1317,25 @@ def find_reading(
             for reading in readings
             if reading.architecture.activation == "relu"
         ]
-        other, other_accuracy = choose_trial(rare, images, wrap)
-        if other_accuracy - other.handicap > accuracy - best.handicap:
+        other, other_accuracy = choose_trial(rare, images, wrap, most_trials=MOST_RARE_TRIALS)
+        if other_accuracy - other.handicap(count) > accuracy - best.handicap(count):
             best, accuracy = other, other_accuracy
     return best.reading.build().to(train.device), best.normalisation, accuracy, count
 
 
 def choose_trial(
-    readings: list, images: Images, wrap: Callable, *, tries_activations=False
+    readings: list,
+    images: Images,
+    wrap: Callable,
+    *,
+    tries_activations=False,
+    most_trials=MOST_TRIALS,
 ) -> tuple[Trial, float]:
     """The best way to use somebody's weights, and its accuracy: the trials of `find_reading`."""
     names = list_normalisations(images)
     trials = [Trial(reading, name) for reading in readings for name in names]
     few = TRIAL_ROUNDS[0][0]
-    if len(trials) > MOST_TRIALS:
+    if len(trials) > most_trials:
         own = next(iter(names))
         ranked = rank_trials([Trial(reading, own) for reading in readings], images, few, wrap)
         best = [trial.reading for trial, _ in ranked[:MOST_READINGS]]
@@ -1362,12 +1359,15 @@ def rank_trials(
     if number is not None:
         shown = shown.in_memory()
     accuracies = []
+    reading = net = None
     for trial in wrap(trials):
-        net = trial.reading.build().to(images.device)
+        if trial.reading is not reading:  # those of one reading often stand side by side
+            reading = trial.reading
+            net = reading.build().to(images.device)
         normalised = shown.normalised_by(*normalisations[trial.normalisation])
         accuracies.append(measure_if_fitting(net, normalised))
     ranked = zip(trials, accuracies)
-    return sorted(ranked, key=lambda pair: pair[0].handicap - pair[1])
+    return sorted(ranked, key=lambda pair: pair[0].handicap(len(shown)) - pair[1])
 
 
 def measure_if_fitting(net: Net, images: Images) -> float:
@@ -2479,6 +2479,16 @@ class TrainingState:
             self.best_weights = deepcopy(net.state_dict())
 
 
+def explain_divergence(title: str, epoch: int, plan: TrainingPlan) -> str:
+    advice = "another --seed may do"
+    if plan.temperature is not None:  # of `fast` and `full`
+        advice = "--schedule published prunes with a lower one, or another --seed may do"
+    return (
+        f"{title}: the training diverged in epoch {epoch + 1}, its loss is no longer a number: the "
+        f"learning rate is too high for this net; {advice}"
+    )
+
+
 class Trainer:
     """Trains the nets of a run, each from where it was stopped. The baseline is their teacher."""
 
@@ -2534,9 +2544,11 @@ class Trainer:
 
         With `validation` the accuracy on these images is measured after each epoch. With
         `keeps_best` the weights are those of the best epoch by that accuracy, else of the last one.
-        Trainings are told apart by `title`. Raises UserError if the loss is no longer a number.
+        Trainings are told apart by `title`. A training that diverges ends: with `keeps_best` by
+        the weights from before, else by a UserError.
         """
         net = net.to(self.device).to(memory_format=torch.channels_last)
+        first_weights = deepcopy(net.state_dict()) if keeps_best else None
         optimizer = make_optimizer(net, plan.lr)
         state = self.load_progress(title, net, optimizer)
         first_epoch = state.epochs
@@ -2554,12 +2566,13 @@ class Trainer:
             wrap_steps=self.reporter.wrap_steps,
         )
         for epoch, loss in epochs:
+            if not math.isfinite(loss) and keeps_best:
+                if state.best_weights is None:
+                    net.load_state_dict(first_weights)
+                    state.accuracy = measure_accuracy(net, validation)
+                break
             if not math.isfinite(loss):
-                raise UserError(
-                    f"{title}: the training diverged in epoch {epoch + 1}, its loss is no longer a "
-                    "number: the learning rate is too high for this net; --schedule published "
-                    "prunes with a lower one, another --seed may do, too"
-                )
+                raise UserError(explain_divergence(title, epoch, plan))
             accuracy = None if validation is None else measure_accuracy(net, validation)
             state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
             state.seconds = time.time() - start

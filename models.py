@@ -1252,7 +1252,10 @@ def read_tensors(path: Path):
     return content
 
 
-ZIP_START = b"PK\x03\x04"  # of a file of torch.save; what is in it stands at its end
+def starts_as_zip(path: Path) -> bool:
+    """As a file of torch.save does; its table of contents stands at its end."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def explain_unreadable_file(path: Path, error: Exception) -> str:
@@ -1270,7 +1273,7 @@ def explain_unreadable_file(path: Path, error: Exception) -> str:
     state = ""
     if path.stat().st_size == 0:
         state = " (it is empty)"
-    elif path.read_bytes()[:4] == ZIP_START:
+    elif starts_as_zip(path) and not zipfile.is_zipfile(path):
         state = " (its end is missing: was it copied or written to the end?)"
     return (
         f"{path} is not a checkpoint that torch can read{state}; "

@@ -1084,6 +1084,8 @@ def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, dev
                 f"classes is taken to be for {experiment.data}"
             )
         raise UserError(f"{error}{guess}", error.status) from error
+    if given.photograph_size not in (None, train.size):
+        say(f"--size is for photographs; these images are {train.size} x {train.size}, as they are")
     given.fit_size(train.size)
     check_net_fits(given.net, facts, train, description)
     train, test = train.to(device), test.to(device)

@@ -1184,6 +1184,30 @@ def test_a_training_that_diverges_says_so_and_stops(tmp_path):
     assert not (tmp_path / "baseline.pt").exists()
 
 
+def test_a_candidate_that_diverges_is_judged_as_it_was_before_and_the_search_goes_on(tmp_path):
+    settings = replace(TINY, recovery=TrainingPlan(1, 1e9), target=0.5)
+    run = make_run(tmp_path, settings=settings)
+    run.make_baseline(make_lenet())
+
+    run.make_row("uniform", run.goal_for("uniform"))
+
+    candidate = run.results["search"]["uniform"]["candidates"][0]
+    pruned = models.prune_channels(sep.load(tmp_path / "baseline.pt")[0], candidate["structure"])
+    accuracy = measure_accuracy(pruned, run.data.validation)
+    assert candidate["validation_accuracy"] == pytest.approx(accuracy, abs=0.011)
+
+
+def test_images_in_files_are_another_data_set_at_another_size(tmp_path):
+    paths, _ = save_noise(tmp_path)
+    statistics = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    prints = set()
+    for size, is_gray in ((20, False), (16, False), (16, True)):
+        files = controller.ImageFiles(paths, size, size, is_gray)
+        images = controller.ImagesInFiles(files, torch.zeros(10), **statistics)
+        prints.add(controller.fingerprint(images))
+    assert len(prints) == 3
+
+
 def test_the_test_images_are_read_once_per_row(tmp_path, monkeypatch):
     measure = measure_accuracy
     sizes = []

@@ -129,7 +129,7 @@ class Images:
     def normalised_by(self, mean, std) -> "Images":
         return self.replace(self.pixels, self.labels, mean, std)
 
-    def in_memory(self) -> "Images":
+    def load_into_memory(self) -> "Images":
         return self
 
     @property
@@ -167,14 +167,14 @@ class Images:
 
     def draw_zooms(self, generator: torch.Generator) -> torch.Tensor:
         """Of each image a random part, (N, 5): its middle (x, y) and half its width and height, in
-        a square of [-1, 1], and 1 or -1 where it is flipped."""
+        a square of [-1, 1], and -1 where it is flipped, else 1."""
         area = torch.empty(len(self)).uniform_(*ZOOM_AREA, generator=generator)
         log_ratio = torch.empty(len(self)).uniform_(-1, 1, generator=generator) * ZOOM_LOG_RATIO
         halves = [(area * log_ratio.exp()).sqrt(), (area * (-log_ratio).exp()).sqrt()]
         half_sizes = torch.stack(halves, 1).clamp_max(1)
-        places = torch.empty(len(self), 2).uniform_(-1, 1, generator=generator)
+        middles = torch.empty(len(self), 2).uniform_(-1, 1, generator=generator)
         is_flipped = torch.randint(0, 2, (len(self), 1), generator=generator) * self.flip
-        return torch.cat([places * (1 - half_sizes), half_sizes, 1.0 - 2 * is_flipped], 1)
+        return torch.cat([middles * (1 - half_sizes), half_sizes, 1.0 - 2 * is_flipped], 1)
 
     def batch(self, index, crops=None) -> torch.Tensor:
         """The images `index` (B,), normalised: float32 (B, C, H, W), channels-last.
@@ -220,12 +220,12 @@ def zoom(pixels, parts) -> torch.Tensor:
     """The `parts` (B, 5) of pixels (B, H, W, C) at full size: (B, C, H, W) of [0, 255]."""
     x, y, half_width, half_height, direction = parts.unbind(1)
     zero = torch.zeros_like(x)
-    rows = [half_width * direction, zero, x, zero, half_height, y]
-    places = torch.stack(rows, 1).view(-1, 2, 3)
+    entries = [half_width * direction, zero, x, zero, half_height, y]
+    matrices = torch.stack(entries, 1).view(-1, 2, 3)
     pixels = pixels.permute(0, 3, 1, 2).float()
     # bfloat16 would move the places: the teacher would see other crops than the student.
     with torch.autocast(pixels.device.type, enabled=False):
-        grid = F.affine_grid(places, list(pixels.shape), align_corners=False)
+        grid = F.affine_grid(matrices, list(pixels.shape), align_corners=False)
         return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -237,10 +237,14 @@ ZOOM_LOG_RATIO = math.log(4 / 3)
 
 
 def split_into_chunks(images: Images) -> tuple[torch.Tensor, ...]:
-    """Indices (N,) in parts of 500 images of 32 x 32 pixels, 2,000 on a GPU; fewer if larger."""
+    """Indices (N,) in chunks that an evaluation takes at once."""
+    return torch.arange(len(images), device=images.device).split(chunk_size_for(images))
+
+
+def chunk_size_for(images: Images) -> int:
+    """Images of a chunk: 500 of 32 x 32 pixels, 2,000 on a GPU; fewer if larger."""
     most = 2000 if images.device.type == "cuda" else 500
-    count = max(1, min(most, most * 32 * 32 // images.size**2))
-    return torch.arange(len(images), device=images.device).split(count)
+    return max(1, min(most, most * 32 * 32 // images.size**2))
 
 
 # Mean and standard deviation of the training pixels in [0, 1].
@@ -286,20 +290,20 @@ def load_data(
     augmentation = {"crop": crop, "flip": flip}
     if is_own:
         found = open_image_folder(folder, size, is_gray=name == "mnist")
-        if found.are_photographs:
+        if found.need_resizing:
             say(
-                f"{found.count:,} photographs ({found.most_common} pixels) are resized and cropped "
+                f"{found.count:,} photographs ({found.size_words} pixels) are resized and cropped "
                 f"in their middle to {size} x {size}{size_advice}"
             )
-        if found.fill_memory:
+        if found.exceeds_memory_limit:
             images_class = ImagesInFiles
             say(
                 f"{found.count:,} images of {found.size} x {found.size} pixels would take "
-                f"{found.bytes / 1e9:.1f} GB of memory: they are read from their files in every "
-                "epoch, which is slower"
+                f"{found.byte_count / 1e9:.1f} GB of memory: they are read from their files in "
+                "every epoch, which is slower"
             )
         statistics["class_names"] = found.class_names
-        if found.size >= SMALLEST_ZOOMED:
+        if found.size >= MIN_ZOOMED_SIZE:
             augmentation = {"zooms": True, "flip": flip}
         train, test = found.read("train"), found.read("test")
     else:
@@ -409,14 +413,14 @@ def has_images(folder: Path) -> bool:
 
 
 # ours: images from this size on are cropped at many sizes in training, smaller ones as CIFAR's.
-SMALLEST_ZOOMED = 64
+MIN_ZOOMED_SIZE = 64
 # ours: larger images are taken for photographs, too.
-LARGEST_SQUARE = 256
+MAX_SQUARE_SIZE = 256
 # ours: of a photograph's shorter side, in sizes of the net's images; the rest is cropped away.
 PHOTOGRAPH_MARGIN = 256 / 224
 # ours: more are read from their files in every epoch. A run holds the images that it trains with
 # twice: all of them, and again in those that train and those that validate.
-MOST_BYTES_OF_IMAGES = 2 << 30
+MAX_IMAGE_BYTES = 2 << 30
 
 
 @dataclass
@@ -428,21 +432,21 @@ class FolderOfImages:
     class_names: list[str]
     size: int  # pixels of a side, as the net will read them
     is_gray: bool  # they are read as gray images, else as RGB
-    are_photographs: bool  # of many sizes, or large: they are resized and cropped
-    most_common: str  # their own size, in words
+    need_resizing: bool  # they are of many sizes, no squares, or large
+    size_words: str  # their own size
 
     @property
     def count(self) -> int:
         return sum(map(len, self.paths.values()))
 
     @property
-    def bytes(self) -> int:
+    def byte_count(self) -> int:
         """What all pixels take in memory."""
         return self.count * self.size * self.size * (1 if self.is_gray else 3)
 
     @property
-    def fill_memory(self) -> bool:
-        return self.bytes > MOST_BYTES_OF_IMAGES
+    def exceeds_memory_limit(self) -> bool:
+        return self.byte_count > MAX_IMAGE_BYTES
 
     def read(self, part: str) -> tuple["torch.Tensor | ImageFiles", torch.Tensor]:
         """(pixels, labels) of a part; the pixels are ImageFiles if they fill the memory.
@@ -450,9 +454,9 @@ class FolderOfImages:
         Raises UserError.
         """
         labels = torch.tensor(self.labels[part])
-        resized_to = self.size if self.are_photographs else None
+        resized_to = self.size if self.need_resizing else None
         files = ImageFiles(self.paths[part], self.size, resized_to, self.is_gray)
-        return files if self.fill_memory else files[torch.arange(len(labels))], labels
+        return files if self.exceeds_memory_limit else files[torch.arange(len(labels))], labels
 
 
 def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> FolderOfImages:
@@ -473,14 +477,14 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> FolderOfImag
         raise UserError(f"{folder}: train and test have different classes ({different})")
     sizes = Counter(measure_image(path) for part in paths.values() for path in part)
     (width, height), _ = sizes.most_common(1)[0]
-    are_photographs = len(sizes) > 1 or width != height or width > LARGEST_SQUARE
+    need_resizing = len(sizes) > 1 or width != height or width > MAX_SQUARE_SIZE
     return FolderOfImages(
         paths,
         labels,
         names["train"],
-        size if are_photographs else width,
+        size if need_resizing else width,
         is_gray,
-        are_photographs,
+        need_resizing,
         f"{width} x {height}" if len(sizes) == 1 else f"most often {width} x {height}",
     )
 
@@ -530,6 +534,8 @@ def opened_image(path: str):
     try:
         with Image.open(path) as image:
             yield image
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(f"{path} may not be read by this user") from error
     except Exception as error:  # as many kinds as there are decoders
@@ -545,6 +551,9 @@ def measure_image(path: str) -> tuple[int, int]:
         return image.size[::-1] if is_lying else image.size
 
 
+LONG_MODES = ("I", "F")  # of PIL: 16 or 32 bits a channel
+
+
 def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tensor:
     """An image as uint8 (H, W, C), C = 1 or 3, upright as its camera says; with a `size` resized
     and cropped in its middle to that square. Raises UserError where it is none of 8 bits."""
@@ -552,8 +561,8 @@ def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tenso
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
     with opened_image(path) as image:
-        if image.mode[0] in "IF":  # 32 or 16 bits a channel
-            raise ValueError(image.mode)
+        if image.mode.startswith(LONG_MODES):
+            raise UserError(f"{path} is no image of 8 bits a channel")
         image = ImageOps.exif_transpose(image).convert("L" if is_gray else "RGB")
     if size is not None:
         image = center_crop(resize(image, round(size * PHOTOGRAPH_MARGIN)), size)
@@ -566,7 +575,8 @@ def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tenso
 class ImageFiles:
     """Images that are read from their files when they are asked for.
 
-    It is indexed as the tensor (N, H, W, C) of uint8 that all of their pixels would be.
+    Indexed by a tensor of indices as the tensor (N, H, W, C) of uint8 that all of their pixels
+    would be; `select` takes slices, too.
     """
 
     def __init__(self, paths, size: int, resized_to: int | None, is_gray: bool, device="cpu"):
@@ -605,7 +615,7 @@ class ImagesInFiles(Images):
     def select(self, index) -> "ImagesInFiles":
         return self.replace(self.pixels.select(index), self.labels[index])
 
-    def in_memory(self) -> Images:
+    def load_into_memory(self) -> Images:
         every = torch.arange(len(self), device=self.device)
         return self.make_like(Images, self.pixels[every], self.labels)
 
@@ -615,7 +625,7 @@ class ImagesInFiles(Images):
         Threads, not the processes of a DataLoader: decoding and resizing leave Python's lock to
         others, and a stop signal finds no processes to wait for.
         """
-        readers = min(MOST_READERS, torch.get_num_threads())
+        readers = min(MAX_READERS, torch.get_num_threads())
         pool = ThreadPoolExecutor(readers)
         files = self.pixels.to("cpu")
         pending = deque()
@@ -634,7 +644,7 @@ class ImagesInFiles(Images):
         return self.prepare(pixels, None if crops is None else crops[index])
 
 
-MOST_READERS = 16  # ours: threads that read image files
+MAX_READERS = 16  # ours: threads that read image files
 
 
 # ---- images: fingerprint -----------------------------------------------------------------------
@@ -746,18 +756,18 @@ class DataSplit:
         return DataSplit(*sets, self.seed)
 
 
-def order_of_split(images: Images, seed: int) -> torch.Tensor:
-    """Indices (N,): the first tenth validates."""
+def shuffle_for_split(images: Images, seed: int) -> torch.Tensor:
+    """The indices (N,) in the order of a seed."""
     generator = torch.Generator().manual_seed(seed_for(seed, "split"))
     return torch.randperm(len(images), generator=generator)
 
 
-def split_order(images: Images, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_indices(images: Images, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of what (trains, validates): 10 % of the images validate, chosen by `seed`.
 
     Raises UserError where these are fewer than 10.
     """
-    order = order_of_split(images, seed)
+    order = shuffle_for_split(images, seed)
     count = int(VALIDATION_SHARE * len(images))
     if count < 10:
         raise UserError(
@@ -768,8 +778,8 @@ def split_order(images: Images, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def split_images(images: Images, seed: int) -> tuple[Images, Images]:
-    """(training, validation) images; see `split_order`."""
-    train, validation = split_order(images, seed)
+    """(training, validation) images; see `split_indices`."""
+    train, validation = split_indices(images, seed)
     return images.select(train), images.select(validation)
 
 
@@ -781,7 +791,7 @@ def make_data_split(
     They are split before some are left out, so that what validates a net in a small run validates
     it in a large one, too. Raises UserError where the images are too few.
     """
-    train, validation = split_order(images, seed)
+    train, validation = split_indices(images, seed)
     used = images
     if max_images is not None and max_images < len(images):
         count = int(VALIDATION_SHARE * max_images)
@@ -825,7 +835,8 @@ def measure_accuracy(net: Net, images: Images, *, in_float32: bool = False) -> f
 
 
 class Teacher:
-    """The softmax outputs of a net on a set of images, computed once per epoch's crops and kept."""
+    """The softmax outputs of a net on a set of images, by an epoch's crops. They are kept while
+    they fit TEACHER_BYTES."""
 
     def __init__(self, net: Net, images: Images, seed: int):
         self.net = net
@@ -836,7 +847,8 @@ class Teacher:
     def probabilities(self, epoch: int, count: int) -> torch.Tensor:
         """(N, classes) float32 for the first `count` images of an epoch, in the images' own order.
 
-        0 for the other images. Without augmentation all epochs show the same images.
+        0 for the other images. Without augmentation all epochs show the same images, and all are
+        computed.
         """
         if not self.images.is_augmented:
             epoch, count = 0, len(self.images)
@@ -851,7 +863,7 @@ class Teacher:
     def compute(self, epoch: int, count: int) -> torch.Tensor:
         order, crops = self.images.draw_epoch(self.seed, epoch)
         shown = order[:count].sort().values
-        chunks = shown.split(len(split_into_chunks(self.images)[0]))
+        chunks = shown.split(chunk_size_for(self.images))
         self.net.eval()
         with autocast_for(self.images.device):
             parts = [self.net(x).float().softmax(1) for x in self.images.batches(chunks, crops)]
@@ -1201,8 +1213,8 @@ def fit(
         order, crops = images.draw_epoch(seed, epoch)
         teacher_probs = None
         if teacher:
-            # All images but the last, smaller batch, or the few of a short epoch: so the outputs
-            # that are kept serve every plan that shows whole epochs.
+            # Whole epochs ask for all images, so that the outputs that are kept serve every plan
+            # of whole epochs.
             shown = count if plan.max_steps else len(images)
             teacher_probs = teacher.probabilities(epoch, shown)
         total_loss = torch.zeros((), device=images.device)
@@ -1231,7 +1243,8 @@ COMMON_NORMALISATIONS = {
 
 
 def stored_normalisation(net: Net, facts: dict) -> tuple | None:
-    """(mean, std), per channel, that a checkpoint's facts name; None where they name none."""
+    """(mean, std), per channel, that a checkpoint's facts name; None where they name none that are
+    valid."""
     mean, std = facts.get("mean"), facts.get("std")
     for values in (mean, std):
         if not isinstance(values, list) or len(values) != net.channels:
@@ -1242,28 +1255,45 @@ def stored_normalisation(net: Net, facts: dict) -> tuple | None:
 
 
 def list_normalisations(train: Images) -> dict[str, tuple]:
-    """(mean, std) by name: the data set's own and what other people use."""
-    own = {"the data set's own mean and std": (train.mean, train.std)}
-    return own | COMMON_NORMALISATIONS[len(train.mean)]
+    """(mean, std) by name: those that the images come with, and what other people use."""
+    own = (train.mean, train.std)
+    names = [name for name, statistics in STATISTICS.items() if statistics == own]
+    own_name = f"mean and std of {names[0]}" if names else "their own mean and std"
+    return {own_name: own} | COMMON_NORMALISATIONS[len(train.mean)]
 
 
-# ours: so many images first, then more for what is left; so many trials are left each time.
-TRIAL_ROUNDS = ((32, 100), (128, 12), (1024, 3), (None, 1))
-# ours: of more trials than these, each reading is tried with one normalisation first, and the best
-# readings with all.
-MOST_TRIALS = 2000
-MOST_RARE_TRIALS = 100
-MOST_READINGS = 25
+@dataclass(frozen=True)
+class TrialRound:
+    """All trials are measured on the first `max_images` images, and the best ones stay."""
+
+    max_images: int | None  # None: all
+    survivors: int
+
+
+TRIAL_ROUNDS = (  # ours
+    TrialRound(32, survivors=100),
+    TrialRound(128, survivors=12),
+    TrialRound(1024, survivors=3),
+    TrialRound(None, survivors=1),
+)
+# ours: with more trials than these, all readings are tried with one normalisation, and the best of
+# them with every one.
+MAX_TRIALS = 2000
+MAX_RARE_TRIALS = 100
+MAX_SHORTLIST = 25
+# ours: with how many of the best trials rare activations are tried.
+TRIALS_WITH_RARE_ACTIVATIONS = 2
+# ours: below this accuracy they are tried with all readings.
+POOR_ACCURACY = 0.5
 # ours: a rare activation has to get so many more images right than a usual one does. A net that is
 # hardly trained may do a little better with one that it was not trained with.
-LEAST_HANDICAP = 0.05
-# ours: below this accuracy all readings are tried with all rare activations.
-POOR_ACCURACY = 0.5
+MIN_HANDICAP = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class KnownNet:
-    """A net of which only the normalisation is unknown; it takes a models.Reading's place."""
+    """A net of which only the normalisation is unknown. In a Trial it takes the place of a
+    models.Reading; it has one activation."""
 
     net: Net
 
@@ -1286,88 +1316,103 @@ class Trial:
     def is_rare(self) -> bool:
         return self.reading.architecture.activation in models.RARE_ACTIVATIONS
 
-    def handicap(self, count: int) -> float:
-        """What is taken off its accuracy on `count` images, at least two standard deviations."""
-        return max(LEAST_HANDICAP, count**-0.5) if self.is_rare else 0.0
+    def handicap(self, images: int) -> float:
+        """What is taken off its accuracy on so many images: at least two standard deviations."""
+        return max(MIN_HANDICAP, images**-0.5) if self.is_rare else 0.0
 
     def with_rare_activations(self) -> list["Trial"]:
         readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
         return [Trial(reading, self.normalisation) for reading in readings]
 
 
+@dataclass(frozen=True)
+class FoundReading:
+    """How somebody's weights are read, and what tells so."""
+
+    net: Net
+    normalisation: str  # its name
+    mean: tuple
+    std: tuple
+    accuracy: float  # in [0, 1], on so many training images
+    images: int
+
+
 def find_reading(
     readings: list, train: Images, seed: int, *, tries_activations=False, wrap=lambda trials: trials
-) -> tuple:
-    """(net, its normalisation's name, accuracy, on how many images): the net that gets most of the
-    images right that validate.
+) -> FoundReading:
+    """The reading and the normalisation by which somebody's net gets most images right.
 
-    `readings` is what somebody's weights may be, the likeliest first; each is tried with each of
-    `list_normalisations`, and with rare activations if `tries_activations`. The accuracy is in
-    [0, 1]. `wrap(trials)` passes on the trials of a round, to show them.
+    `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with each of
+    `list_normalisations` on a sample of the training images, in rounds; with `tries_activations`
+    rare ones are tried, too. `wrap(trials)` passes on the trials of a round, to show them.
     """
     count = max(100, int(VALIDATION_SHARE * len(train)))
-    images = train.select(order_of_split(train, seed)[:count])
-    best, accuracy = choose_trial(readings, images, wrap, tries_activations=tries_activations)
+    sample = train.select(shuffle_for_split(train, seed)[:count])
+    best, accuracy = choose_trial(readings, sample, wrap, tries_activations=tries_activations)
     if tries_activations and (best.is_rare or accuracy < POOR_ACCURACY):
-        # The other things were chosen with another activation: anew with this one, or with all.
-        own = best.reading.architecture.activation
-        rare = [
-            reading.with_activation(activation)
-            for activation in ([own] if best.is_rare else models.RARE_ACTIVATIONS)
-            for reading in readings
-            if reading.architecture.activation == "relu"
+        # Poolings and paddings were chosen under a usual activation. They are chosen anew.
+        activations = models.RARE_ACTIVATIONS
+        if best.is_rare:
+            activations = [best.reading.architecture.activation]
+        rare_readings = [
+            reading
+            for activation in activations
+            for reading in models.change_activation(readings, activation)
         ]
-        other, other_accuracy = choose_trial(rare, images, wrap, most_trials=MOST_RARE_TRIALS)
-        if other_accuracy - other.handicap(count) > accuracy - best.handicap(count):
-            best, accuracy = other, other_accuracy
-    return best.reading.build().to(train.device), best.normalisation, accuracy, count
+        rare, rare_accuracy = choose_trial(rare_readings, sample, wrap, max_trials=MAX_RARE_TRIALS)
+        images = len(sample)
+        if rare_accuracy - rare.handicap(images) > accuracy - best.handicap(images):
+            best, accuracy = rare, rare_accuracy
+    net = best.reading.build().to(train.device)
+    mean, std = list_normalisations(train)[best.normalisation]
+    return FoundReading(net, best.normalisation, mean, std, accuracy, len(sample))
 
 
 def choose_trial(
     readings: list,
-    images: Images,
+    sample: Images,
     wrap: Callable,
     *,
     tries_activations=False,
-    most_trials=MOST_TRIALS,
+    max_trials=MAX_TRIALS,
 ) -> tuple[Trial, float]:
-    """The best way to use somebody's weights, and its accuracy: the trials of `find_reading`."""
-    names = list_normalisations(images)
+    """The best way to use somebody's weights, and its accuracy: the rounds of `find_reading`."""
+    names = list(list_normalisations(sample))
+    first_round, *later_rounds = TRIAL_ROUNDS
+    if len(readings) * len(names) > max_trials:
+        trials = [Trial(reading, names[0]) for reading in readings]
+        ranked = rank_trials(trials, sample, first_round.max_images, wrap)
+        readings = [trial.reading for trial, _ in ranked[:MAX_SHORTLIST]]
     trials = [Trial(reading, name) for reading in readings for name in names]
-    few = TRIAL_ROUNDS[0][0]
-    if len(trials) > most_trials:
-        own = next(iter(names))
-        ranked = rank_trials([Trial(reading, own) for reading in readings], images, few, wrap)
-        best = [trial.reading for trial, _ in ranked[:MOST_READINGS]]
-        trials = [Trial(reading, name) for reading in best for name in names]
-    for number, trials_left in TRIAL_ROUNDS:
-        ranked = rank_trials(trials, images, number, wrap)[:trials_left]
-        trials = [trial for trial, _ in ranked]
-        if tries_activations and number == few:
-            for trial in trials[:2]:
-                trials += trial.with_rare_activations()
+    ranked = rank_trials(trials, sample, first_round.max_images, wrap)
+    trials = [trial for trial, _ in ranked[: first_round.survivors]]
+    if tries_activations:
+        for trial in trials[:TRIALS_WITH_RARE_ACTIVATIONS]:
+            trials.extend(trial.with_rare_activations())
+    for trial_round in later_rounds:
+        ranked = rank_trials(trials, sample, trial_round.max_images, wrap)
+        trials = [trial for trial, _ in ranked[: trial_round.survivors]]
     return ranked[0]
 
 
 def rank_trials(
-    trials: list[Trial], images: Images, number: int | None, wrap: Callable
+    trials: list[Trial], sample: Images, max_images: int | None, wrap: Callable
 ) -> list[tuple[Trial, float]]:
-    """(trial, accuracy) on the first `number` images, on all of them if that is None; the best
-    first, of equal ones the likelier."""
-    normalisations = list_normalisations(images)
-    shown = images.select(slice(number))
-    if number is not None:
-        shown = shown.in_memory()
+    """(trial, accuracy) of each, the best first; equal ones keep their order."""
+    normalisations = list_normalisations(sample)
+    images = sample.select(slice(max_images))
+    if max_images is not None:
+        images = images.load_into_memory()
     accuracies = []
     reading = net = None
     for trial in wrap(trials):
         if trial.reading is not reading:  # those of one reading often stand side by side
             reading = trial.reading
             net = reading.build().to(images.device)
-        normalised = shown.normalised_by(*normalisations[trial.normalisation])
+        normalised = images.normalised_by(*normalisations[trial.normalisation])
         accuracies.append(measure_if_fitting(net, normalised))
     ranked = zip(trials, accuracies)
-    return sorted(ranked, key=lambda pair: pair[0].handicap(len(shown)) - pair[1])
+    return sorted(ranked, key=lambda pair: pair[0].handicap(len(images)) - pair[1])
 
 
 def measure_if_fitting(net: Net, images: Images) -> float:

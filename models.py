@@ -1484,6 +1484,14 @@ class Reading:
         return replace(self, architecture=replace(self.architecture, activation=activation))
 
 
+def change_activation(readings: list[Reading], activation: str) -> list[Reading]:
+    """The readings with that activation in place of their own; of readings that differ in their
+    activation alone, one."""
+    usual = readings[0].architecture.activation
+    kept = [reading for reading in readings if reading.architecture.activation == usual]
+    return [reading.with_activation(activation) for reading in kept]
+
+
 @dataclass
 class FoundModule:
     """A module of somebody's net: its name and tensors."""

@@ -883,12 +883,12 @@ class RunOptions:
     force: bool = False
 
     def folder(self, name: str) -> Path:
-        """The run folder of that name; it says which images of the user's own are used."""
+        """The run folder of a run of that name."""
         return self.out / f"{name}-{self.schedule}-s{self.seed}"
 
 
 @dataclass
-class GivenNet:
+class UserNet:
     """A net of the user's, from a checkpoint, and the facts in it.
 
     A stranger's state dict has `readings`, all that it may be. `net` is the likeliest of them until
@@ -928,15 +928,15 @@ class GivenNet:
         return f"{self.path.name}, sha256 {digest[:16]}"
 
 
-def load_given(
+def load_user_net(
     path: Path, *, photograph_size: int | None = None, activation: str | None = None
-) -> GivenNet:
+) -> UserNet:
     """A user's checkpoint; the options say what a state dict of others does not.
 
     Raises UserError.
     """
     import sep
-    from models import ACTIVATIONS, UserError
+    from models import ACTIVATIONS, UserError, change_activation
 
     if activation not in (None, *ACTIVATIONS):
         raise UserError(f"unknown activation '{activation}'; there are {', '.join(ACTIVATIONS)}", 2)
@@ -953,14 +953,9 @@ def load_given(
     for note in checkpoint.get("notes", []):
         print_note(note)
     if activation is not None and readings:
-        usual = net.architecture.activation
-        readings = [
-            reading.with_activation(activation)
-            for reading in readings
-            if reading.architecture.activation == usual
-        ]
+        readings = change_activation(readings, activation)
         net = readings[0].build()
-    return GivenNet(path, net, checkpoint["facts"], readings, photograph_size, activation)
+    return UserNet(path, net, checkpoint["facts"], readings, photograph_size, activation)
 
 
 def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> Path:
@@ -988,13 +983,13 @@ def find_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def find_experiment_for(given: GivenNet, data_dir: Path) -> Experiment:
+def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
     """The experiment whose data a net is for: what its checkpoint says, else the data set with its
     input and classes; of several the one of its kind. Raises UserError."""
     from controller import OWN_IMAGES, is_image_folder
     from models import UserError
 
-    net, facts = given.net, given.facts
+    net, facts = user_net.net, user_net.facts
     has_own_images = is_image_folder(data_dir)
     if not has_own_images and str(facts.get("data")).startswith(OWN_IMAGES):
         raise UserError(
@@ -1015,9 +1010,12 @@ def find_experiment_for(given: GivenNet, data_dir: Path) -> Experiment:
             "--data-dir can name a folder with train/CLASS and test/CLASS"
         )
 
+    def family(arch):
+        return arch.rstrip("0123456789")
+
     def likeness(experiment):
-        family, own_family = (arch.rstrip("0123456789") for arch in (experiment.arch, net.arch))
-        return experiment.data == facts.get("data"), family == own_family
+        has_same_data = experiment.data == facts.get("data")
+        return has_same_data, family(experiment.arch) == family(net.arch)
 
     return max(fitting, key=likeness)
 
@@ -1051,7 +1049,9 @@ def select_device(name: str):
     return device
 
 
-def load_data_for(experiment: Experiment, data_dir: Path, size: int, say, size_advice: str = ""):
+def load_experiment_images(
+    experiment: Experiment, data_dir: Path, size: int, say, size_advice: str = ""
+):
     """(training images, test images, what they are) as an experiment augments them; photographs are
     brought to `size`, and the user is told so with `size_advice`. Raises UserError."""
     from controller import load_data
@@ -1061,21 +1061,26 @@ def load_data_for(experiment: Experiment, data_dir: Path, size: int, say, size_a
     return load_data(experiment.data, data_dir, **augmentation, **sizes, say=say)
 
 
-def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, device, seed, say):
+def load_images_for_user_net(
+    user_net: UserNet, experiment: Experiment, data_dir: Path, device, seed, say
+):
     """(training images, test images, what they are) for a user's net, on the device.
 
-    They are normalised as the net is used to. A net from a state dict takes the images' size.
+    They are normalised as the net is used to. A state dict of others becomes the net that they tell
+    it is: `user_net` changes.
     Raises UserError where it cannot read the images or has other classes.
     """
     from models import UserError
 
-    net, facts = given.net, given.facts
-    size = given.photograph_size or net.size
+    net, facts = user_net.net, user_net.facts
+    size = user_net.photograph_size or net.size
     size_advice = ""
-    if given.readings and given.photograph_size is None:
+    if user_net.readings and user_net.photograph_size is None:
         size_advice = "; the net may have been trained at another size: --size names it"
     try:
-        train, test, description = load_data_for(experiment, data_dir, size, say, size_advice)
+        train, test, description = load_experiment_images(
+            experiment, data_dir, size, say, size_advice
+        )
     except UserError as error:
         guess = ""
         if facts.get("data") is None:
@@ -1084,46 +1089,49 @@ def load_images_for(given: GivenNet, experiment: Experiment, data_dir: Path, dev
                 f"classes is taken to be for {experiment.data}"
             )
         raise UserError(f"{error}{guess}", error.status) from error
-    if given.photograph_size not in (None, train.size):
+    if user_net.photograph_size not in (None, train.size):
         say(f"--size is for photographs; these images are {train.size} x {train.size}, as they are")
-    given.fit_size(train.size)
-    check_net_fits(given.net, facts, train, description)
+    user_net.fit_size(train.size)
+    check_net_fits(user_net.net, facts, train, description)
     train, test = train.to(device), test.to(device)
-    mean, std = settle_reading(given, train, seed, say)
+    mean, std = choose_reading(user_net, train, seed, say)
     return train.normalised_by(mean, std), test.normalised_by(mean, std), description
 
 
-def settle_reading(given: GivenNet, train, seed: int, say) -> tuple:
+def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     """(mean, std) for the images of a user's net: what its facts name, else what validates best.
 
-    Of a stranger's state dict all readings are tried, and `given.net` becomes the best. `say` tells
-    the user.
+    Of a stranger's state dict all readings are tried, and `user_net.net` becomes the best. `say`
+    tells the user.
     """
-    from controller import KnownNet, find_reading, list_normalisations, stored_normalisation
+    from controller import KnownNet, find_reading, stored_normalisation
 
-    stored = stored_normalisation(given.net, given.facts)
+    stored = stored_normalisation(user_net.net, user_net.facts)
     if stored is not None:
         return stored
-    given.net.to(train.device)
-    say(
-        "the weights alone do not tell how images were normalised, nor all of the net: tries what "
-        "is usual on images that validate"
-    )
-    given.net, name, accuracy, count = find_reading(
-        given.readings or [KnownNet(given.net)],
+    if user_net.readings:
+        say(
+            "the weights alone do not tell how images were normalised, nor all of the net: tries "
+            "what is usual on some of the training images"
+        )
+    else:
+        say("the checkpoint does not say how images were normalised: tries what is usual")
+    found = find_reading(
+        user_net.readings or [KnownNet(user_net.net)],
         train,
         seed,
-        tries_activations=bool(given.readings) and given.activation is None,
+        tries_activations=bool(user_net.readings) and user_net.activation is None,
         wrap=show_trials,
     )
-    given.accuracy = accuracy
+    user_net.net, user_net.accuracy = found.net, found.accuracy
     say(
-        f"images normalised with {name}, and the net read as {given.net.architecture.in_words()}: "
-        f"so it gets the most right, {accuracy:.2%} of {count:,} training images"
+        f"images normalised by {found.normalisation}, and the net read as "
+        f"{found.net.architecture.in_words()}: so it gets the most right, {found.accuracy:.2%} of "
+        f"{found.images:,} training images"
     )
-    if given.readings:
+    if user_net.readings and user_net.activation is None:
         say("compare that with what you know of the net; --activation says what else it may have")
-    return list_normalisations(train)[name]
+    return found.mean, found.std
 
 
 def show_trials(trials):
@@ -1151,22 +1159,22 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
         return
     others = [str(name) for name in names if name not in known]
     others += [str(name) for name in known if name not in names]
-    raise UserError(
-        f"{description}: not the classes that the net was trained on "
-        f"({', '.join(others[:10])} in one of the two alone)"
-    )
+    difference = "they are in another order"
+    if others:
+        difference = f"{', '.join(others[:10])} in one of the two alone"
+    raise UserError(f"{description}: not the classes that the net was trained on ({difference})")
 
 
-def check_is_no_guess(given: GivenNet, accuracy: float, what_force_does: str) -> None:
+def check_is_no_guess(user_net: UserNet, accuracy: float, what_force_does: str) -> None:
     """Raise UserError where a net gets hardly more images right than guessing would."""
     from controller import is_near_guessing
     from models import UserError
 
-    if is_near_guessing(accuracy, given.net.classes):
+    if is_near_guessing(accuracy, user_net.net.classes):
         raise UserError(
-            f"{given.path} gets {accuracy:.2%} of the validation images right, hardly more than "
-            f"guessing among {given.net.classes} classes: it was hardly trained, or it is another "
-            f"net, for other images, or with its classes in another order; --force to "
+            f"{user_net.path} gets {accuracy:.2%} of the validation images right, hardly more than "
+            f"guessing among {user_net.net.classes} classes: it was hardly trained, or it is "
+            f"another net, for other images, or with its classes in another order; --force to "
             f"{what_force_does}"
         )
 
@@ -1213,48 +1221,52 @@ def check_target(net, methods, target: float | None, round_to: int | None) -> No
         check_reachable(net.widths, reduction_of, target, round_to or 1)
 
 
-def split_seed_for(given: GivenNet | None, description: str, seed: int) -> int:
+def split_seed_for(user_net: UserNet | None, description: str, seed: int) -> int:
     """The seed of the split: what validated a baseline validates it again."""
-    if given is not None and given.facts.get("data") == description:
-        given_seed = given.facts.get("split")
+    if user_net is not None and user_net.facts.get("data") == description:
+        given_seed = user_net.facts.get("split")
         if isinstance(given_seed, int):
             return given_seed
     return seed
 
 
-def load_images_of_run(experiment: Experiment, options: RunOptions, device, say, given=None):
-    """(training images, test images, what they are); `given` is the user's net.
+def load_images_for_run(experiment: Experiment, options: RunOptions, device, say, user_net=None):
+    """(training images, test images, what they are); `user_net` is the net to start from.
 
     Raises UserError where the net of the run cannot take them.
     """
     import torch
 
-    if given is None:
-        train, test, description = load_data_for(experiment, options.data_dir, experiment.size, say)
+    if user_net is None:
+        train, test, description = load_experiment_images(
+            experiment, options.data_dir, experiment.size, say
+        )
         with torch.device("meta"):
             build_net(experiment, size=train.size)  # refuses images that are too small
         return train, test, description
-    train, test, description = load_images_for(
-        given, experiment, options.data_dir, device, options.seed, say
+    train, test, description = load_images_for_user_net(
+        user_net, experiment, options.data_dir, device, options.seed, say
     )
-    if given.facts.get("data") not in (None, description):
-        say(f"the net was trained on {given.facts['data']}, and is pruned on {description}")
+    if user_net.facts.get("data") not in (None, description):
+        say(f"the net was trained on {user_net.facts['data']}, and is pruned on {description}")
     return train, test, description
 
 
 def open_run(
-    folder: Path, name: str, experiment: Experiment, options: RunOptions, reporter, given=None
+    folder: Path, name: str, experiment: Experiment, options: RunOptions, reporter, user_net=None
 ):
-    """The controller.Run of a folder, with its data loaded; `given` is the user's net.
+    """The controller.Run of a folder, with its data loaded; `user_net` is the net to start from.
 
     Raises UserError.
     """
     from controller import Run, make_data_split
 
     device = select_device(options.device)
-    train, test, description = load_images_of_run(experiment, options, device, reporter.say, given)
+    train, test, description = load_images_for_run(
+        experiment, options, device, reporter.say, user_net
+    )
     schedule = SCHEDULES[options.schedule]
-    split_seed = split_seed_for(given, description, options.seed)
+    split_seed = split_seed_for(user_net, description, options.seed)
     data = make_data_split(train, test, split_seed, max_images=schedule.max_images)
     settings = settings_for(
         experiment,
@@ -1270,7 +1282,7 @@ def open_run(
             "experiment": name,
             "schedule": str(options.schedule),
             "data": description,
-            "source": None if given is None else given.describe_source(),
+            "source": None if user_net is None else user_net.describe_source(),
         },
         data.to(device),
         reporter,
@@ -1488,11 +1500,11 @@ def reproduce(
         return
     if time:
         raise UserError("--time is for the list of experiments: reproduce --time", 2)
-    given = load_given(baseline) if baseline else None
-    data_dir = find_data_dir(data_dir, given.facts if given else {}, experiment)
+    user_net = load_user_net(baseline) if baseline else None
+    data_dir = find_data_dir(data_dir, user_net.facts if user_net else {}, experiment)
     options = RunOptions(schedule, data_dir, out, device, seed, fresh, round_to=round_to)
     methods = order_methods(method or DEFAULT_METHODS)
-    run_experiment(experiment, methods, options, given, target)
+    run_experiment(experiment, methods, options, user_net, target)
 
 
 def order_methods(methods) -> list[str]:
@@ -1503,15 +1515,15 @@ def order_methods(methods) -> list[str]:
 
 
 def run_experiment(
-    name: str, methods: list[str], options: RunOptions, given, target: float | None
+    name: str, methods: list[str], options: RunOptions, user_net, target: float | None
 ) -> None:
     """Make the rows of an experiment and show them, at another `target` if that is given.
 
     Raises UserError.
     """
     experiment = find_experiment(name)
-    if given is not None:
-        check_is_whole(given, name)
+    if user_net is not None:
+        check_is_whole(user_net, name)
     run_name = name
     if target is not None:
         experiment = replace(experiment, target=target)
@@ -1519,36 +1531,36 @@ def run_experiment(
     check_target(build_net(experiment), methods, experiment.target, options.round_to)
     folder_name = run_name + own_images_suffix(options.data_dir)
     folder = options.folder(folder_name)
-    if given is not None:
-        folder = folder.with_name(f"{folder.name}-from-{given.path.stem}")
+    if user_net is not None:
+        folder = folder.with_name(f"{folder.name}-from-{user_net.path.stem}")
     if options.round_to:
         folder = folder.with_name(f"{folder.name}-round{options.round_to}")
     if methods == ["uniform"] and experiment.target is None:
         check_has_row(folder, options)
     reporter = ScreenReporter()
-    run = open_run(folder, name, experiment, options, reporter, given)
+    run = open_run(folder, name, experiment, options, reporter, user_net)
     work = methods if "static" not in methods else order_methods([*methods, "sep"])
-    announce(run, reporter, work, is_given=given is not None)
+    announce(run, reporter, work, is_given=user_net is not None)
     with resumable(reporter):
-        if given is not None:
-            run.make_baseline(given.net, is_trained=True)
+        if user_net is not None:
+            run.make_baseline(user_net.net, is_trained=True)
         else:
             run.make_baseline(build_untrained(experiment, run))
-        warn_of_guessing(run, reporter, is_given=given is not None)
+        warn_of_guessing(run, reporter, is_given=user_net is not None)
         for method in methods:
             run.make_row(method, run.goal_for(method))
     finish_run(run)
 
 
-def check_is_whole(given: GivenNet, name: str) -> None:
+def check_is_whole(user_net: UserNet, name: str) -> None:
     """Raise UserError unless a checkpoint is the unpruned net of that experiment."""
     from models import UserError, default_widths
 
-    net = given.net
+    net = user_net.net
     arch = EXPERIMENTS[name].arch
     if (net.arch, net.structure) != (arch, default_widths(arch)):
         raise UserError(
-            f"{given.path} is a {net.arch} of widths {net.structure}, not the whole {arch} of "
+            f"{user_net.path} is a {net.arch} of widths {net.structure}, not the whole {arch} of "
             f"{name}; `prune` takes any net",
             2,
         )
@@ -1748,13 +1760,13 @@ def prune(
 ):
     """A smaller net from your own checkpoint."""
     row = row_to_prune(method, is_static=static, target=target)
-    given = load_given(ckpt, photograph_size=size, activation=activation)
-    data_dir = find_data_dir(data_dir, given.facts)
+    user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
+    data_dir = find_data_dir(data_dir, user_net.facts)
     if schedule is None:
         schedule = ScheduleName.published if target is None else ScheduleName.fast
     options = RunOptions(schedule, data_dir, out, device, seed, fresh, rate, round_to, force)
     output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
-    prune_given(given, row, target, options, output)
+    prune_user_net(user_net, row, target, options, output)
 
 
 def row_to_prune(methods, *, is_static: bool, target: float | None) -> str:
@@ -1773,49 +1785,49 @@ def row_to_prune(methods, *, is_static: bool, target: float | None) -> str:
     return "static" if is_static else method
 
 
-def prune_given(given: GivenNet, row: str, target, options: RunOptions, output: Path) -> None:
+def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, output: Path) -> None:
     """Prune a user's net into `output`. Raises UserError."""
     import controller
     from models import UserError
 
-    if given.net.gates is not None:
+    if user_net.net.gates is not None:
         raise UserError(
-            f"{given.path} is soft-pruned already; prune its baseline, or a net without gates", 2
+            f"{user_net.path} is soft-pruned already; prune its baseline, or a net without gates", 2
         )
-    experiment = replace(find_experiment_for(given, options.data_dir), target=target)
-    check_target(given.net, [row], target, options.round_to)
-    folder = folder_of_prune(given, row, target, options)
+    experiment = replace(find_experiment_for(user_net, options.data_dir), target=target)
+    check_target(user_net.net, [row], target, options.round_to)
+    folder = folder_of_prune(user_net, row, target, options)
     if not options.fresh:
-        adopt_reading(given, folder)
+        adopt_reading(user_net, folder)
     is_done = is_delivered(
         folder,
         row,
         output,
         options,
-        source=given.describe_source(),
+        source=user_net.describe_source(),
         data=controller.describe_data(experiment.data, options.data_dir),
     )
     if not is_done:
-        check_checkpoint_output(output, folder, may_replace=options.force, source=given.path)
+        check_checkpoint_output(output, folder, may_replace=options.force, source=user_net.path)
     reporter = ScreenReporter()
-    run = open_run(folder, f"prune {given.path.name}", experiment, options, reporter, given)
+    run = open_run(folder, f"prune {user_net.path.name}", experiment, options, reporter, user_net)
     if is_done:
         show_delivered(run, output)
         return
     methods = ["sep", "static"] if row == "static" else [row]
     announce(run, reporter, methods, is_given=True)
     with resumable(reporter):
-        run.make_baseline(given.net, is_trained=True)
+        run.make_baseline(user_net.net, is_trained=True)
         if not options.force:
             accuracy = run.row("baseline")["validation_accuracy"]
-            check_is_no_guess(given, accuracy, "prune it all the same")
+            check_is_no_guess(user_net, accuracy, "prune it all the same")
         run.make_row(row, run.goal_for(row))
     finish_run(run)
     deliver(run.folder.checkpoint(row), output, may_replace=options.force)
     print_line(f"wrote {output}")
 
 
-def adopt_reading(given: GivenNet, folder: Path) -> None:
+def adopt_reading(user_net: UserNet, folder: Path) -> None:
     """Read a stranger's state dict as the run folder does that has begun with it: on another
     machine another reading may come out ahead by an image."""
     import sep
@@ -1823,33 +1835,33 @@ def adopt_reading(given: GivenNet, folder: Path) -> None:
     from models import UserError
 
     baseline = folder / "baseline.pt"
-    if not given.readings or not baseline.exists():
+    if not user_net.readings or not baseline.exists():
         return
     try:
         results = read_results(folder, missing_ok=True)
-        if results is None or results["source"] != given.describe_source():
+        if results is None or results["source"] != user_net.describe_source():
             return
-        given.net, facts = sep.load(baseline)
+        user_net.net, facts = sep.load(baseline)
     except UserError:
         return  # it is said where the run is opened
-    given.readings = []
-    given.facts = {"mean": facts.get("mean"), "std": facts.get("std")}
+    user_net.readings = []
+    user_net.facts = {"mean": facts.get("mean"), "std": facts.get("std")}
 
 
-def folder_of_prune(given: GivenNet, row: str, target, options: RunOptions) -> Path:
+def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) -> Path:
     """The run folder of a prune; it says what was asked for beyond the defaults."""
     method = "sep" if row == "static" else row
-    name = f"prune-{given.path.stem}-{method}"
+    name = f"prune-{user_net.path.stem}-{method}"
     if target is not None:
         name += f"-target{target:g}"
     if options.pruning_rate != SCHEDULES[options.schedule].pruning_rate:
         name += f"-rate{options.pruning_rate:g}"
     if options.round_to:
         name += f"-round{options.round_to:g}"
-    if given.photograph_size is not None:
-        name += f"-size{given.photograph_size}"
-    if given.activation is not None:
-        name += f"-{given.activation}"
+    if user_net.photograph_size is not None:
+        name += f"-size{user_net.photograph_size}"
+    if user_net.activation is not None:
+        name += f"-{user_net.activation}"
     return options.folder(name + own_images_suffix(options.data_dir))
 
 
@@ -1868,26 +1880,31 @@ def evaluate(
     import sep
     from controller import is_near_guessing, measure_accuracy
 
-    given = load_given(ckpt, photograph_size=size, activation=activation)
-    data_dir = find_data_dir(data_dir, given.facts)
-    experiment = find_experiment_for(given, data_dir)
+    user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
+    data_dir = find_data_dir(data_dir, user_net.facts)
+    experiment = find_experiment_for(user_net, data_dir)
     device = select_device(device)
-    _, test, description = load_images_for(given, experiment, data_dir, device, 0, print_note)
+    _, test, description = load_images_for_user_net(
+        user_net, experiment, data_dir, device, 0, print_note
+    )
     note = f"reads {len(test):,} test images of {description}"
-    if given.facts.get("data") not in (None, description):
-        note += f"; it was trained on {given.facts['data']}"
+    if user_net.facts.get("data") not in (None, description):
+        note += f"; it was trained on {user_net.facts['data']}"
     print_note(note)
-    if given.accuracy is not None and is_near_guessing(given.accuracy, given.net.classes):
+    if user_net.accuracy is not None and is_near_guessing(user_net.accuracy, user_net.net.classes):
         print_note("that is hardly more than guessing: it is probably another net")
-    net = prepare_for_inference(given.net, device)
+    net = prepare_for_inference(user_net.net, device)
     with sep.record_usage(net) as usage:
         accuracy = measure_accuracy(net, test, in_float32=True)
-    whole_net = build_whole_net(given, device)
-    baseline = known_baseline(given.facts, whole_net, len(test), description)
-    if "test_accuracy" in (given.facts.get("baseline") or {}) and "test_accuracy" not in baseline:
+    whole_net = build_whole_net(user_net, device)
+    baseline = known_baseline(user_net.facts, whole_net, len(test), description)
+    if (
+        "test_accuracy" in (user_net.facts.get("baseline") or {})
+        and "test_accuracy" not in baseline
+    ):
         print_note(
             "the baseline's accuracy is not shown: it was measured on "
-            f"{given.facts.get('test_images')} test images of {given.facts.get('data')}"
+            f"{user_net.facts.get('test_images')} test images of {user_net.facts.get('data')}"
         )
     own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
     print_note("measures how long one image takes, and 128 at once: minutes for a large net")
@@ -1909,13 +1926,13 @@ def prepare_for_inference(net, device):
     return net.to(device).to(memory_format=torch.channels_last)
 
 
-def build_whole_net(given: GivenNet, device):
+def build_whole_net(user_net: UserNet, device):
     """An untrained net as the baseline of a pruned one; None where the facts do not name it."""
     from models import UserError, build_like
 
-    baseline = given.facts.get("baseline") or {}
+    baseline = user_net.facts.get("baseline") or {}
     try:
-        return prepare_for_inference(build_like(given.net, baseline["widths"]), device)
+        return prepare_for_inference(build_like(user_net.net, baseline["widths"]), device)
     except (UserError, KeyError, TypeError):
         return None
 
@@ -2115,14 +2132,14 @@ def export(
     """
     import models
 
-    given = load_given(ckpt, activation=activation)
-    if given.readings:
-        given.photograph_size = size
-    data_dir = find_data_dir(data_dir, given.facts)
-    check_export(given, file, is_static=static, may_replace=force)
-    net, mean, std = prepare_export(given, data_dir, device, size, is_static=static)
-    if given.accuracy is not None and not force:
-        check_is_no_guess(given, given.accuracy, "export it all the same")
+    user_net = load_user_net(ckpt, activation=activation)
+    if user_net.readings:
+        user_net.photograph_size = size
+    data_dir = find_data_dir(data_dir, user_net.facts)
+    check_export(user_net, file, is_static=static, may_replace=force)
+    net, mean, std = prepare_export(user_net, data_dir, device, size, is_static=static)
+    if user_net.accuracy is not None and not force:
+        check_is_no_guess(user_net, user_net.accuracy, "export it all the same")
     # Without --size: a net from a state dict may have taken the size of the images just read.
     size = size or net.size
     difference = models.export_net(net, file, mean, std, size, may_replace=force)
@@ -2139,7 +2156,7 @@ def export(
     )
 
 
-def check_export(given: GivenNet, file: Path, *, is_static: bool, may_replace: bool) -> None:
+def check_export(user_net: UserNet, file: Path, *, is_static: bool, may_replace: bool) -> None:
     """Raise UserError (status 2) where the call of `export` cannot be right."""
     from models import UserError
 
@@ -2147,30 +2164,32 @@ def check_export(given: GivenNet, file: Path, *, is_static: bool, may_replace: b
         raise UserError(f"{file}: the ending says the format, .pt2 (torch.export) or .onnx", 2)
     if file.is_dir():
         raise UserError(f"{file} is a folder", 2)
-    if is_static and given.net.gates is None:
-        raise UserError(f"{given.path} has no gates: it is plain already, leave out --static", 2)
+    if is_static and user_net.net.gates is None:
+        raise UserError(f"{user_net.path} has no gates: it is plain already, leave out --static", 2)
     if not may_replace or not os.path.lexists(file):
         check_output(file, advice=FORCE_ADVICE)
 
 
 def prepare_export(
-    given: GivenNet, data_dir: Path, device: str, size: int | None, *, is_static: bool
+    user_net: UserNet, data_dir: Path, device: str, size: int | None, *, is_static: bool
 ):
     """(net, mean, std) to export; images are read only where these are not known without."""
     from controller import stored_normalisation
     from models import UserError, check_image_size
 
-    net = given.net
+    net = user_net.net
     device = select_device(device)
-    stored = stored_normalisation(net, given.facts)
+    stored = stored_normalisation(net, user_net.facts)
     if stored is not None and not is_static:
         return net, *stored
     if is_static:
         check_image_size(net, size or net.size)  # before the recovery
     try:
-        experiment = find_experiment_for(given, data_dir)
-        train, _, _ = load_images_for(given, experiment, data_dir, device, 0, print_line)
-        net = given.net  # images may have told what the weights did not
+        experiment = find_experiment_for(user_net, data_dir)
+        train, _, _ = load_images_for_user_net(
+            user_net, experiment, data_dir, device, 0, print_line
+        )
+        net = user_net.net  # images may have told what the weights did not
     except UserError as error:
         purpose = "a recovery" if is_static else "finding out what its weights do not tell"
         raise UserError(f"{error} (export reads images for {purpose})", error.status) from error

@@ -104,7 +104,7 @@ def test_a_checkpoint_is_pruned_as_the_experiment_of_its_kind_and_data(name, tmp
     net = build_net(name)
 
     found = [
-        wtp.find_experiment_for(wtp.GivenNet(tmp_path / "a.pt", net, facts, []), tmp_path)
+        wtp.find_experiment_for(wtp.UserNet(tmp_path / "a.pt", net, facts, []), tmp_path)
         for facts in ({"data": experiment.data}, {})
     ]
 
@@ -374,7 +374,9 @@ def test_two_processes_do_not_share_a_folder(capsys, tmp_path):
 
 def test_prune_with_a_target_is_fast_and_without_one_the_papers(capsys, smoke, monkeypatch):
     seen = []
-    monkeypatch.setattr(wtp, "prune_given", lambda *arguments: seen.append(arguments[3].schedule))
+    monkeypatch.setattr(
+        wtp, "prune_user_net", lambda *arguments: seen.append(arguments[3].schedule)
+    )
     net = smoke[0] / "baseline.pt"
 
     for options in (["--target", "0.5"], ["--rate", "0.3"], ["--target", "0.5", "--rate", "0.3"]):
@@ -1355,7 +1357,7 @@ def test_images_that_fill_the_memory_are_read_from_their_files_to_the_same_numbe
     err, numbers = train_and_prune(capsys, tmp_path, "memory")
     assert "read from their files" not in err
 
-    monkeypatch.setattr(controller, "MOST_BYTES_OF_IMAGES", 1000)
+    monkeypatch.setattr(controller, "MAX_IMAGE_BYTES", 1000)
     err, numbers_from_files = train_and_prune(capsys, tmp_path, "files")
 
     assert "would take 0.0 GB of memory: they are read from their files in every epoch" in err
@@ -1424,10 +1426,10 @@ def test_a_strangers_net_is_read_with_the_statistics_that_serve_it_best(smoke, t
     images = controller.load_data("digits", tmp_path)[0]
 
     known = controller.KnownNet(stranger)
-    _, normalisation, accuracy, _ = controller.find_reading([known], images, 0)
+    found = controller.find_reading([known], images, 0)
 
-    assert normalisation == "mean and std 0.5"
-    assert accuracy > 0.9
+    assert found.normalisation == "mean and std 0.5"
+    assert found.accuracy > 0.9
 
 
 def test_reproduce_makes_its_rows_at_another_cut(capsys, tmp_path):
@@ -1471,7 +1473,7 @@ def test_reproduce_goes_on_from_a_given_baseline(capsys, smoke, tmp_path, monkey
 
 
 def test_what_validated_a_baseline_validates_it_in_every_schedule(smoke):
-    given = wtp.load_given(smoke[0] / "baseline.pt")
+    given = wtp.load_user_net(smoke[0] / "baseline.pt")
     images, test, description = controller.load_data("digits", smoke[0])
 
     seed = wtp.split_seed_for(given, description, 5)

@@ -562,7 +562,7 @@ def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tenso
 
     with opened_image(path) as image:
         if image.mode.startswith(LONG_MODES):
-            raise UserError(f"{path} is no image of 8 bits a channel")
+            raise UserError(f"{path} cannot be read as an image of 8 bits a channel")
         image = ImageOps.exif_transpose(image).convert("L" if is_gray else "RGB")
     if size is not None:
         image = center_crop(resize(image, round(size * PHOTOGRAPH_MARGIN)), size)

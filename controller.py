@@ -274,43 +274,55 @@ def load_data(
     brought to `size`; `say` tells the user, with `size_advice` added. Raises UserError.
     """
     folder = Path(folder)
-    is_own = is_image_folder(folder)
     mean, std = STATISTICS[name]
-    if name == "digits":
-        if is_own:
-            raise UserError(
-                f"digits are drawn and read no folder; {folder} serves the other experiments, "
-                "mnist (gray) and those of CIFAR (RGB); name another --data-dir",
-                2,
-            )
-        train, test = (draw_digits(count, seed_for("digits", count)) for count in (6000, 2000))
-        return Images(*train, mean=mean, std=std), Images(*test, mean=mean, std=std), "digits"
-    images_class = Images
     statistics = {"mean": mean, "std": std}
     augmentation = {"crop": crop, "flip": flip}
-    if is_own:
-        found = open_image_folder(folder, size, is_gray=name == "mnist")
-        if found.need_resizing:
-            say(
-                f"{found.count:,} photographs ({found.size_words} pixels) are resized and cropped "
-                f"in their middle to {size} x {size}{size_advice}"
-            )
-        if found.exceeds_memory_limit:
-            images_class = ImagesInFiles
-            say(
-                f"{found.count:,} images of {found.size} x {found.size} pixels would take "
-                f"{found.byte_count / 1e9:.1f} GB of memory: they are read from their files in "
-                "every epoch, which is slower"
-            )
-        statistics["class_names"] = found.class_names
-        if found.size >= MIN_ZOOMED_SIZE:
-            augmentation = {"zooms": True, "flip": flip}
-        train, test = found.read("train"), found.read("test")
+    if is_image_folder(folder):
+        train, test = load_own_images(
+            name, folder, statistics, augmentation, size=size, size_advice=size_advice, say=say
+        )
+        return train, test, describe_data(name, folder)
+    if name == "digits":
+        train, test = (draw_digits(count, seed_for("digits", count)) for count in (6000, 2000))
+        augmentation = {}
     else:
         train = load_from_torchvision(name, folder, is_train=True)
         test = load_from_torchvision(name, folder, is_train=False)
-    train_images = images_class(*train, **statistics, **augmentation)
-    return train_images, images_class(*test, **statistics), describe_data(name, folder)
+    return Images(*train, **statistics, **augmentation), Images(*test, **statistics), name
+
+
+def load_own_images(
+    name: str, folder: Path, statistics: dict, augmentation: dict, *, size: int, size_advice, say
+) -> tuple[Images, Images]:
+    """(training, test) images of a user's folder, in place of the data set `name`; see load_data.
+
+    Raises UserError.
+    """
+    if name == "digits":
+        raise UserError(
+            f"digits are drawn and read no folder; {folder} serves the other experiments, mnist "
+            "(gray) and those of CIFAR (RGB); name another --data-dir",
+            2,
+        )
+    found = open_image_folder(folder, size, is_gray=name == "mnist")
+    if found.need_resizing:
+        say(
+            f"{found.count:,} photographs ({found.size_words} pixels) are resized and cropped in "
+            f"their middle to {size} x {size}{size_advice}"
+        )
+    images_class = Images
+    if found.exceeds_memory_limit:
+        images_class = ImagesInFiles
+        say(
+            f"{found.count:,} images of {found.size} x {found.size} pixels would take "
+            f"{found.byte_count / 1e9:.1f} GB of memory: they are read from their files in every "
+            "epoch, which is slower"
+        )
+    if found.size >= MIN_ZOOMED_SIZE:
+        augmentation = {"zooms": True, "flip": augmentation["flip"]}
+    statistics = statistics | {"class_names": found.class_names}
+    train = images_class(*found.read("train"), **statistics, **augmentation)
+    return train, images_class(*found.read("test"), **statistics)
 
 
 def describe_data(name: str, folder: Path) -> str:

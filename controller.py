@@ -355,22 +355,18 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
         "cifar10": datasets.CIFAR10,
         "cifar100": datasets.CIFAR100,
     }[name]
-    places = (folder / "MNIST" / "raw", folder / "MNIST", folder, *folder.parents)
-    new_folders = [place for place in places if not place.exists()]
     try:
-        try:
-            dataset = dataset_class(folder, train=is_train)
-        except RuntimeError:  # not there, or not complete
-            check_is_no_image_folder(folder)
-            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                dataset = dataset_class(folder, train=is_train, download=True)
-        pixels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+        with removing_new_folders(folder):
+            try:
+                dataset = dataset_class(folder, train=is_train)
+            except RuntimeError:  # not there, or not complete
+                check_is_no_image_folder(folder)
+                with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                    dataset = dataset_class(folder, train=is_train, download=True)
+            pixels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     except UserError:
         raise
     except Exception as error:
-        for empty_folder in new_folders:
-            with suppress(OSError):
-                empty_folder.rmdir()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         inner_folders = ("MNIST", "raw", "cifar-10-batches-py", "cifar-100-python")
         hint = " (the folder above that one)" if folder.name in inner_folders else ""
@@ -380,6 +376,20 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
             f"({reason[:200]})"
         ) from error
     return pixels.reshape(*pixels.shape[:3], -1), labels
+
+
+@contextmanager
+def removing_new_folders(folder: Path):
+    """Where a download fails, remove the empty folders that it made."""
+    folders = (folder / "MNIST" / "raw", folder / "MNIST", folder, *folder.parents)
+    new_folders = [each for each in folders if not each.exists()]
+    try:
+        yield
+    except Exception:
+        for new_folder in new_folders:
+            with suppress(OSError):  # it is not empty
+                new_folder.rmdir()
+        raise
 
 
 def check_is_no_image_folder(folder: Path) -> None:

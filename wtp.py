@@ -785,21 +785,24 @@ def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
 
 def check_share(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
-        meant = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
         raise typer.BadParameter(
-            f"{value:g} is no share above 0 and below 1, as 0.9 is for 90 %{meant}",
+            f"{value:g} is no share above 0 and below 1, as 0.9 is for 90 %{suggest_share(value)}"
         )
     return value
+
+
+def suggest_share(percentage: float) -> str:
+    return f"; did you mean {percentage / 100:g}?" if 1 < percentage < 100 else ""
 
 
 def parse_share(text: str) -> float:
     """A share, as the user writes it. Raises typer.BadParameter."""
     with suppress(ValueError):
         return float(text)
-    meant = ""
+    suggestion = ""
     with suppress(ValueError):
-        meant = f"; did you mean {float(text.removesuffix('%')) / 100:g}?"
-    raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{meant}")
+        suggestion = suggest_share(float(text.removesuffix("%")))
+    raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{suggestion}")
 
 
 DataDir = Annotated[

@@ -805,6 +805,7 @@ def parse_share(text: str) -> float:
     raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{suggestion}")
 
 
+SHARE = {"parser": parse_share, "metavar": "SHARE", "callback": check_share}  # of an option
 DataDir = Annotated[
     Path | None,
     typer.Option(
@@ -851,9 +852,7 @@ PruneScheduleOption = Annotated[
 Rate = Annotated[
     float,
     typer.Option(
-        parser=parse_share,
-        metavar="SHARE",
-        callback=check_share,
+        **SHARE,
         help="share of a chosen layer's channels that one step removes",
     ),
 ]
@@ -863,9 +862,7 @@ RoundTo = Annotated[
 Target = Annotated[
     float | None,
     typer.Option(
-        parser=parse_share,
-        metavar="SHARE",
-        callback=check_share,
+        **SHARE,
         help="share of the MACs to remove; default: as far as the papers' reward goes",
     ),
 ]
@@ -1472,9 +1469,7 @@ def reproduce(
     target: Annotated[
         float | None,
         typer.Option(
-            parser=parse_share,
-            metavar="SHARE",
-            callback=check_share,
+            **SHARE,
             help="share of the MACs to remove, in place of the experiment's own",
         ),
     ] = None,

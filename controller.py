@@ -370,10 +370,12 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         inner_folders = ("MNIST", "raw", "cifar-10-batches-py", "cifar-100-python")
         hint = " (the folder above that one)" if folder.name in inner_folders else ""
+        missing = f"{folder} has no complete {name} data, or damaged files of it,"
+        if not folder.exists():
+            missing = f"there is no folder {folder} with {name} data,"
         raise UserError(
-            f"{folder} has no complete {name} data, or damaged files of it, and it could not be "
-            f"downloaded; name its folder{hint} with --data-dir{suggest_image_folder(folder)} "
-            f"({reason[:200]})"
+            f"{missing} and it could not be downloaded; name its folder{hint} with "
+            f"--data-dir{suggest_image_folder(folder)} ({reason[:200]})"
         ) from error
     return pixels.reshape(*pixels.shape[:3], -1), labels
 
@@ -1420,32 +1422,42 @@ def choose_trial(
 def rank_trials(
     trials: list[Trial], sample: Images, max_images: int | None, wrap: Callable
 ) -> list[tuple[Trial, float]]:
-    """(trial, accuracy) of each, the best first; equal ones keep their order."""
+    """(trial, accuracy) of each, the best first; of equal ones that of the smaller loss."""
     normalisations = list_normalisations(sample)
     images = sample.select(slice(max_images))
     if max_images is not None:
         images = images.load_into_memory()
-    accuracies = []
+    scored = []
     reading = net = None
     for trial in wrap(trials):
         if trial.reading is not reading:  # those of one reading often stand side by side
             reading = trial.reading
             net = reading.build().to(images.device)
         normalised = images.normalised_by(*normalisations[trial.normalisation])
-        accuracies.append(measure_if_fitting(net, normalised))
-    ranked = zip(trials, accuracies)
-    return sorted(ranked, key=lambda pair: pair[0].handicap(len(images)) - pair[1])
+        accuracy, loss = measure_if_fitting(net, normalised)
+        scored.append((trial.handicap(len(images)) - accuracy, loss, trial, accuracy))
+    scored.sort(key=lambda score: score[:2])
+    return [(trial, accuracy) for *_, trial, accuracy in scored]
 
 
-def measure_if_fitting(net: Net, images: Images) -> float:
-    """Share of the images that a net gets right; 0 where it cannot take them.
+@torch.no_grad()
+def measure_if_fitting(net: Net, images: Images) -> tuple[float, float]:
+    """(share of the images that a net gets right, its cross-entropy); (0, inf) where it cannot
+    take them.
 
     In float32: the choice is not to depend on whether a machine has bfloat16.
     """
+    net.eval()
+    right, loss = 0, 0.0
+    chunks = split_into_chunks(images)
     try:
-        return measure_accuracy(net, images, in_float32=True)
+        for index, x in zip(chunks, images.batches(chunks)):
+            logits, labels = net(x), images.labels[index]
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     except RuntimeError:  # nothing is left behind all strides
-        return 0.0
+        return 0.0, math.inf
+    return right / len(images), loss if math.isfinite(loss) else math.inf
 
 
 def is_near_guessing(accuracy: float, classes: int) -> bool:

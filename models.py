@@ -1399,7 +1399,9 @@ def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
         raise UserError(f"its weights do not fit a {net.arch} of the widths they name: {mismatch}")
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"some of its weights are not finite numbers, in {key}")
+            raise UserError(
+                f"some of its weights are not finite numbers, in {key}: take an earlier checkpoint"
+            )
     net.load_state_dict(state, assign=assign)
 
 

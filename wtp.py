@@ -986,7 +986,12 @@ def find_experiment(name: str) -> Experiment:
 def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
     """The experiment whose data a net is for: what its checkpoint says, else the data set with its
     input and classes; of several the one of its kind. Raises UserError."""
-    from controller import OWN_IMAGES, is_image_folder
+    from controller import (
+        OWN_IMAGES,
+        check_is_no_image_folder,
+        is_image_folder,
+        suggest_image_folder,
+    )
     from models import UserError
 
     net, facts = user_net.net, user_net.facts
@@ -1004,10 +1009,11 @@ def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
         and (has_own_images or experiment.classes == net.classes)
     ]
     if not fitting:
+        check_is_no_image_folder(data_dir)
         channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
         raise UserError(
-            f"no data set here has {channels} and {net.classes} classes; "
-            "--data-dir can name a folder with train/CLASS and test/CLASS"
+            f"no data set here has {channels} and {net.classes} classes; --data-dir can name a "
+            f"folder with train/CLASS and test/CLASS{suggest_image_folder(data_dir)}"
         )
 
     def family(arch):
@@ -1126,11 +1132,17 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     user_net.net, user_net.accuracy = found.net, found.accuracy
     say(
         f"images normalised by {found.normalisation}, and the net read as "
-        f"{found.net.architecture.in_words()}: so it gets the most right, {found.accuracy:.2%} of "
-        f"{found.images:,} training images"
+        f"{found.net.architecture.in_words()}: of all that was tried this gets the most right, "
+        f"{found.accuracy:.2%} of {found.images:,} training images"
     )
-    if user_net.readings and user_net.activation is None:
-        say("compare that with what you know of the net; --activation says what else it may have")
+    if user_net.readings:
+        advice = "compare that with what you know of the net"
+        if user_net.activation is None:
+            advice += (
+                "; if its activation is not the one above, name it by --activation: accuracy "
+                "hardly tells relu from GELU or leaky relu"
+            )
+        say(advice)
     return found.mean, found.std
 
 
@@ -2147,6 +2159,8 @@ def export(
             "net of it"
         )
     original = "the plain net" if static else ckpt
+    if user_net.readings:
+        original = f"{ckpt}, read as said above"
     print_line(
         f"wrote {file}: images (batch, {net.channels}, {size}, {size}) in [0, 1] to logits "
         f"(batch, {net.classes}); run and compared with {original}: largest difference "
@@ -2161,7 +2175,7 @@ def check_export(user_net: UserNet, file: Path, *, is_static: bool, may_replace:
     if file.suffix.lower() not in (".pt2", ".onnx"):
         raise UserError(f"{file}: the ending says the format, .pt2 (torch.export) or .onnx", 2)
     if file.is_dir():
-        raise UserError(f"{file} is a folder", 2)
+        raise UserError(f"{file} is a folder; name a file in it", 2)
     if is_static and user_net.net.gates is None:
         raise UserError(f"{user_net.path} has no gates: it is plain already, leave out --static", 2)
     if not may_replace or not os.path.lexists(file):

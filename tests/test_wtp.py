@@ -1405,7 +1405,7 @@ def test_a_folder_that_was_not_there_is_not_left_behind(capsys, tmp_path, monkey
 
     status, _, err = call(capsys, *command, tmp_path / "typo" / "er")
     assert status == 1
-    assert "no complete mnist data" in err
+    assert f"there is no folder {tmp_path}/typo/er with mnist data, and it could not" in err
     assert not (tmp_path / "typo").exists()
 
     (tmp_path / "MNIST").mkdir()

@@ -1422,7 +1422,11 @@ def choose_trial(
 def rank_trials(
     trials: list[Trial], sample: Images, max_images: int | None, wrap: Callable
 ) -> list[tuple[Trial, float]]:
-    """(trial, accuracy) of each, the best first; of equal ones that of the smaller loss."""
+    """(trial, accuracy) of each, the best first.
+
+    Of equal ones that of the smaller loss comes first, or, where the accuracy is poor and the loss
+    says little, the likelier.
+    """
     normalisations = list_normalisations(sample)
     images = sample.select(slice(max_images))
     if max_images is not None:
@@ -1435,6 +1439,8 @@ def rank_trials(
             net = reading.build().to(images.device)
         normalised = images.normalised_by(*normalisations[trial.normalisation])
         accuracy, loss = measure_if_fitting(net, normalised)
+        if accuracy < POOR_ACCURACY:
+            loss = math.inf
         scored.append((trial.handicap(len(images)) - accuracy, loss, trial, accuracy))
     scored.sort(key=lambda score: score[:2])
     return [(trial, accuracy) for *_, trial, accuracy in scored]

@@ -181,21 +181,21 @@ class Images:
 
         `crops` of `draw_epoch` crops and flips them.
         """
-        return self.prepare(self.pixels[index], None if crops is None else crops[index])
+        return self.prepare(self.pixels[index], index, crops)
 
     def batches(self, chunks: Sequence[torch.Tensor], crops=None) -> Iterator[torch.Tensor]:
         """Yield the `batch` of each of the `chunks`, which are indices."""
         for index in chunks:
             yield self.batch(index, crops)
 
-    def prepare(self, pixels, crops) -> torch.Tensor:
-        """uint8 pixels (B, H, W, C), cropped and flipped if `crops` are given, normalised."""
+    def prepare(self, pixels, index, crops) -> torch.Tensor:
+        """The pixels (B, H, W, C) of the images `index`, made a `batch`."""
         if crops is None:
             x = pixels.permute(0, 3, 1, 2).float()
         elif self.zooms:
-            x = zoom(pixels, crops).contiguous(memory_format=torch.channels_last)
+            x = zoom(pixels, crops[index]).contiguous(memory_format=torch.channels_last)
         else:
-            x = crop_and_flip(pixels, crops, self.crop).permute(0, 3, 1, 2).float()
+            x = crop_and_flip(pixels, crops[index], self.crop).permute(0, 3, 1, 2).float()
         return x.mul_(self.factor).sub_(self.shift)
 
 
@@ -657,15 +657,15 @@ class ImagesInFiles(Images):
             for index in chunks:
                 pending.append((index, pool.submit(files.__getitem__, index.cpu())))
                 if len(pending) > readers:
-                    yield self.prepare_read(*pending.popleft(), crops)
+                    yield self.prepare_next(pending, crops)
             while pending:
-                yield self.prepare_read(*pending.popleft(), crops)
+                yield self.prepare_next(pending, crops)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def prepare_read(self, index, pixels: Future, crops) -> torch.Tensor:
-        pixels = pixels.result().to(self.device)
-        return self.prepare(pixels, None if crops is None else crops[index])
+    def prepare_next(self, pending: deque[tuple[torch.Tensor, Future]], crops) -> torch.Tensor:
+        index, pixels = pending.popleft()
+        return self.prepare(pixels.result().to(self.device), index, crops)
 
 
 MAX_READERS = 16  # ours: threads that read image files

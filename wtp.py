@@ -1067,6 +1067,15 @@ def load_experiment_images(
     return load_data(experiment.data, data_dir, **augmentation, **sizes, say=say)
 
 
+def say_where_size_is_unused(size: int | None, images, say) -> None:
+    """Say so where the user's --size is not that of the images."""
+    if size not in (None, images.size):
+        say(
+            "--size is for photographs; these images are read as they are, "
+            f"{images.size} x {images.size}"
+        )
+
+
 def load_images_for_user_net(
     user_net: UserNet, experiment: Experiment, data_dir: Path, device, seed, say
 ):
@@ -1095,8 +1104,7 @@ def load_images_for_user_net(
                 f"classes is taken to be for {experiment.data}"
             )
         raise UserError(f"{error}{guess}", error.status) from error
-    if user_net.photograph_size not in (None, train.size):
-        say(f"--size is for photographs; these images are {train.size} x {train.size}, as they are")
+    say_where_size_is_unused(user_net.photograph_size, train, say)
     user_net.fit_size(train.size)
     check_net_fits(user_net.net, facts, train, description)
     train, test = train.to(device), test.to(device)
@@ -1714,11 +1722,7 @@ def train_baseline(
     if is_done:
         show_delivered(run, output)
         return
-    side = run.data.all.size
-    if size not in (None, side):
-        reporter.say(
-            f"--size is for photographs; these images are read as they are, {side} x {side}"
-        )
+    say_where_size_is_unused(size, run.data.all, reporter.say)
     announce(run, reporter, [], is_given=False)
     with resumable(reporter):
         run.make_baseline(build_untrained(experiment, run))

@@ -57,9 +57,7 @@ class SEGate(nn.Module):
         nn.init.zeros_(self.excite.bias)
         # Scales are sigmoid(logits) over these: 1 for a fresh gate.
         self.register_buffer("initial_scale", torch.full((outputs,), 0.5))
-        # (2, C) while `record_usage` lasts: how many images chose each channel, and the sum of its
-        # scales.
-        self.usage: torch.Tensor | None = None
+        self.usage: Usage | None = None  # while `record_usage` lasts
 
     @torch.no_grad()
     def prefer(self, importance: torch.Tensor) -> None:
@@ -95,7 +93,7 @@ class SEGate(nn.Module):
         # to kernels that were never trained.
         scales = scales * (self.k / scales.sum(1, keepdim=True))
         if self.usage is not None:
-            self.usage += torch.stack([mask.sum(0), scales.sum(0)])
+            self.usage.add(mask, scales)
         return scales
 
     def forward(self, x, input_channels, layer, norm, prunable: PrunableLayer):
@@ -125,6 +123,31 @@ class SEGate(nn.Module):
         y = models.pool_and_activate(y, prunable)
         places = [1] * (y.dim() - 2)
         return y * scales.reshape(*scales.shape, *places).to(y.dtype), output_channels
+
+
+class Usage:
+    """What a gate chose for the images that it saw."""
+
+    def __init__(self, channels: int, device):
+        self.images = 0
+        self.selections = torch.zeros(channels, device=device)  # images that chose each channel
+        self.scale_sums = torch.zeros(channels, device=device)
+        self.choices = set()  # the sum of its channels' random numbers stands for each
+        numbers = torch.randint(-(2**62), 2**62, (channels,), generator=torch.Generator())
+        self.numbers = numbers.to(device)
+
+    def add(self, mask: torch.Tensor, scales: torch.Tensor) -> None:
+        """The choices for a batch: mask (B, C) of 0 and 1, scales (B, C)."""
+        self.images += len(mask)
+        self.selections += mask.sum(0)
+        self.scale_sums += scales.sum(0)
+        self.choices.update((mask.long() * self.numbers).sum(1).tolist())
+
+    def count_kernels(self) -> tuple[int, int, int]:
+        """How many kernels serve no image, some of them, and all."""
+        never = int((self.selections == 0).sum())
+        always = int((self.selections == self.images).sum())
+        return never, len(self.selections) - never - always, always
 
 
 def gathers_kernels(x) -> bool:
@@ -276,12 +299,11 @@ def add_gates(net: Net, structure) -> Net:
 
 @contextmanager
 def record_usage(net: Net):
-    """Within it, per prunable layer (2, C): for how many images each channel was selected, and the
-    sum of its scales; None where there is no gate."""
+    """Within it, per prunable layer the Usage of its gate, None where there is none."""
     gates = [gate for gate in gates_of(net) if gate is not None]
     for gate in gates:
         scale = gate.initial_scale
-        gate.usage = torch.zeros(2, len(scale), device=scale.device)
+        gate.usage = Usage(len(scale), scale.device)
     try:
         yield [None if gate is None else gate.usage for gate in gates_of(net)]
     finally:
@@ -290,7 +312,7 @@ def record_usage(net: Net):
 
 
 @torch.no_grad()
-def measure_usage(net: Net, batches) -> list[torch.Tensor | None]:
+def measure_usage(net: Net, batches) -> list[Usage | None]:
     """What `record_usage` says after the images in `batches`, each (B, C, H, W), normalised."""
     net.eval()
     with record_usage(net) as usage:
@@ -314,7 +336,7 @@ def to_static(net: Net, batches) -> Net:
         if gate is None:
             kept_channels.append(torch.arange(width))
             continue
-        selections, scale_sums = usage[i]
+        selections, scale_sums = usage[i].selections, usage[i].scale_sums
         # A tie goes to the channel that the gate prefers.
         scores = selections + torch.sigmoid(gate.excite.bias)
         kept_channels.append(scores.topk(structure[i]).indices.sort().values.cpu())

@@ -1929,7 +1929,7 @@ def evaluate(
     if device.type == "cpu":
         print_line(describe_tuning(own, baseline, skipping_gates))
     if net.gates is not None:
-        print_line(describe_usage(net, usage, len(test)))
+        print_line(describe_usage(net, usage))
     whole_widths = whole_net.widths if whole_net else net.widths
     print_line(f"widths: {describe_structure(net.structure, whole_widths)}")
 
@@ -2063,18 +2063,17 @@ def describe_tuning(own: dict, baseline: dict, skipping_gates: list[bool]) -> st
     return line
 
 
-def describe_usage(net, usage, images: int) -> str:
-    """Per gated layer how many of its kernels serve no image, some, and all of them."""
+def describe_usage(net, usage) -> str:
+    """Per gated layer how many of its kernels serve no image, some, and all of them, and how many
+    different choices the images got."""
     layers = []
     for prunable, layer_usage in zip(net.prunable, usage):
         if layer_usage is None:
             continue
-        selections = layer_usage[0]
-        never = int((selections == 0).sum())
-        always = int((selections == images).sum())
-        sometimes = len(selections) - never - always
-        layers.append(f"{prunable.layer_name} {never}/{sometimes}/{always}")
-    return f"kernels used for no image / some / all: {', '.join(layers)}"
+        never, sometimes, always = layer_usage.count_kernels()
+        choices = len(layer_usage.choices)
+        layers.append(f"{prunable.layer_name} {never}/{sometimes}/{always} ({choices:,})")
+    return f"kernels used for no image / some / all (different choices): {', '.join(layers)}"
 
 
 def describe_structure(structure, whole_widths) -> str:

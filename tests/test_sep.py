@@ -312,13 +312,30 @@ def test_a_gate_counts_whom_it_chose():
     net, x = make_lively_net("lenet5")
     soft = sep.add_gates(net, (5, 50, 500)).eval()
 
-    (selections, scale_sums), *others = sep.measure_usage(soft, [x, x])
+    usage, *others = sep.measure_usage(soft, [x, x])
 
     assert others == [None, None]
     assert soft.gates[0].usage is None
-    assert selections.sum() == 5 * 2 * len(x)
-    assert scale_sums.sum() == 5 * 2 * len(x)
-    assert set(selections.tolist()) == {0.0, 2.0 * len(x)}
+    assert usage.images == 2 * len(x)
+    assert usage.selections.sum() == 5 * 2 * len(x)
+    assert usage.scale_sums.sum() == 5 * 2 * len(x)
+    # A fresh gate chooses alike for all images.
+    assert usage.count_kernels() == (15, 0, 5)
+    assert len(usage.choices) == 1
+
+
+def test_usage_tells_choices_apart():
+    usage = sep.Usage(4, "cpu")
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]).float()
+
+    usage.add(mask, 2 * mask)
+    usage.add(mask[:1], mask[:1])
+
+    assert usage.images == 4
+    assert usage.selections.tolist() == [4, 3, 1, 0]
+    assert usage.scale_sums.tolist() == [7, 5, 2, 0]
+    assert usage.count_kernels() == (1, 2, 1)
+    assert len(usage.choices) == 2
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
@@ -345,7 +362,7 @@ def test_the_kernels_chosen_most_often_stay():
     small = sep.to_static(net, x.split(1))
 
     # conv1's inputs are all there, so its kernels can be recognised.
-    selections = sep.measure_usage(net, [x])[0][0]
+    selections = sep.measure_usage(net, [x])[0].selections
     k = net.structure[0]
     all_kernels = net.conv1.weight.flatten(1)
     kernels = small.conv1.weight.flatten(1)

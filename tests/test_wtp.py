@@ -530,7 +530,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     ratio = f"{1 - cut:.3f}"
     for value in (f"{facts['macs'] / 1e6:.3f} M", "2.293 M", ratio, f"{facts['parameters']:,}"):
         assert value in out
-    usage = re.search("kernels used for no image / some / all: (.*)", out)
+    usage = re.search(r"kernels used for no image / some / all \(different choices\): (.*)", out)
     pruned_layers = [
         prunable.layer_name
         for prunable, width, whole in zip(net.prunable, small.structure, net.widths)
@@ -538,7 +538,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     ]
     assert pruned_layers
     if method == "sep":
-        assert re.findall(r"(\w+) \d+/\d+/\d+", usage[1]) == pruned_layers
+        assert re.findall(r"(\w+) \d+/\d+/\d+ \([\d,]+\)", usage[1]) == pruned_layers
     else:
         assert usage is None
 

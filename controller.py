@@ -858,6 +858,30 @@ def measure_accuracy(net: Net, images: Images, *, in_float32: bool = False) -> f
     return int(right) / len(images)
 
 
+@torch.no_grad()
+def measure_choices(net: Net, images: Images) -> dict:
+    """What a gated net chooses for which class: {"classes": their names, "layers": {name of a gated
+    layer: for each class the share of its images that use each kernel, classes x C}}."""
+    gated_names = [
+        prunable.layer_name
+        for prunable, gate in zip(net.prunable, sep.gates_of(net))
+        if gate is not None
+    ]
+    layers = {name: [] for name in gated_names}
+    names = []
+    for label in range(net.classes):
+        own = (images.labels == label).nonzero()[:, 0]
+        if len(own) == 0:
+            continue
+        names.append(images.class_names[label] if images.class_names else str(label))
+        batches = images.batches(own.split(chunk_size_for(images)))
+        usage = [each for each in sep.measure_usage(net, batches) if each is not None]
+        for name, each in zip(gated_names, usage):
+            shares = each.selections / each.images
+            layers[name].append([round(share, 3) for share in shares.tolist()])
+    return {"classes": names, "layers": layers}
+
+
 class Teacher:
     """The softmax outputs of a net on a set of images, by an epoch's crops. They are kept while
     they fit TEACHER_BYTES."""
@@ -2276,7 +2300,7 @@ class Reporter:
 ROWS = ("baseline", *METHODS)
 # The other files of a run. results.json is removed last: without it an interrupted removal could
 # not tell whose files are left.
-RUN_FILES = ("progress.pt", "report.svg", "results.json")
+RUN_FILES = ("progress.pt", "report.svg", "sep-choices.json", "results.json")
 # What must be equal where a run goes on.
 IDENTITY = (
     "experiment",
@@ -2298,6 +2322,7 @@ class RunFolder:
 
     baseline.pt, lstm.pt, ...   a checkpoint per row
     results.json                the rows, every candidate of every search, learning curves
+    sep-choices.json            for the pictures: which kernels `sep` uses for which class
     progress.pt                 the training that is under way
     METHOD-pool/                the weights of candidates, and search.pt, the state of the search
     lock                        held by the process that works here
@@ -2398,6 +2423,9 @@ class RunFolder:
         self.results["seconds"] = round(seconds, 1)
         models.write_text(self.path / "results.json", json.dumps(self.results, indent=1) + "\n")
 
+    def save_choices(self, choices: dict) -> None:
+        models.write_text(self.path / "sep-choices.json", json.dumps(choices) + "\n")
+
     def row(self, name: str) -> dict | None:
         """The finished row of that name."""
         for row in self.results["rows"]:
@@ -2448,6 +2476,34 @@ def read_results(
             f"it is not what a run writes{hint}"
         )
     return results
+
+
+def read_choices(folder: Path, say: Callable) -> dict | None:
+    """What `measure_choices` found for a run's `sep`; None where it has none, or no sound one,
+    which `say` tells."""
+    path = Path(folder) / "sep-choices.json"
+    if not path.exists():
+        return None
+    try:
+        choices = json.loads(path.read_text())
+        if are_choices(choices):
+            return choices
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        pass
+    say(f"{path} is damaged; the pictures of what the gates choose are left out")
+    return None
+
+
+def are_choices(choices: dict) -> bool:
+    """Whether these are shares in [0, 1]: of each layer a list for each class, one per kernel."""
+    classes = len(choices["classes"])
+    layers = choices["layers"].values()
+    return all(
+        len(shares) == classes
+        and len({len(kernels) for kernels in shares}) == 1
+        and all(are_numbers(kernels) and all(0 <= v <= 1 for v in kernels) for kernels in shares)
+        for shares in layers
+    )
 
 
 ROW_NUMBERS = (
@@ -3298,6 +3354,8 @@ class Run:
             "device": facts.get("device", self.results["device"]),
             "versions": facts.get("versions", self.results["versions"]),
         }
+        if net.gates is not None:
+            self.folder.save_choices(measure_choices(net, self.data.test))
         self.results["rows"].append(numbers)
         self.results["curves"][row] = facts["curve"]
         self.results["layers"] = [prunable.layer_name for prunable in net.prunable]

@@ -27,10 +27,12 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Annotated
@@ -634,8 +636,9 @@ PANEL_HEIGHT = 2.4
 PICTURE_ENDINGS = (".svg", ".png", ".pdf")
 
 
-def draw_report(results: dict, path: Path) -> None:
-    """The pictures of a run, at `path`. Raises UserError where matplotlib is missing."""
+def draw_report(results: dict, path: Path, choices: dict | None = None) -> None:
+    """The pictures of a run, at `path`; `choices` of its gates as `controller.measure_choices` has
+    them. Raises UserError where matplotlib is missing."""
     from models import UserError, write_atomically
 
     try:
@@ -644,14 +647,14 @@ def draw_report(results: dict, path: Path) -> None:
     except ImportError as error:
         raise UserError("pictures need matplotlib: pip install matplotlib") from error
 
-    panels = list_panels(results)
+    panels = list_panels(results, choices)
     with matplotlib.rc_context(PICTURE_STYLE):
         lines = max(1, -(-len(panels) // 2))  # two panels a line
         figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
         figure.suptitle(describe_run(results), parse_math=False)
         axes = figure.subplots(lines, 2, squeeze=False).flatten()
-        for (draw, method), axis in zip(panels, axes):
-            draw(axis, results, method)
+        for draw, axis in zip(panels, axes):
+            draw(axis)
         for axis in axes[len(panels) :]:
             axis.axis("off")
         ending = path.suffix.lower().removeprefix(".")
@@ -662,24 +665,29 @@ def draw_report(results: dict, path: Path) -> None:
         )
 
 
-def list_panels(results: dict) -> list[tuple]:
-    """(function that draws it, method or None) of each panel."""
+def list_panels(results: dict, choices: dict | None) -> list[Callable]:
+    """A function of each panel, which draws it on an axis."""
     panels = []
     if len(results["rows"]) > 1:
-        panels.append((draw_kept_channels, None))
+        panels.append(partial(draw_kept_channels, results=results))
     for method, log in results["search"].items():
         if log["rule"] in ("reinforce", "regression") and len(log["candidates"]) > 1:
-            panels.append((draw_candidates, method))
+            panels.append(partial(draw_candidates, results=results, method=method))
             if log["layer_scores"]:
-                panels.append((draw_layer_scores, method))
+                panels.append(partial(draw_layer_scores, results=results, method=method))
     if has_curve(results, LOSS_COLUMN):
-        panels.append((draw_losses, None))
+        panels.append(partial(draw_losses, results=results))
     if has_curve(results, ACCURACY_COLUMN):
-        panels.append((draw_validation_curves, None))
+        panels.append(partial(draw_validation_curves, results=results))
+    if choices is not None:
+        for layer, shares in choices["layers"].items():
+            panels.append(
+                partial(draw_choices, classes=choices["classes"], layer=layer, shares=shares)
+            )
     return panels
 
 
-def draw_kept_channels(axis, results: dict, _) -> None:
+def draw_kept_channels(axis, results: dict) -> None:
     """For each layer the share of its channels that each row keeps."""
     rows = rows_in_order(results)
     whole_widths = rows[0]["widths"]
@@ -754,13 +762,13 @@ def has_curve(results: dict, column: int) -> bool:
     return any(point[column] is not None for point in points)
 
 
-def draw_losses(axis, results: dict, _) -> None:
+def draw_losses(axis, results: dict) -> None:
     """The training loss of the baseline and of each final training."""
     draw_curves(axis, results, LOSS_COLUMN, unit=1)
     axis.set(title="training loss", xlabel="epoch", ylabel="loss", yscale="log")
 
 
-def draw_validation_curves(axis, results: dict, _) -> None:
+def draw_validation_curves(axis, results: dict) -> None:
     """The validation accuracy over the epochs, of trainings that leave validation images out."""
     draw_curves(axis, results, ACCURACY_COLUMN, unit=100)
     axis.set(title="learning curve", xlabel="epoch", ylabel="validation accuracy (%)")
@@ -778,6 +786,26 @@ def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
         axis.plot(epochs, values, color=colour, marker=marker, markersize=2, label=method)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
+
+
+def draw_choices(axis, classes: list[str], layer: str, shares: list[list[float]]) -> None:
+    """The share of each class's images that use each kernel of a gated layer; kernels that serve no
+    image are left out.
+
+    From left to right: the kernels of all images, then by the class that uses them most.
+    """
+    kernels = [column for column in zip(*shares) if any(column)]
+    kernels.sort(key=lambda column: (min(column) < 1, column.index(max(column)), -max(column)))
+    varying = sum(min(column) < 1 for column in kernels)
+    image = axis.imshow(
+        list(zip(*kernels)), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
+    )
+    axis.figure.colorbar(image, ax=axis, label="share of images")
+    axis.set(
+        title=f"sep, {layer}: {varying} of {len(shares[0])} kernels vary by image",
+        xlabel="kernels in use",
+    )
+    label_layers(axis.yaxis, classes)
 
 
 # ---- opening a run -----------------------------------------------------------------------------
@@ -2096,7 +2124,7 @@ def report(
     ] = None,
 ):
     """The tables of a run again, and its pictures (these need matplotlib)."""
-    from controller import read_results
+    from controller import read_choices, read_results
     from models import UserError
 
     folder = run.parent if run.name == "results.json" else run
@@ -2113,7 +2141,7 @@ def report(
     results = read_results(folder, hint="; make the run again")
     show_results(results)
     output = output or folder / "report.svg"
-    draw_report(results, output)
+    draw_report(results, output, read_choices(folder, print_note))
     print_line(f"wrote {output}")
 
 

@@ -1121,6 +1121,29 @@ def undisturbed(tmp_path_factory):
     return make_rows(folder, spy), spy, folder
 
 
+def test_choices_are_counted_class_by_class():
+    torch.manual_seed(0)
+    images = controller.load_data("digits", Path("data"))[0]
+    images = images.select(torch.arange(200))
+    images = images.select(images.labels != 3)
+    net = sep.add_gates(models.build("lenet5", channels=1, size=28), (20, 25, 100))
+    torch.nn.init.normal_(net.gates[1].excite.weight, 0, 2)
+
+    choices = controller.measure_choices(net, images)
+
+    assert choices["classes"] == [str(label) for label in range(10) if label != 3]
+    assert list(choices["layers"]) == ["conv2", "fc1"]
+    conv2, fc1 = (torch.tensor(shares) for shares in choices["layers"].values())
+    assert conv2.shape == (9, 50)
+    assert torch.allclose(conv2.sum(1), torch.full((9,), 25.0), atol=0.03)
+    assert ((conv2 > 0) & (conv2 < 1)).any()
+    assert (fc1 == fc1[0]).all()  # a fresh gate chooses alike for all images
+    assert sorted(fc1[0].tolist()) == [0] * 400 + [1] * 100
+    usage = sep.measure_usage(net, [images.batch((images.labels == 4).nonzero()[:, 0])])
+    expected = usage[1].selections / usage[1].images
+    assert torch.allclose(conv2[choices["classes"].index("4")], expected, atol=1e-3)
+
+
 def test_a_run_leaves_its_results(undisturbed):
     results, _, folder = undisturbed
 

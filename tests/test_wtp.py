@@ -898,6 +898,7 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
         "learning curve",
         "validation accuracy (%)",
         "baseline",
+        "kernels vary by image",
     ):
         assert expected in words, expected
     # The picture loads nothing from elsewhere: these addresses are names of standards.
@@ -910,6 +911,43 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
     assert call(capsys, "report", folder)[0] == 0
     assert call(capsys, "report", folder)[0] == 0  # its own picture may be written again
     assert filecmp.cmp(folder / "report.svg", first, shallow=False)
+
+
+def test_a_report_draws_what_the_gates_choose_for_each_class(tmp_path, smoke):
+    pytest.importorskip("matplotlib")
+    shares = [[1, 0, 0.75, 0.25, 0], [1, 0, 0.25, 0.75, 0]]
+    choices = {"classes": ["cat", "dog"], "layers": {"fc1": shares}}
+
+    wtp.draw_report(read_results(smoke[0]), tmp_path / "report.svg", choices)
+
+    words = read_words(tmp_path / "report.svg")
+    for expected in ("sep, fc1: 2 of 5 kernels vary by image", "cat", "dog", "share of images"):
+        assert expected in words, expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"classes": ["a"]}',
+        '{"classes": ["a"], "layers": {"fc1": [[0.5], [0.5]]}}',
+        '{"classes": ["a"], "layers": {"fc1": [[2]]}}',
+        '{"classes": ["a"], "layers": {"fc1": [["x"]]}}',
+        '{"classes": ["a"], "layers": {"fc1": [[NaN]]}}',
+    ],
+)
+def test_damaged_choices_are_left_out_of_the_pictures(capsys, smoke, tmp_path, content):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "run"
+    shutil.copytree(smoke[0], folder)
+    (folder / "sep-choices.json").write_text(content)
+
+    status, _, err = call(capsys, "report", folder)
+
+    assert status == 0
+    assert "sep-choices.json is damaged; the pictures of what the gates choose are left out" in err
+    assert "vary by image" not in read_words(folder / "report.svg")
 
 
 @pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])

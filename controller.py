@@ -377,7 +377,8 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
             f"{missing} and it could not be downloaded; name its folder{hint} with "
             f"--data-dir{suggest_image_folder(folder)} ({reason[:200]})"
         ) from error
-    return pixels.reshape(*pixels.shape[:3], -1), labels
+    # CIFAR's pixels come as a view of another order: (N, C, H, W), seen as (N, H, W, C).
+    return pixels.reshape(*pixels.shape[:3], -1).contiguous(), labels
 
 
 @contextmanager

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -1119,6 +1120,26 @@ def undisturbed(tmp_path_factory):
     """(results, spy, folder) of a run that nothing stopped."""
     spy, folder = Spy(), tmp_path_factory.mktemp("undisturbed")
     return make_rows(folder, spy), spy, folder
+
+
+def test_cifar_is_read_pixel_by_pixel_and_hashed(tmp_path, monkeypatch):
+    # A file of CIFAR holds images as (3, 32, 32), one after the other.
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (20, 3072), dtype=torch.uint8, generator=generator)
+    batch = {"data": rows.numpy(), "labels": list(range(10)) * 2}
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        (folder / name).write_bytes(pickle.dumps(batch))
+    meta = {"label_names": [str(label) for label in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+
+    train, test, _ = controller.load_data("cifar10", tmp_path)
+
+    assert train.pixels.shape == (100, 32, 32, 3)
+    assert torch.equal(test.pixels.permute(0, 3, 1, 2).flatten(1), rows)
+    assert controller.fingerprint(train, test) != controller.fingerprint(test, test)
 
 
 def test_choices_are_counted_class_by_class():

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -860,6 +860,14 @@ def measure_accuracy(net: Net, images: Images, *, in_float32: bool = False) -> f
 
 
 @torch.no_grad()
+def compute_logits(net: Net, images: Images) -> torch.Tensor:
+    """The logits (N, classes) of a net for images, float32, in their order."""
+    net.eval()
+    with autocast_for(images.device):
+        return torch.cat([net(x).float() for x in images.batches(split_into_chunks(images))])
+
+
+@torch.no_grad()
 def measure_choices(net: Net, images: Images) -> dict:
     """What a gated net chooses for which class: {"classes": their names, "layers": {name of a gated
     layer: for each class the share of its images that use each kernel, classes x C}}."""
@@ -1243,12 +1251,13 @@ def fit(
     optimizer,
     seed: int,
     teacher: Teacher | None = None,
-    first_epoch: int = 0,
+    epochs: range | None = None,
     wrap_steps: Callable = iter,
 ) -> Iterator[tuple[int, float]]:
     """Train `net` in place, an epoch per iteration of this generator: yields (epoch, mean loss).
 
-    `wrap_steps(steps)` passes on the steps of an epoch, to show them.
+    `epochs` are those of the plan to train, by default all of them. `wrap_steps(steps)` passes on
+    the steps of an epoch, to show them.
     """
     batch_size = min(BATCH_SIZE, len(images))
     # ours: the last, smaller batch is left out; it has other images in each epoch.
@@ -1257,7 +1266,7 @@ def fit(
         steps = min(steps, plan.max_steps)
     count = steps * batch_size
     train_step = make_train_step(net, optimizer, plan.temperature)
-    for epoch in range(first_epoch, plan.epochs):
+    for epoch in range(plan.epochs) if epochs is None else epochs:
         train_step.start_epoch()
         order, crops = images.draw_epoch(seed, epoch)
         teacher_probs = None
@@ -1498,11 +1507,6 @@ def is_near_guessing(accuracy: float, classes: int) -> bool:
 
 
 # ---- timing ------------------------------------------------------------------------------------
-
-
-def tune_on(net: Net, images: Images) -> sep.TunedNet:
-    """sep.tune by the first of `images`, which are on the CPU."""
-    return sep.tune(net, images.batch(torch.arange(min(32, len(images)))))
 
 
 @torch.no_grad()
@@ -2241,25 +2245,18 @@ class RegressionSearch(Search):
 METHODS = ("lstm", "sep", "static", "random", "uniform")
 
 
-@dataclass(frozen=True)
-class PruningKind:
-    """How a net is brought to a structure, and what that will cost."""
-
-    apply: Callable  # (net, structure) -> a new net
-    count_macs: Callable  # (net, structure) -> MACs
+# The methods whose nets have gates while they are trained.
+GATED_METHODS = ("sep", "static")
 
 
-HARD = PruningKind(models.prune_channels, models.count_macs)
-SOFT = PruningKind(sep.add_gates, sep.count_macs)
-KIND_OF = {"lstm": HARD, "random": HARD, "uniform": HARD, "sep": SOFT, "static": SOFT}
-
-
-def make_reduction_of(kind: PruningKind, net: Net) -> Callable:
-    """reduction_of(structure): the share of `net`'s MACs that a structure of it removes."""
+def make_reduction_of(method: str, net: Net) -> Callable:
+    """reduction_of(structure): the share of `net`'s MACs that a structure of it removes by a
+    method. Gates that it may get are counted."""
+    count_macs = sep.count_macs if method in GATED_METHODS else models.count_macs
     whole = models.count_macs(net)
 
     def reduction_of(structure) -> float:
-        return 1 - kind.count_macs(net, structure) / whole
+        return 1 - count_macs(net, structure) / whole
 
     return reduction_of
 
@@ -2681,33 +2678,35 @@ class Trainer:
         validation: Images | None = None,
         has_teacher: bool = True,
         keeps_best: bool = False,
+        epochs: range | None = None,
     ) -> TrainedNet:
         """Train `net` to the end of its plan, going on where an earlier process was stopped in it.
 
-        With `validation` the accuracy on these images is measured after each epoch. With
-        `keeps_best` the weights are those of the best epoch by that accuracy, else of the last one.
-        Trainings are told apart by `title`. A training that diverges ends: with `keeps_best` by
-        the weights from before, else by a UserError.
+        `epochs` are those of the plan to train, by default all of them. With `validation` the
+        accuracy on these images is measured after each epoch. With `keeps_best` the weights are
+        those of the best epoch by that accuracy, else of the last one. Trainings are told apart by
+        `title`. A training that diverges ends: with `keeps_best` by the weights from before, else
+        by a UserError.
         """
         net = net.to(self.device).to(memory_format=torch.channels_last)
         first_weights = deepcopy(net.state_dict()) if keeps_best else None
         optimizer = make_optimizer(net, plan.lr)
         state = self.load_progress(title, net, optimizer)
-        first_epoch = state.epochs
-        self.reporter.start_training(title, plan.epochs, first_epoch)
+        epochs = range(plan.epochs) if epochs is None else epochs
+        self.reporter.start_training(title, len(epochs), state.epochs)
         # As if it had gone on without a stop.
         start = time.time() - state.seconds
-        epochs = fit(
+        losses = fit(
             net,
             images,
             plan,
             optimizer=optimizer,
             seed=self.settings.seed,
             teacher=self.teacher_for(images) if has_teacher else None,
-            first_epoch=first_epoch,
+            epochs=epochs[state.epochs :],
             wrap_steps=self.reporter.wrap_steps,
         )
-        for epoch, loss in epochs:
+        for epoch, loss in losses:
             if not math.isfinite(loss) and keeps_best:
                 if state.best_weights is None:
                     net.load_state_dict(first_weights)
@@ -2745,7 +2744,7 @@ class Trainer:
 
     def make_reduction_of(self, method: str) -> Callable:
         """reduction_of(structure): what a structure removes of the baseline, by that method."""
-        return make_reduction_of(KIND_OF[method], self.baseline)
+        return make_reduction_of(method, self.baseline)
 
     def score_baseline(self, target: float | None) -> ScoredStructure:
         """The baseline as a search sees it."""
@@ -2765,20 +2764,17 @@ class Trainer:
         lstm_epoch: int,
         number: int,
     ) -> tuple[Net, Candidate]:
-        """Bring a parent to a structure, recover it with the teacher, and score it."""
-        # For the weights of fresh gates.
-        torch.manual_seed(seed_for(self.settings.seed, method, structure))
-        child = KIND_OF[method].apply(parent_net, structure)
+        """Prune a parent to a structure, recover it with the teacher, and score it."""
         trained = self.train(
             f"{method}: candidate {number}, {structure_name(structure)}",
-            child,
+            models.prune_channels(parent_net, structure),
             self.data.train,
             self.settings.recovery,
             validation=self.data.validation,
             keeps_best=True,
         )
-        macs = sep.count_macs(trained.net)
-        macs_reduction = 1 - macs / models.count_macs(self.baseline)
+        macs_reduction = self.make_reduction_of(method)(structure)
+        macs = round((1 - macs_reduction) * models.count_macs(self.baseline))
         accuracy = trained.validation_accuracy
         candidate = Candidate(
             structure=structure,
@@ -2963,6 +2959,44 @@ def describe_machine(device: torch.device) -> dict:
     return {"device": name, "versions": versions}
 
 
+# ours: the share of a training that `sep` spends without gates (RESULTS.md, section 6).
+SHARE_WITHOUT_GATES = 0.3
+# ours: a trial of gates takes a tenth of the final training's epochs, at least 2 and at most 10.
+GATE_TRIAL_SHARE = 0.1
+GATE_TRIAL_EPOCHS = (2, 10)
+CLUSTERED_IMAGES = 5000  # ours: by which gates divide images among their groups
+
+
+def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
+    """The epochs of a plan (without gates, with gates)."""
+    start = int(SHARE_WITHOUT_GATES * plan.epochs)
+    return range(start), range(start, plan.epochs)
+
+
+def plan_gate_trial(final: TrainingPlan) -> TrainingPlan:
+    """The short training that compares gates: the final one in few epochs."""
+    fewest, most = GATE_TRIAL_EPOCHS
+    epochs = min(most, max(fewest, round(GATE_TRIAL_SHARE * final.epochs)))
+    return replace(final, epochs=min(epochs, final.epochs))
+
+
+def list_gate_counts(largest: list) -> list[int]:
+    """How many gates to try: none, 1, 2, 4, ..., and all that have room."""
+    room = sum(size is not None for size in largest)
+    counts, count = [0], 1
+    while count < room:
+        counts.append(count)
+        count *= 2
+    return [*counts, room]
+
+
+def keep_last_gates(largest: list, count: int) -> list:
+    """Of the sizes of gates (None: no room) the last `count`; None for the other layers."""
+    places = [i for i, size in enumerate(largest) if size is not None]
+    kept = places[len(places) - count :]
+    return [size if i in kept else None for i, size in enumerate(largest)]
+
+
 class Run:
     """A run folder, and the rows that fill it. Every step picks up what the folder holds already.
 
@@ -3083,7 +3117,11 @@ class Run:
                 method, net, score, target, is_required=goal.is_required
             )
             seconds += more_seconds
-        trained = self.trainer.train(f"{method}: final", net, self.data.all, self.settings.final)
+        if method == "sep":
+            trained = self.train_softly(net)
+        else:
+            plan = self.settings.final
+            trained = self.trainer.train(f"{method}: final", net, self.data.all, plan)
         # No image is left to validate the final training: the accuracy is the recovered net's.
         self.save_net(
             method, trained.net, score.validation_accuracy, trained.seconds + seconds, trained.curve
@@ -3158,8 +3196,7 @@ class Run:
     def share_search(self, target: float) -> tuple[Net, ScoredStructure]:
         """ours, for `fast`: `sep` gates the structure that `lstm`'s search finds.
 
-        A fresh gate computes what hard pruning does, so a search of its own would try the same
-        again, and gated nets cost more to train.
+        Candidates of both are hard-pruned, so a search of its own would try the same again.
         """
         trainer = self.trainer
         # Gates cost MACs, too: so a little more has to go.
@@ -3183,6 +3220,92 @@ class Run:
         self.folder.log_search("sep", "shared", target, [candidate])
         self.folder.save_results()
         return net, candidate
+
+    def train_softly(self, net: Net) -> TrainedNet:
+        """ours: the final training of `sep`. Its first part trains the pruned net as it is; gates
+        come where they are measured to help, and the second part trains the gated net.
+
+        Groups of kernels that part from the start see too few images each, and end below hard
+        pruning (RESULTS.md, section 6).
+        """
+        plan = self.settings.final
+        gate_sizes, seconds_of_trials = self.choose_gates(net)
+        before, after = split_epochs(plan)
+        plain = self.load_or_train("sep: final, without gates", net, self.data.all, plan, before)
+        gated = self.add_gates(plain.net, gate_sizes)
+        trained = self.trainer.train("sep: final", gated, self.data.all, plan, epochs=after)
+        return TrainedNet(
+            trained.net,
+            None,
+            seconds_of_trials + plain.seconds + trained.seconds,
+            plain.curve + trained.curve,
+        )
+
+    def choose_gates(self, net: Net) -> tuple[list, float]:
+        """(a GateSize or None for each layer, seconds spent): which layers of a pruned net get
+        gates.
+
+        A choice by the image pays most in the last layers, if at all. So a few short trainings
+        have gates in none, the last, the last two, four, ... of the layers with room for them. The
+        one with the lowest loss on the validation images wins.
+        """
+        largest = sep.largest_gates(self.trainer.baseline.widths, net.structure)
+        if not any(largest):
+            self.reporter.say("sep: no layer lost enough kernels to have room for a gate")
+            return largest, 0.0
+        plan = plan_gate_trial(self.settings.final)
+        before, after = split_epochs(plan)
+        train = self.data.train
+        plain = self.load_or_train("sep: gates, before the trials", net, train, plan, before)
+        seconds = plain.seconds
+        trials = []
+        for count in list_gate_counts(largest):
+            gate_sizes = keep_last_gates(largest, count)
+            gated = self.add_gates(plain.net, gate_sizes)
+            title = f"sep: gates, trial of {count}"
+            trained = self.load_or_train(title, gated, train, plan, after)
+            seconds += trained.seconds
+            loss = self.measure_validation_loss(trained.net)
+            trials.append({"gates": count, "validation_loss": round(loss, 5)})
+        best = min(trials, key=lambda trial: trial["validation_loss"])
+        self.folder.results["search"]["sep"]["gate_trials"] = trials
+        self.folder.save_results()
+        self.say_gates(trials, best)
+        return keep_last_gates(largest, best["gates"]), seconds
+
+    def say_gates(self, trials: list[dict], best: dict) -> None:
+        losses = ", ".join(f"{trial['gates']}: {trial['validation_loss']:.4f}" for trial in trials)
+        text = "gates help in no layer, so none is put on"
+        if best["gates"]:
+            text = f"gates go on the last {best['gates']} of the layers that have room for them"
+        self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
+
+    def add_gates(self, net: Net, gate_sizes) -> Net:
+        """`net` with these gates; they divide some of the training images among their groups."""
+        if not any(gate_sizes):
+            return net
+        images = self.data.train
+        order = shuffle_for_split(images, self.settings.seed)[:CLUSTERED_IMAGES]
+        chunks = order.to(images.device).split(chunk_size_for(images))
+        return sep.add_gates(net, gate_sizes, images.batches(chunks))
+
+    def load_or_train(self, title: str, net: Net, images, plan, epochs: range) -> TrainedNet:
+        """`Trainer.train`, kept in a file of `sep`'s pool: it comes from there if it exists."""
+        path = self.folder.pool("sep") / f"{title.replace(': ', '-').replace(' ', '-')}.pt"
+        if not path.exists():
+            trained = self.trainer.train(title, net, images, plan, epochs=epochs)
+            facts = {"seconds": trained.seconds, "curve": trained.curve}
+            models.save_checkpoint(path, trained.net, facts)
+        loaded_net, facts = self.trainer.load(path)
+        return TrainedNet(loaded_net, None, facts["seconds"], facts["curve"])
+
+    def measure_validation_loss(self, net: Net) -> float:
+        """The loss of the final training, on the validation images."""
+        images = self.data.validation
+        teacher_probs = compute_logits(self.trainer.baseline, images).softmax(1)
+        logits = compute_logits(net, images)
+        temperature = self.settings.final.temperature
+        return float(distillation_loss(logits, images.labels, teacher_probs, temperature))
 
     def choose_by_lstm(self, target: float) -> ScoredStructure:
         """What `lstm`'s search chooses: by its row where that is finished, else by the search."""
@@ -3237,7 +3360,7 @@ class Run:
     def describe_rounding(self, net: Net, score: ScoredStructure) -> dict:
         """What the report says of a net before or after rounding; latencies of 1 and 128 images."""
         images = self.data.validation
-        single = tune_on(net, images) if self.trainer.device.type == "cpu" else net
+        single = sep.tune(net) if self.trainer.device.type == "cpu" else net
         return {
             "widths": list(score.structure),
             "validation_accuracy": score.validation_accuracy,

@@ -42,7 +42,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 # A filter of the next layer is compensated where it loses a channel that holds more than
 # 0.8 / C_in of its energy (script).
 COMPENSATED_SHARE = 0.8
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 # ours: an exported file whose logits differ by more than this share of the largest is refused.
 EXPORT_TOLERANCE = 1e-2
 
@@ -63,61 +63,19 @@ def round_up(number: int, multiple: int) -> int:
 # ---- layers ------------------------------------------------------------------------------------
 
 
-def run_layer(
-    layer,
-    x: torch.Tensor,
-    input_channels: torch.Tensor | None = None,
-    output_channels: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Run a convolution or linear layer on some of its input channels, for some of its outputs.
+def run_layer(layer, x: torch.Tensor, input_choice=None) -> torch.Tensor:
+    """Run a convolution or linear layer: x (B, C, H, W) or (B, features).
 
-    x (B, C_in', H, W) or (B, features) holds only the `input_channels` of what the layer reads;
-    the result (B, C_out', ...) only the `output_channels`. Both are index tensors; None: all.
+    `input_choice`: of a single image, what the gate of the layer before chose (sep.Choice).
     """
     if not isinstance(layer, nn.Module):
         # A single-image layer of sep.py, which selects its kernels itself.
-        return layer(x, input_channels, output_channels)
-    is_linear = isinstance(layer, nn.Linear)
-    takes_all = input_channels is None and output_channels is None
-    if is_linear and x.dim() > 2:
-        x = x.flatten(1)
-    if is_linear and takes_all:
-        return layer(x)
-    weight, bias = select_weight_and_bias(layer, x.shape[1], input_channels, output_channels)
-    if is_linear:
-        return F.linear(x, weight, bias)
+        return layer(x, input_choice)
+    if isinstance(layer, nn.Linear):
+        return layer(x.flatten(1))
     if is_slow_in_bfloat16(layer, x):
-        return convolve_by_matrix_product(x, weight, bias)
-    if takes_all:
-        return layer(x)
-    return F.conv2d(x, weight, bias, layer.stride, layer.padding)
-
-
-def select_weight_and_bias(layer, features: int, input_channels, output_channels):
-    """(weight, bias) of a layer from its `input_channels` to its `output_channels`.
-
-    `features` is the number of inputs that x holds: a linear layer may read several per channel.
-    """
-    bias = layer.bias
-    if bias is not None and output_channels is not None:
-        bias = bias.index_select(0, output_channels)
-    return select_kernels(layer.weight, features, input_channels, output_channels), bias
-
-
-def select_kernels(weight, features: int, input_channels, output_channels) -> torch.Tensor:
-    """The kernels of `weight` (C_out, C_in x r, ...) between the channels given."""
-    if input_channels is None:
-        return weight if output_channels is None else weight.index_select(0, output_channels)
-    channels = weight.shape[1] * len(input_channels) // features
-    if output_channels is not None and weight.is_contiguous() and not torch.is_grad_enabled():
-        # Kernel by kernel in one go: half the time of two selections.
-        kernels = (output_channels[:, None] * channels + input_channels).flatten()
-        rows = weight.view(len(weight) * channels, -1).index_select(0, kernels)
-        return rows.view(len(output_channels), -1, *weight.shape[2:])
-    if output_channels is not None:
-        weight = weight.index_select(0, output_channels)
-    selected = group_by_input_channel(weight, channels).index_select(1, input_channels)
-    return selected.reshape(len(weight), -1, *weight.shape[2:])
+        return convolve_by_matrix_product(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 def group_by_input_channel(weight: torch.Tensor, channels: int) -> torch.Tensor:
@@ -388,22 +346,22 @@ class Net(nn.Module):
         """Pixels of an image's side."""
         return self.architecture.size
 
-    def run_prunable(self, index: int, x: torch.Tensor, input_channels=None):
+    def run_prunable(self, index: int, x: torch.Tensor, input_choice=None):
         """activation(norm(layer(x))) of a prunable layer, pooled where the net pools.
 
-        x (B, C_in', H, W) holds the `input_channels`. Returns y (B, C', H', W') and the indices of
-        its channels, None for all: a gate leaves out those that no image of the batch uses.
+        x (B, C_in, H, W). Returns y (B, C, H', W') and None; of single images, of which only the
+        chosen channels are computed, also what the gate chose (sep.Choice).
         """
         if self.layer_runners is not None:
-            return self.layer_runners[index](x, input_channels)
+            return self.layer_runners[index](x, input_choice)
         prunable = self.prunable[index]
         # attrgetter takes an eighth of get_submodule's time.
         layer = attrgetter(prunable.layer_name)(self)
         norm = attrgetter(prunable.norm_name)(self) if prunable.norm_name else None
         gate = self.gates[index] if self.gates is not None else None
         if gate is not None:
-            return gate(x, input_channels, layer, norm, prunable)
-        y = run_layer(layer, x, input_channels)
+            return gate(x, layer, norm, prunable), None
+        y = run_layer(layer, x)
         if norm is not None:
             y = norm(y)
         return pool_and_activate(y, prunable), None
@@ -537,15 +495,15 @@ class ChainNet(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, classes)."""
         convolutions = len(self.architecture.convolutions)
-        channels = None
+        choice = None
         for index in range(len(self.prunable)):
             if index == convolutions:
                 x = self.fit_to_head(x)
-            x, channels = self.run_prunable(index, x, channels)
+            x, choice = self.run_prunable(index, x, choice)
         if convolutions == len(self.prunable):
             x = self.fit_to_head(x)
         last_layer = attrgetter(self.prunable[-1].next_layer_name)(self)
-        return run_layer(last_layer, x, channels)
+        return run_layer(last_layer, x, choice)
 
     def fit_to_head(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C', H, W) -> (B, C', head_size, head_size); of a perceptron (B, features)."""
@@ -691,11 +649,11 @@ class ResNet(Net):
 
     def run_inner(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         """All convolutions of a block: its prunable ones from `index` on, then the last."""
-        channels = None
+        choice = None
         inner = len(self.architecture.kernels) - 1
         for i in range(inner):
-            x, channels = self.run_prunable(index + i, x, channels)
-        return run_layer(getattr(block, f"conv{inner + 1}"), x, channels)
+            x, choice = self.run_prunable(index + i, x, choice)
+        return run_layer(getattr(block, f"conv{inner + 1}"), x, choice)
 
     def run_block(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         outer = self.run_inner(block, index, x)
@@ -914,20 +872,12 @@ def build_like(net: Net, widths) -> Net:
 # ---- pruning -----------------------------------------------------------------------------------
 
 
-def channel_importance(net: Net, used_filters=None) -> list[torch.Tensor]:
+def channel_importance(net: Net) -> list[torch.Tensor]:
     """Per prunable layer (C,): the sum of squared weights that the next layer applies to each
-    channel (script).
-
-    `used_filters`: per prunable layer the indices of the filters that count (a gated net's);
-    by default all of them do.
-    """
-    filters_of = {}
-    if used_filters is not None:
-        filters_of = {p.layer_name: index for p, index in zip(net.prunable, used_filters)}
+    channel (script)."""
     importance = []
     for prunable, width in zip(net.prunable, net.widths):
         weight = net.get_submodule(prunable.next_layer_name).weight.detach()
-        weight = weight[filters_of.get(prunable.next_layer_name, slice(None))]
         importance.append(group_by_input_channel(weight, width).square().sum((0, 2)))
     return importance
 
@@ -941,23 +891,20 @@ def most_important_channels(net: Net, structure) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def compensate(net: Net, kept_channels, previous_channels=None) -> None:
+def compensate(net: Net, kept_channels) -> None:
     """Scale filters that lose a strong channel so that they keep their energy, in place (script).
 
-    A filter counts where it loses a channel with more than 0.8 / C_in of its energy. Both lists
-    hold indices per prunable layer: the channels that stay and those at work before, by default
-    all of them.
+    A filter counts where it loses a channel with more than 0.8 / C_in of its energy.
+    `kept_channels` holds, per prunable layer, the indices of the channels that stay.
     """
-    for i, (prunable, width, kept) in enumerate(zip(net.prunable, net.widths, kept_channels)):
+    for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
         weight = net.get_submodule(prunable.next_layer_name).weight
         energy = group_by_input_channel(weight, width).square().sum(2)  # (out, C)
-        is_lost = torch.zeros(width, dtype=torch.bool, device=weight.device)
-        is_lost[slice(None) if previous_channels is None else previous_channels[i]] = True
-        count = is_lost.sum()
-        energy_before = energy[:, is_lost].sum(1)
+        is_lost = torch.ones(width, dtype=torch.bool, device=weight.device)
         is_lost[kept] = False
+        energy_before = energy.sum(1)
         energy_after = energy[:, kept].sum(1)
-        threshold = COMPENSATED_SHARE / count * energy_before[:, None]
+        threshold = COMPENSATED_SHARE / width * energy_before[:, None]
         loses_strong_channel = (energy[:, is_lost] > threshold).any(1) & (energy_after > 0)
         gain = (energy_before / energy_after.clamp_min(1e-30)).sqrt()
         scale = torch.where(loses_strong_channel, gain, 1.0)
@@ -965,10 +912,8 @@ def compensate(net: Net, kept_channels, previous_channels=None) -> None:
 
 
 def remove_channels(net: Net, kept_channels) -> Net:
-    """A new, smaller net with only the channels kept (ascending indices per prunable layer).
-
-    Gates are left out.
-    """
+    """A new net with only the channels kept: their indices per prunable layer, in the order that
+    they will have. An index that comes twice makes two copies. Gates are left out."""
     small = build_like(net, [len(kept) for kept in kept_channels])
     state = net.state_dict()
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
@@ -1148,7 +1093,10 @@ def save_checkpoint(path: Path, net: Net, facts: dict) -> None:
     """Write all that rebuilds the net, and `facts` about it (plain values). Raises UserError."""
     gates = None
     if net.gates is not None:
-        gates = [None if gate is None else gate.k for gate in net.gates]
+        gates = [
+            None if gate is None else {"k": gate.k, "always_on_share": gate.always_on_share}
+            for gate in net.gates
+        ]
     content = {
         "format": CHECKPOINT_FORMAT,
         "architecture": asdict(net.architecture),
@@ -1179,6 +1127,11 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(content, dict) or type(content.get("format")) is not int:
         return recognise_state_dict(content, path)
     check_checkpoint(content, path)
+    if content["format"] < 3 and content["gates"] is not None:
+        raise UserError(
+            f"{path} has gates of an earlier version, which chose otherwise; make the net anew "
+            "from its baseline, by prune --method sep"
+        )
     if content["format"] == 1:
         return translate_old_checkpoint(content, path)
     return content
@@ -1367,12 +1320,7 @@ def translate_old_checkpoint(content: dict, path: Path) -> dict:
         )
     except UserError as error:
         raise UserError(f"{path}: {error}", error.status) from error
-    # Gated nets of then call the initial scales of a gate `unit`.
-    state = {
-        key.replace(".unit", ".initial_scale"): value for key, value in content["state"].items()
-    }
-    changes = {"format": CHECKPOINT_FORMAT, "architecture": asdict(architecture), "state": state}
-    return content | changes
+    return content | {"format": CHECKPOINT_FORMAT, "architecture": asdict(architecture)}
 
 
 def build_from_checkpoint(checkpoint: dict) -> Net:

@@ -1,128 +1,154 @@
-"""Soft pruning (SEP, IEEE TIP 2021): gates that switch kernels off, image by image. In this order:
+"""Soft pruning (SEP, IEEE TIP 2021): gates that choose kernels, image by image. In this order:
 
-the gate              squeeze-and-excitation, a choice of channels, batch norm of the chosen ones
-gated nets            putting gates on, what they use, what they cost, making a gated net plain
+the gate              a choice among groups of kernels; batch norm of the chosen ones
+gated nets            where gates have room, putting them on, what they choose and cost, `to_static`
 loading               any checkpoint as a net, plain or gated
 fast single images    `tune`: a copy of a net that is quick at one image at a time on a CPU
 
-Nothing is removed: all C filters of a layer keep their weights. The k of them that its gate scores
-highest for an image take part in the forward and backward pass of that image. What the paper does
-not give (the gate's inner size, how it starts) is marked `ours`.
+A gated layer has kernels that are always on, and behind them groups of kernels, all groups of one
+size. Its gate reads what the layer reads, and chooses one group for each image. The always-on
+kernels and that group are k kernels, as many as the structure says. Only these take part in the
+forward and backward pass of that image. What the paper does not give is marked `ours`.
 """
 
-import time
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import pairwise, product
 from operator import attrgetter
-from statistics import median
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import models
 from models import Net, PrunableLayer, UserError
 
-# ours: the bottleneck of a gate is C_in / 16 as in SENet, but at least 4.
-REDUCTION = 16
-SMALLEST_BOTTLENECK = 4
-# ours: a fresh gate's logits lie in [-1, 1], in the order of the channels' importance.
-INITIAL_LOGIT_RANGE = 1.0
-# ours: kernels are gathered in multiples of 8, so that few distinct shapes occur.
-GATHER_MULTIPLE = 8
-# ours: where more than three quarters of the channels are used, gathering them does not pay.
-GATHER_LIMIT = 0.75
+# ours: a layer gets at most so many groups. More learn from too few images each (RESULTS.md).
+MAX_GROUPS = 8
+# ours: a gate must have a choice to make: a layer has none if more of its kernels are always on.
+MAX_ALWAYS_ON_SHARE = 0.75
+# ours: of the clustering that gates begin with.
+CLUSTERING_TRIALS = 4
+CLUSTERING_STEPS = 25
 
 
 # ---- the gate ----------------------------------------------------------------------------------
 
 
-def bottleneck_width(inputs: int) -> int:
-    return max(SMALLEST_BOTTLENECK, inputs // REDUCTION)
+def squeeze(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """What a gate reads of the input x of its layer: the mean of each channel, (B, C_in), or all
+    inputs of a linear layer, (B, features)."""
+    if isinstance(layer, nn.Linear):
+        return x.flatten(1)
+    return x.mean((2, 3), dtype=torch.float if x.dtype == torch.bfloat16 else None)
 
 
 class SEGate(nn.Module):
-    """Selects k of `outputs` channels from the mean of each of the `inputs` channels that the layer
-    reads (TIP 2021)."""
+    """Chooses one of the `groups` of a layer's kernels for each image (TIP 2021).
 
-    def __init__(self, inputs: int, outputs: int, k: int):
+    The paper scores every kernel. ours: a gate scores groups. Groups begin as copies of the kernels
+    that hard pruning keeps, so no choice can do harm at first, and they part in the training. Gates
+    that score single kernels lose accuracy, or end at one choice for all images (RESULTS.md).
+    """
+
+    def __init__(self, inputs: int, k: int, always_on: int, groups: int):
+        """`inputs` is the number of values that `squeeze` gives."""
         super().__init__()
         self.k = k
-        hidden = bottleneck_width(inputs)
-        self.squeeze = nn.Linear(inputs, hidden)
-        self.excite = nn.Linear(hidden, outputs)
-        nn.init.zeros_(self.excite.weight)
-        nn.init.zeros_(self.excite.bias)
-        # Scales are sigmoid(logits) over these: 1 for a fresh gate.
-        self.register_buffer("initial_scale", torch.full((outputs,), 0.5))
+        self.always_on = always_on
+        self.groups = groups
+        # ours: a choice passes no gradient on, so the scores stay as `fit_scores` finds them.
+        self.excite = nn.Linear(inputs, groups).requires_grad_(False)
+        masks = torch.stack([self.mask_of_group(group) for group in range(groups)])
+        self.register_buffer("masks", masks, persistent=False)  # (groups, C)
         self.usage: Usage | None = None  # while `record_usage` lasts
 
+    @property
+    def group_size(self) -> int:
+        return self.k - self.always_on
+
+    @property
+    def width(self) -> int:
+        """All kernels of the layer."""
+        return self.always_on + self.groups * self.group_size
+
+    @property
+    def always_on_share(self) -> float:
+        """Of the kernels that work for an image, in [0, 1)."""
+        return self.always_on / self.k
+
+    def channels_of_group(self, group: int) -> torch.Tensor:
+        """The k channels (ascending indices) at work for an image that gets this group."""
+        start = self.always_on + group * self.group_size
+        return torch.cat(
+            [torch.arange(self.always_on), torch.arange(start, start + self.group_size)]
+        )
+
+    def mask_of_group(self, group: int) -> torch.Tensor:
+        return torch.zeros(self.width).index_fill(0, self.channels_of_group(group), 1.0)
+
     @torch.no_grad()
-    def prefer(self, importance: torch.Tensor) -> None:
-        """Prefer channels by `importance` (C,), as hard pruning would; scales stay as they are."""
-        scale = torch.sigmoid(self.excite.bias) / self.initial_scale
-        # Of each channel: 0 for the least important one, C - 1 for the most important one.
-        rank = importance.argsort().argsort().float()
-        position = 2 * rank / max(1, len(rank) - 1) - 1  # in [-1, 1]
-        self.excite.bias.copy_(INITIAL_LOGIT_RANGE * position)
-        self.initial_scale.copy_(torch.sigmoid(self.excite.bias) / scale)
+    def fit_scores(self, squeezed: torch.Tensor) -> None:
+        """ours: give each group a cluster of images. squeezed (N, inputs), of N images.
 
-    @property
-    def preferred_channels(self) -> torch.Tensor:
-        """The k channels (ascending indices) that the gate prefers before it sees an image."""
-        return self.excite.bias.detach().topk(self.k).indices.sort().values
-
-    @property
-    def macs(self) -> int:
-        return self.squeeze.weight.numel() + self.excite.weight.numel()
-
-    def channel_scales(self, channel_means: torch.Tensor, input_channels=None) -> torch.Tensor:
-        """Scale of every channel per image, 0 where not selected: (B, C_in') -> (B, C).
-
-        `channel_means` are those of the `input_channels`, of all of them if that is None.
+        The score of a group falls with the distance of an image from the centre of its cluster,
+        where every input counts in its own standard deviations.
         """
-        hidden = torch.relu(models.run_layer(self.squeeze, channel_means, input_channels))
-        logits = self.excite(hidden)
-        selected = logits.topk(self.k, 1).indices
-        mask = torch.zeros_like(logits).scatter_(1, selected, 1.0)
-        scales = torch.sigmoid(logits) / self.initial_scale * mask
-        # ours: the selected scales average 1. Without this a gate can turn all its channels down
-        # together, below those that it never selects. These get no gradient, so choices would flip
-        # to kernels that were never trained.
-        scales = scales * (self.k / scales.sum(1, keepdim=True))
-        if self.usage is not None:
-            self.usage.add(mask, scales)
-        return scales
+        squeezed = squeezed.double()
+        mean, deviation = squeezed.mean(0), squeezed.std(0)
+        # An input that never changes says nothing.
+        deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
+        centres = find_clusters((squeezed - mean) / deviation, self.groups)
+        # |z - c|^2 is smallest where 2 c z - |c|^2 is largest.
+        weight = 2 * centres / deviation
+        self.excite.weight.copy_(weight)
+        self.excite.bias.copy_(-centres.square().sum(1) - weight @ mean)
 
-    def forward(self, x, input_channels, layer, norm, prunable: PrunableLayer):
-        """scales * activation(norm(layer(x))), pooled where the net pools.
-
-        x (B, C_in', H, W) holds the `input_channels` of what the layer reads. Returns y
-        (B, C', H', W') and the indices of its channels, None for all.
-        """
+    def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """The group (B,) of each image; x is what the layer reads."""
         # The choice must not depend on bfloat16's three digits.
         with torch.autocast(x.device.type, enabled=False):
-            dtype = self.squeeze.weight.dtype
-            if x.dim() == 4:
-                # Permuted: else the gradient comes back channels-first, and adding it to the
-                # layer's takes three times as long as the layer.
-                channel_means = x.permute(0, 2, 3, 1).mean((1, 2), dtype=dtype)
-            else:
-                channel_means = x.to(dtype)
-            scales = self.channel_scales(channel_means, input_channels)
-        output_channels = None
-        if gathers_kernels(x):
-            output_channels = channels_to_gather(scales != 0)
-        if output_channels is not None:
-            scales = scales.index_select(1, output_channels)
-        y = models.run_layer(layer, x, input_channels, output_channels)
+            squeezed = squeeze(x, layer).to(self.excite.weight.dtype)
+            return self.excite(squeezed).argmax(1)
+
+    def forward(self, x, layer: nn.Module, norm, prunable: PrunableLayer) -> torch.Tensor:
+        """activation(norm(layer(x))), pooled where the net pools: (B, C, H, W), where the kernels
+        that are not chosen for an image give 0. x (B, C_in, H, W)."""
+        mask = self.masks.index_select(0, self.choose_groups(x, layer))  # (B, C)
+        if self.usage is not None:
+            self.usage.add(mask)
+        y = models.run_layer(layer, x)
         if norm is not None:
-            y = masked_batch_norm(y, scales.detach(), norm, output_channels)
+            y = masked_batch_norm(y, mask, norm)
         y = models.pool_and_activate(y, prunable)
         places = [1] * (y.dim() - 2)
-        return y * scales.reshape(*scales.shape, *places).to(y.dtype), output_channels
+        return y * mask.reshape(*mask.shape, *places).to(y.dtype)
+
+
+@torch.no_grad()
+def find_clusters(points: torch.Tensor, count: int) -> torch.Tensor:
+    """The centres (count, D) of clusters of points (N, D), by k-means (Lloyd 1982).
+
+    It begins from some of the points, a few times over; the trial whose points are nearest to
+    their centres counts. The same points give the same centres.
+    """
+    generator = torch.Generator().manual_seed(0)
+    best_distance, best_centres = torch.inf, None
+    for _ in range(CLUSTERING_TRIALS):
+        order = torch.randperm(len(points), generator=generator)
+        first = order[torch.arange(count) % len(points)]
+        centres = points[first.to(points.device)]
+        for _ in range(CLUSTERING_STEPS):
+            nearest = torch.cdist(points, centres).argmin(1)
+            members = torch.nn.functional.one_hot(nearest, len(centres)).to(
+                points.dtype
+            )  # (N, count)
+            sizes = members.sum(0)
+            means = members.T @ points / sizes.clamp_min(1)[:, None]
+            centres = torch.where(sizes[:, None] > 0, means, centres)
+        distance = torch.cdist(points, centres).min(1).values.square().mean()
+        if distance < best_distance:
+            best_distance, best_centres = distance, centres
+    return best_centres
 
 
 class Usage:
@@ -131,16 +157,14 @@ class Usage:
     def __init__(self, channels: int, device):
         self.images = 0
         self.selections = torch.zeros(channels, device=device)  # images that chose each channel
-        self.scale_sums = torch.zeros(channels, device=device)
         self.choices = set()  # the sum of its channels' random numbers stands for each
         numbers = torch.randint(-(2**62), 2**62, (channels,), generator=torch.Generator())
         self.numbers = numbers.to(device)
 
-    def add(self, mask: torch.Tensor, scales: torch.Tensor) -> None:
-        """The choices for a batch: mask (B, C) of 0 and 1, scales (B, C)."""
+    def add(self, mask: torch.Tensor) -> None:
+        """The choices for a batch: mask (B, C) of 0 and 1."""
         self.images += len(mask)
         self.selections += mask.sum(0)
-        self.scale_sums += scales.sum(0)
         self.choices.update((mask.long() * self.numbers).sum(1).tolist())
 
     def count_kernels(self) -> tuple[int, int, int]:
@@ -150,85 +174,40 @@ class Usage:
         return never, len(self.selections) - never - always, always
 
 
-def gathers_kernels(x) -> bool:
-    """Whether a batch x (B, ...) is computed by the kernels that it uses alone, or by all."""
-    if x.is_cuda:  # it would wait for the GPU to count the kernels
-        return False
-    if torch.compiler.is_exporting():  # a program has fixed shapes
-        return False
-    return len(x) > 1  # for one image it seldom pays; `tune` measures where it does
-
-
-def channels_to_gather(is_used: torch.Tensor) -> torch.Tensor | None:
-    """The channels (ascending indices) that some image of the batch uses, (B, C) -> (C',).
-
-    Filled up to a multiple of GATHER_MULTIPLE; None where nearly all are used.
-    """
-    is_used = is_used.any(0)
-    used = max(1, int(is_used.sum()))
-    count = models.round_up(used, GATHER_MULTIPLE)
-    if count > GATHER_LIMIT * len(is_used):
-        return None
-    return is_used.float().topk(count).indices.sort().values
-
-
-def masked_batch_norm(y, scales, norm: nn.BatchNorm2d, channels) -> torch.Tensor:
+def masked_batch_norm(y, mask, norm) -> torch.Tensor:
     """Batch norm whose statistics count only the images that use a channel.
 
-    y (B, C', H, W) or (B, C'); scales (B, C'), 0 where an image excludes a channel; `channels` are
-    the C' of `norm` that y holds, None for all. Excluded channels take no part, forward or
-    backward.
+    y (B, C, H, W) or (B, C); mask (B, C), 0 where an image excludes a channel. Excluded channels
+    take no part, forward or backward.
     """
-    if channels is None and not norm.training:
+    if not norm.training:
         return norm(y)
-    index = slice(None) if channels is None else channels
     if y.dim() == 2:
-        return masked_batch_norm(y[..., None, None], scales, norm, index)[..., 0, 0]
-    if norm.training:
-        return train_masked_batch_norm(y, scales, norm, index)
-    mean, var = norm.running_mean[index], norm.running_var[index]
-    return F.batch_norm(y, mean, var, norm.weight[index], norm.bias[index], eps=norm.eps)
-
-
-def train_masked_batch_norm(y, scales, norm: nn.BatchNorm2d, index) -> torch.Tensor:
-    """`masked_batch_norm` by the batch's own statistics, which update the running ones.
-
-    `index` selects the C' channels of `norm` that y holds.
-    """
-    gamma, beta = norm.weight[index], norm.bias[index]
-    old_mean, old_var = norm.running_mean[index], norm.running_var[index]
-    mask = (scales != 0).float()
-    images = mask.sum(0)  # (C',) that use a channel
+        return masked_batch_norm(y[..., None, None], mask, norm)[..., 0, 0]
+    images = mask.sum(0)  # (C,) that use a channel
     places = y.shape[2] * y.shape[3]
-    all_choose_alike = not y.is_cuda and bool(((images == 0) | (images == len(y))).all())
-    if all_choose_alike:
-        new_mean, new_var = old_mean.clone(), old_var.clone()
-        out = F.batch_norm(y, new_mean, new_var, gamma, beta, True, norm.momentum, norm.eps)
-    else:
-        count = (images * places).clamp_min(1)
-        mean, var = masked_statistics(y, mask, places, count)
-        with torch.no_grad():
-            unbiased_var = var * count / (count - 1).clamp_min(1)
-            new_mean = old_mean.lerp(mean, norm.momentum)
-            new_var = old_var.lerp(unbiased_var, norm.momentum)
-        factor = gamma * (var + norm.eps).rsqrt()
-        shift = beta - mean * factor
-        out = torch.addcmul(shift[:, None, None], y, factor[:, None, None]).to(y.dtype)
+    count = (images * places).clamp_min(1)
+    mean, var = masked_statistics(y, mask, places, count)
     with torch.no_grad():
         has_variance = images * places > 1
-        norm.running_mean[index] = torch.where(has_variance, new_mean, old_mean)
-        norm.running_var[index] = torch.where(has_variance, new_var, old_var)
+        unbiased_var = var * count / (count - 1).clamp_min(1)
+        new_mean = norm.running_mean.lerp(mean, norm.momentum)
+        new_var = norm.running_var.lerp(unbiased_var, norm.momentum)
+        norm.running_mean.copy_(torch.where(has_variance, new_mean, norm.running_mean))
+        norm.running_var.copy_(torch.where(has_variance, new_var, norm.running_var))
         norm.num_batches_tracked += 1
-    return out
+    factor = norm.weight * (var + norm.eps).rsqrt()
+    shift = norm.bias - mean * factor
+    return torch.addcmul(shift[:, None, None], y, factor[:, None, None]).to(y.dtype)
 
 
 def masked_statistics(y, mask, places: int, count):
-    """(mean, biased variance), each (C',), of y (B, C', H, W) over the images with mask (B, C') 1.
+    """(mean, biased variance), each (C,), of y (B, C, H, W) over the images with mask (B, C) 1.
 
-    `count` (C',) is how many numbers that are: images times places.
+    `count` (C,) is how many numbers that are: images times places.
     """
     mean = (mask * y.mean((2, 3), dtype=torch.float)).sum(0) * places / count
-    squares = torch.linalg.vector_norm(y, dim=(2, 3), dtype=torch.float).square()  # (B, C')
+    squares = torch.linalg.vector_norm(y, dim=(2, 3), dtype=torch.float).square()  # (B, C)
     var = ((mask * squares).sum(0) / count - mean.square()).clamp_min(0)
     return mean, var
 
@@ -236,78 +215,146 @@ def masked_statistics(y, mask, places: int, count):
 # ---- gated nets --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class GateSize:
+    """How many kernels a gated layer has always on, and how many groups besides."""
+
+    always_on: int
+    groups: int
+
+
+def largest_gate(width: int, k: int) -> GateSize | None:
+    """The gate with the most to choose from, in a layer that keeps k of `width` kernels.
+
+    No layer gets more kernels than it had before pruning. None where there is too little room.
+    """
+    groups = min(MAX_GROUPS, width // k)
+    if groups >= 2:
+        return GateSize(0, groups)
+    always_on = 2 * k - width
+    if always_on > MAX_ALWAYS_ON_SHARE * k:
+        return None
+    return GateSize(always_on, 2)
+
+
+def largest_gates(widths, structure) -> list[GateSize | None]:
+    """`largest_gate` of each prunable layer: `widths` before pruning, `structure` after it."""
+    return [largest_gate(width, k) for width, k in zip(widths, structure)]
+
+
 def gates_of(net: Net) -> list[SEGate | None]:
     """The gate of each prunable layer, None where there is none."""
     return list(net.gates) if net.gates is not None else [None] * len(net.widths)
 
 
-def input_channels_of(net: Net, index: int) -> int:
-    """The number of channels (of a linear layer: not of inputs) that a prunable layer reads."""
-    name = net.prunable[index].layer_name
-    for prunable, width in zip(net.prunable, net.widths):
-        if prunable.next_layer_name == name:
-            return width
-    return net.get_submodule(name).weight.shape[1]
+def attach_gates(net: Net, gate_sizes) -> None:
+    """Put fresh gates on `net`, in place: a GateSize for each prunable layer, None for no gate.
 
-
-def attach_gates(net: Net, ks) -> None:
-    """Put fresh gates on `net`, in place: one that selects k channels for every k of `ks`.
-
-    A layer with k = None, or with a gate already, stays as it is. Raises UserError where a k is no
-    number of channels.
+    The layers have the kernels of all groups already. Raises UserError where they do not.
     """
-    if not isinstance(ks, list | tuple) or len(ks) != len(net.widths):
-        raise UserError(f"a {net.arch} of {len(net.widths)} prunable layers has no gates {ks}")
-    if net.gates is None:
-        net.gates = nn.ModuleList([None] * len(net.widths))
     device = next(net.parameters()).device
-    for i, (prunable, width, k) in enumerate(zip(net.prunable, net.widths, ks)):
-        if k is None or net.gates[i] is not None:
+    gates = []
+    for prunable, width, size in zip(net.prunable, net.widths, gate_sizes, strict=True):
+        if size is None:
+            gates.append(None)
             continue
-        if type(k) is not int or not 1 <= k <= width:
-            raise UserError(f"a gate of {prunable.layer_name} keeps {k} of {width} channels")
-        net.gates[i] = SEGate(input_channels_of(net, i), width, k).to(device)
+        group_size, rest = divmod(width - size.always_on, size.groups)
+        if rest or group_size < 1 or size.groups < 2:
+            raise UserError(
+                f"{prunable.layer_name} has {width} kernels: not {size.always_on} and "
+                f"{size.groups} groups of one size"
+            )
+        inputs = net.get_submodule(prunable.layer_name).weight.shape[1]
+        k = size.always_on + group_size
+        gates.append(SEGate(inputs, k, size.always_on, size.groups).to(device))
+    net.gates = nn.ModuleList(gates)
 
 
-def preferred_channels(net: Net) -> list[torch.Tensor]:
-    """Per prunable layer the channels (ascending indices) at work before an image is seen."""
-    return [
-        torch.arange(width) if gate is None else gate.preferred_channels
-        for gate, width in zip(gates_of(net), net.widths)
-    ]
+@torch.no_grad()
+def add_gates(net: Net, gate_sizes, batches) -> Net:
+    """Soft pruning (TIP 2021): a new net that computes what the plain `net` does, with gates.
 
-
-def add_gates(net: Net, structure) -> Net:
-    """Soft pruning (TIP 2021): a new net of the same weights whose gates keep `structure`.
-
-    A layer gets its gate when it is first pruned. The gate begins with hard pruning's choice, and
-    the filters that read the layer are compensated like those of a hard-pruned net.
+    All groups of a layer begin as copies of the kernels that are not always on. `gate_sizes` holds
+    a GateSize, or None, for each prunable layer. The gates divide the images in `batches`, each
+    (B, C, H, W), normalised, among their groups.
     """
-    net = deepcopy(net)
-    previous_channels = preferred_channels(net)
-    importance = models.channel_importance(net, previous_channels)
-    attach_gates(net, [k if k < width else None for k, width in zip(structure, net.widths)])
-    for gate, k, scores, previous in zip(net.gates, structure, importance, previous_channels):
-        if gate is not None and k < len(previous):
-            # Channels that were excluded before stay behind the others.
-            scores[previous] += scores.max() + 1
-            gate.prefer(scores)
-            gate.k = k
-    models.compensate(net, preferred_channels(net), previous_channels)
-    return net
+    squeezed = collect_squeezed(net, gate_sizes, batches)
+    kept_channels = [
+        torch.arange(width) if size is None else repeat_groups(importance, size)
+        for width, importance, size in zip(net.widths, models.channel_importance(net), gate_sizes)
+    ]
+    gated = models.remove_channels(net, kept_channels).to(memory_format=torch.channels_last)
+    attach_gates(gated, gate_sizes)
+    for prunable, gate in zip(net.prunable, gates_of(gated)):
+        if gate is None:
+            continue
+        # Of the copies that a gate reads, the chosen ones alone are not 0.
+        values = squeezed[prunable.layer_name]
+        gate_of_plain = SEGate(values.shape[1], gate.k, gate.always_on, gate.groups)
+        gate_of_plain.to(values.device).fit_scores(values)
+        weight = gate_of_plain.excite.weight
+        for i, before in enumerate(net.prunable):
+            if before.next_layer_name == prunable.layer_name:
+                by_channel = models.group_by_input_channel(weight, net.widths[i])
+                weight = by_channel[:, kept_channels[i]].flatten(1)
+        gate.excite.weight.copy_(weight)
+        gate.excite.bias.copy_(gate_of_plain.excite.bias)
+    return gated
+
+
+def prune_softly(net: Net, structure, batches) -> Net:
+    """A new net of that structure with all gates that have room: models.prune_channels, then
+    `add_gates`."""
+    gate_sizes = largest_gates(net.widths, structure)
+    return add_gates(models.prune_channels(net, structure), gate_sizes, batches)
+
+
+def repeat_groups(importance: torch.Tensor, size: GateSize) -> torch.Tensor:
+    """The kernels of a plain layer as a gated one has them: first those that are always on, the
+    most important ones, then the others, once for each group. `importance` (C,)."""
+    by_importance = importance.argsort(descending=True, stable=True)
+    always_on, others = by_importance[: size.always_on], by_importance[size.always_on :]
+    return torch.cat([always_on, others.repeat(size.groups)])
+
+
+def collect_squeezed(net: Net, gate_sizes, batches) -> dict[str, torch.Tensor]:
+    """What gates on the plain `net` would read, (N, inputs) by the names of their layers."""
+    collected = {
+        prunable.layer_name: []
+        for prunable, size in zip(net.prunable, gate_sizes)
+        if size is not None
+    }
+
+    def collect_input_of(name):
+        def collect(layer, inputs):
+            collected[name].append(squeeze(inputs[0], layer).float())
+
+        return collect
+
+    net.eval()
+    hooks = [
+        net.get_submodule(name).register_forward_pre_hook(collect_input_of(name))
+        for name in collected
+    ]
+    try:
+        for x in batches:
+            net(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
 @contextmanager
 def record_usage(net: Net):
     """Within it, per prunable layer the Usage of its gate, None where there is none."""
-    gates = [gate for gate in gates_of(net) if gate is not None]
-    for gate in gates:
-        scale = gate.initial_scale
-        gate.usage = Usage(len(scale), scale.device)
+    gates = gates_of(net)
+    for gate in filter(None, gates):
+        gate.usage = Usage(gate.width, gate.masks.device)
     try:
-        yield [None if gate is None else gate.usage for gate in gates_of(net)]
+        yield [None if gate is None else gate.usage for gate in gates]
     finally:
-        for gate in gates:
+        for gate in filter(None, gates):
             gate.usage = None
 
 
@@ -323,45 +370,43 @@ def measure_usage(net: Net, batches) -> list[Usage | None]:
 
 @torch.no_grad()
 def to_static(net: Net, batches) -> Net:
-    """ours: a gated net as a plain small one.
-
-    The kernels that are selected most often on `batches`, each (B, C, H, W), stay, each with its
-    mean scale.
-    """
+    """ours: a gated net as a plain small one: of each gated layer the always-on kernels stay, and
+    the group that is chosen most often on `batches`, each (B, C, H, W)."""
     usage = measure_usage(net, batches)
-    structure = net.structure
-    net = deepcopy(net)
     kept_channels = []
-    for i, (prunable, width, gate) in enumerate(zip(net.prunable, net.widths, gates_of(net))):
+    for width, gate, layer_usage in zip(net.widths, gates_of(net), usage):
         if gate is None:
             kept_channels.append(torch.arange(width))
             continue
-        selections, scale_sums = usage[i].selections, usage[i].scale_sums
-        # A tie goes to the channel that the gate prefers.
-        scores = selections + torch.sigmoid(gate.excite.bias)
-        kept_channels.append(scores.topk(structure[i]).indices.sort().values.cpu())
-        weight = net.get_submodule(prunable.next_layer_name).weight
-        mean_scales = scale_sums / selections.clamp_min(1)
-        factors = mean_scales.repeat_interleave(weight.shape[1] // width)
-        weight.mul_(factors.reshape(-1, *[1] * (weight.dim() - 2)))
+        images_of_group = (gate.masks * layer_usage.selections).sum(1)
+        kept_channels.append(gate.channels_of_group(int(images_of_group.argmax())))
     return models.remove_channels(net, kept_channels)
 
 
 def count_macs(net: Net, structure=None) -> int:
-    """models.count_macs and the MACs of the gates.
+    """The MACs of a net for one image, those of its gates included.
 
-    Counted are the gates that `net` has or, for a `structure`, one for every layer below its width.
-    Excluded kernels cost nothing, nor do the next layer's kernels on excluded channels.
+    For a `structure` those of the plain `net` pruned to it, with all gates that have room. Kernels
+    that are not chosen cost nothing, nor do the next layer's kernels, or a gate's weights, on their
+    channels.
     """
-    if structure is None:
-        gates = [gate for gate in gates_of(net) if gate is not None]
-        return models.count_macs(net) + sum(gate.macs for gate in gates)
-    gate_macs = 0
-    for i, (k, width) in enumerate(zip(structure, net.widths)):
-        if k < width:
-            inputs = input_channels_of(net, i)
-            gate_macs += bottleneck_width(inputs) * (inputs + width)
-    return models.count_macs(net, structure) + gate_macs
+    gates = gates_of(net) if structure is None else largest_gates(net.widths, structure)
+    structure = structure or net.structure
+    macs = models.count_macs(net, structure)
+    for i, gate in enumerate(gates):
+        if gate is not None:
+            macs += count_gate_macs(net, structure, i, gate.groups)
+    return macs
+
+
+def count_gate_macs(net: Net, structure, index: int, groups: int) -> int:
+    """The MACs of a gate of `groups` groups on a prunable layer of `net`, at that structure."""
+    name = net.prunable[index].layer_name
+    inputs = net.get_submodule(name).weight.shape[1]
+    for before, width, k in zip(net.prunable, net.widths, structure):
+        if before.next_layer_name == name:
+            inputs = inputs * k // width
+    return inputs * groups
 
 
 # ---- loading -----------------------------------------------------------------------------------
@@ -385,7 +430,7 @@ def load_checkpoint(path) -> tuple[Net, dict]:
     try:
         net = models.build_from_checkpoint(checkpoint)
         if checkpoint["gates"] is not None:
-            attach_gates(net, checkpoint["gates"])
+            attach_gates(net, read_gate_sizes(net, checkpoint["gates"]))
         models.load_weights(net, checkpoint["state"])
     except UserError as error:
         raise UserError(f"{path}: {error}", error.status) from error
@@ -397,67 +442,91 @@ def load_checkpoint(path) -> tuple[Net, dict]:
     return net, checkpoint
 
 
+def read_gate_sizes(net: Net, gates: list) -> list[GateSize | None]:
+    """The GateSize of each prunable layer from what a checkpoint says of its gates: None, or how
+    many kernels `k` work for an image, and which share of these is always on.
+
+    Raises UserError where that cannot be.
+    """
+    if len(gates) != len(net.widths):
+        raise UserError(
+            f"its gates are {len(gates)}, but a {net.arch} has {len(net.widths)} prunable layers"
+        )
+    sizes = []
+    for prunable, width, gate in zip(net.prunable, net.widths, gates):
+        if gate is None:
+            sizes.append(None)
+            continue
+        name = prunable.layer_name
+        if not isinstance(gate, dict) or gate.keys() != {"k", "always_on_share"}:
+            raise UserError(f"the gate of {name} does not say its k and its always_on_share")
+        k, share = gate["k"], gate["always_on_share"]
+        if type(k) is not int or not 1 <= k <= width:
+            raise UserError(f"the gate of {name} keeps {k} of {width} kernels")
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            raise UserError(f"the gate of {name} has an always-on share of {share}, not in [0, 1]")
+        always_on = round(share * k)
+        groups, rest = divmod(width - always_on, k - always_on) if always_on < k else (0, width)
+        if rest or groups < 2:
+            raise UserError(
+                f"the gate of {name} does not fit {width} kernels: {k} of them for an image, "
+                f"{always_on} always on, leave no groups of one size"
+            )
+        sizes.append(GateSize(always_on, groups))
+    return sizes
+
+
 # ---- fast single images ------------------------------------------------------------------------
 #
 # One image at a time, starting an operator takes as long as many a layer's arithmetic. So here
-# layers are no modules (a module's call costs as much as a small operator), the gate has a third of
-# the operators of SEGate, and kernels once gathered are used again while the choice stays the same.
+# layers are no modules (a module's call costs as much as a small operator). Kernels are gathered
+# once for each pair of groups, of the layer before and of their own, and kept.
 
 
-@dataclass(slots=True, eq=False)
-class GatheredKernels:
-    """The kernels of a layer between some channels; None: all of them."""
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The group that a gate chose for an image, and its channels (ascending indices)."""
 
-    input_channels: torch.Tensor | None
-    output_channels: torch.Tensor | None
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    has_fast_layout: bool
+    group: int
+    channels: torch.Tensor
 
 
 class GatheringLayer:
-    """A convolution or linear layer for inference on one image: it gathers the kernels between
-    the channels at work, and keeps them while these are the very same index tensors."""
+    """A convolution or linear layer for inference on one image, between the channels at work."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear):
-        self.all_weights = layer.weight.detach()
+        self.weight = layer.weight.detach()
         self.bias = None if layer.bias is None else layer.bias.detach()
         self.is_linear = isinstance(layer, nn.Linear)
         if not self.is_linear:
             self.stride, self.padding = layer.stride, layer.padding
-        self.reset(False)
+        # (weight, bias) by the groups (of the layer before, its own), None where there is no gate.
+        self.gathered = {}
 
-    def reset(self, gathers: bool) -> None:
-        """Forget the kernels kept. Those that are to be gathered from lie together in memory."""
-        self.weight = self.all_weights.contiguous() if gathers else self.all_weights
-        self.kept: GatheredKernels | None = None
-
-    def __call__(self, x, input_channels=None, output_channels=None) -> torch.Tensor:
+    def __call__(self, x, input_choice: Choice | None = None, choice: Choice | None = None):
         """(1, C_in', H, W) -> (1, C', H', W'); of a linear layer (1, C_in', ...) -> (1, C')."""
-        kept = self.kept  # looked up once: another thread may set it
-        is_kept = (
-            kept is not None
-            and kept.input_channels is input_channels
-            and kept.output_channels is output_channels
-        )
-        if not is_kept:
-            features = x.numel() if self.is_linear else x.shape[1]
-            weight, bias = models.select_weight_and_bias(
-                self, features, input_channels, output_channels
-            )
-            kept = GatheredKernels(input_channels, output_channels, weight, bias, self.is_linear)
-            self.kept = kept
-            # The image in the layout of the kernels, this time: else they would be laid out anew.
-            is_channels_last = x.dim() == 4 and weight is self.all_weights
-            layout = torch.channels_last if is_channels_last else torch.contiguous_format
-            x = x.contiguous(memory_format=layout)
-        elif not kept.has_fast_layout:
-            # Met again: from now on in the fastest layout, which takes as long as the gathering.
-            kept.weight = kept.weight.contiguous(memory_format=torch.channels_last)
-            kept.has_fast_layout = True
+        groups = (input_choice and input_choice.group, choice and choice.group)
+        if groups not in self.gathered:
+            self.gathered[groups] = self.gather(x, input_choice, choice)
+        weight, bias = self.gathered[groups]
         if self.is_linear:
-            return torch.addmv(kept.bias, kept.weight, x.flatten())[None]
-        return torch.conv2d(x, kept.weight, kept.bias, self.stride, self.padding)
+            return torch.addmv(bias, weight, x.flatten())[None]
+        return torch.conv2d(x, weight, bias, self.stride, self.padding)
+
+    def gather(self, x, input_choice, choice):
+        """(weight, bias) between the chosen channels, in the layout in which they run fastest."""
+        weight, bias = self.weight, self.bias
+        if choice is not None:
+            weight = weight.index_select(0, choice.channels)
+            bias = None if bias is None else bias.index_select(0, choice.channels)
+        if input_choice is not None:
+            features = x.numel() if self.is_linear else x.shape[1]
+            channels = weight.shape[1] * len(input_choice.channels) // features
+            weight = models.group_by_input_channel(weight, channels)[:, input_choice.channels]
+            weight = weight.reshape(len(weight), -1, *self.weight.shape[2:])
+        if not self.is_linear:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, bias
 
 
 class PlainRunner:
@@ -467,85 +536,40 @@ class PlainRunner:
         self.layer = layer
         self.prunable = prunable
 
-    def __call__(self, x, input_channels):
+    def __call__(self, x, input_choice: Choice | None):
         """As Net.run_prunable, for a batch of one."""
-        return models.pool_and_activate(self.layer(x, input_channels), self.prunable), None
+        return models.pool_and_activate(self.layer(x, input_choice), self.prunable), None
 
 
 class GatedRunner:
-    """A prunable layer with its gate, on one image: SEGate.forward in few and cheap operators."""
+    """A prunable layer with its gate, on one image: it runs the chosen kernels alone."""
 
     def __init__(self, layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate):
         self.layer = layer
         self.prunable = prunable
-        self.k = gate.k
-        self.inverse_initial_scale = 1 / gate.initial_scale
-        self.mean_of_k = torch.full_like(gate.initial_scale[: gate.k], 1 / gate.k)
-        self.squeeze_bias = gate.squeeze.bias.detach()
-        self.squeeze_weight = gate.squeeze.weight.detach()
-        self.excite_bias = gate.excite.bias.detach()
-        self.excite_weight = gate.excite.weight.detach()
-        self.mean_of_places = None
-        self.set_skipping(True)
+        self.choices = [
+            Choice(group, gate.channels_of_group(group)) for group in range(gate.groups)
+        ]
+        self.bias = gate.excite.bias.detach()
+        self.weight = gate.excite.weight.detach()
+        self.gathered = {None: self.weight}  # by the group of the layer before
 
-    def set_skipping(self, is_skipping: bool) -> None:
-        """From now on compute only the selected kernels; else all of them, masked."""
-        self.is_skipping = is_skipping
-        # Of the image before: (input channels, the squeeze's weights on them) and
-        # (selected channels as a list, as a tensor, their inverse initial scales).
-        self.kept_squeeze = (None, self.squeeze_weight)
-        self.kept_choice = (None, None, None)
-
-    def __call__(self, x, input_channels):
+    def __call__(self, x, input_choice: Choice | None):
         """As Net.run_prunable, for a batch of one."""
-        if input_channels is not None and not self.is_skipping:
-            # Gathering the inputs alone takes longer than computing with all of them.
-            all_inputs = x.new_zeros(1, self.squeeze_weight.shape[1], *x.shape[2:])
-            x = all_inputs.index_copy_(1, input_channels, x)
-            input_channels = None
-        logits = self.score_channels(x, input_channels)
-        selected = logits.topk(self.k, sorted=False).indices
-        if self.is_skipping:
-            selected, inverse_scale = self.reuse_choice(selected)
-        else:
-            inverse_scale = self.inverse_initial_scale.index_select(0, selected)
-        scales = torch.sigmoid(logits.index_select(0, selected)).mul_(inverse_scale)
-        scales = scales.div_(torch.dot(scales, self.mean_of_k))
-        output_channels = selected if self.is_skipping else None
-        if not self.is_skipping:
-            scales = torch.zeros_like(logits).index_copy_(0, selected, scales)
-        y = self.layer(x, input_channels, output_channels)
-        y = models.pool_and_activate(y, self.prunable, inplace=True)
-        if y.dim() == 4:
-            scales = scales.view(-1, 1, 1)
-        return y.mul_(scales), output_channels
+        squeezed = x.flatten() if self.layer.is_linear else x.mean((2, 3))[0]
+        weight = self.weight_between(len(squeezed), input_choice)
+        choice = self.choices[int(torch.addmv(self.bias, weight, squeezed).argmax())]
+        y = self.layer(x, input_choice, choice)
+        return models.pool_and_activate(y, self.prunable, inplace=True), choice
 
-    def score_channels(self, x, input_channels) -> torch.Tensor:
-        """The gate's logits (C,) for an image (1, C_in', H, W)."""
-        places = x.reshape(x.shape[1], -1)  # (C_in', H W)
-        count = places.shape[1]
-        mean_of_places = self.mean_of_places  # looked up once: another thread may set it
-        if mean_of_places is None or len(mean_of_places) != count:
-            mean_of_places = torch.full((count,), 1 / count, dtype=self.mean_of_k.dtype)
-            self.mean_of_places = mean_of_places
-        kept_channels, squeeze_weight = self.kept_squeeze
-        if kept_channels is not input_channels:
-            squeeze_weight = self.squeeze_weight.index_select(1, input_channels)
-            self.kept_squeeze = (input_channels, squeeze_weight)
-        means = torch.mv(places, mean_of_places)
-        hidden = torch.addmv(self.squeeze_bias, squeeze_weight, means).relu_()
-        return torch.addmv(self.excite_bias, self.excite_weight, hidden)
-
-    def reuse_choice(self, selected: torch.Tensor):
-        """(channels ascending, their inverse initial scales): the very same tensors for the same
-        choice as before, by which layers know the kernels that they gathered."""
-        channels = sorted(selected.tolist())
-        kept_channels, ascending, inverse_scale = self.kept_choice
-        if channels != kept_channels:
-            ascending = selected.sort().values
-            inverse_scale = self.inverse_initial_scale.index_select(0, ascending)
-            self.kept_choice = (channels, ascending, inverse_scale)
-        return ascending, inverse_scale
+    def weight_between(self, features: int, input_choice: Choice | None) -> torch.Tensor:
+        """The gate's weight (groups, features) on the channels that the layer before chose."""
+        group = input_choice and input_choice.group
+        if group not in self.gathered:
+            channels = self.weight.shape[1] * len(input_choice.channels) // features
+            by_channel = models.group_by_input_channel(self.weight, channels)
+            self.gathered[group] = by_channel[:, input_choice.channels].flatten(1)
+        return self.gathered[group]
 
 
 def return_unchanged(x):
@@ -587,27 +611,6 @@ class TunedNet:
         folded = models.fold_batch_norms(net).to(memory_format=torch.channels_last)
         self.batch_net = folded.requires_grad_(False)
         self.single_net = make_single_image_net(self.batch_net)
-        self.gated_runners = [
-            (runner, prunable)
-            for runner, prunable in zip(self.single_net.layer_runners, self.single_net.prunable)
-            if isinstance(runner, GatedRunner)
-        ]
-
-    @property
-    def skipping_gates(self) -> list[bool]:
-        """Of each gate whether it skips the kernels that it excludes; else it masks them."""
-        return [runner.is_skipping for runner, _ in self.gated_runners]
-
-    def set_skipping(self, skipping_gates) -> None:
-        """Let each gate skip or mask."""
-        gated_layers = {prunable.layer_name for _, prunable in self.gated_runners}
-        for (runner, prunable), is_skipping in zip(self.gated_runners, skipping_gates, strict=True):
-            runner.set_skipping(is_skipping)
-            readers = {prunable.layer_name, prunable.next_layer_name}
-            for name in readers:
-                # A layer with a gate of its own is reset with that gate.
-                if name == prunable.layer_name or name not in gated_layers:
-                    attrgetter(name)(self.single_net).reset(is_skipping)
 
     def eval(self):
         """As nn.Module.eval; a tuned net is always ready for inference."""
@@ -620,81 +623,11 @@ class TunedNet:
 
 
 @torch.no_grad()
-def tune(net: Net, x: torch.Tensor, rounds: int = 5) -> TunedNet:
-    """A copy of `net` that is quick at one image at a time on this CPU.
-
-    A gate skips the kernels that it excludes where that is measured to be faster than masking
-    them. x (N, C, H, W), N > 0, are normalised images to measure on, each choice in three times
-    `rounds` of them. Raises UserError where x are no images of the net.
-    """
-    check_tunable(net, x)
-    tuned = TunedNet(net)
-    if tuned.gated_runners:
-        times = measure_gates(tuned, x, rounds)
-        tuned.set_skipping(find_quickest_choice(times))
-    return tuned
-
-
-def check_tunable(net: Net, x: torch.Tensor) -> None:
+def tune(net: Net) -> TunedNet:
+    """A copy of `net` that is quick at one image at a time on this CPU: it runs the kernels that
+    its gates choose alone. Raises UserError where `net` is none of this tool, or on a GPU."""
     if not isinstance(net, Net):
         raise UserError(f"tune needs a net of this tool, not a {type(net).__name__}")
-    dtype = next(net.parameters()).dtype
-    is_batch = isinstance(x, torch.Tensor) and x.dim() == 4 and len(x) > 0
-    if not is_batch or x.shape[1] != net.channels or (x.dtype, x.device.type) != (dtype, "cpu"):
-        raise UserError(
-            f"tune needs images (N, {net.channels}, H, W), at least one, of {dtype} on the CPU"
-        )
-
-
-def measure_gates(tuned: TunedNet, x: torch.Tensor, rounds: int) -> list[dict]:
-    """Per gate {(whether the gate before skips, whether this one does): [seconds, ...]}.
-
-    The seconds are those until the next gate begins. What a layer takes depends on its own gate
-    and on the one before, for its inputs may be gathered, too. So all four pairs are measured, by
-    letting every second gate do the same.
-    """
-    runners = tuned.single_net.layer_runners
-    gates = len(tuned.gated_runners)
-    times = [{} for _ in range(gates)]
-    starts = []
-
-    def record_start(runner):
-        def run(x, input_channels):
-            starts.append(time.perf_counter())
-            return runner(x, input_channels)
-
-        return run
-
-    tuned.single_net.layer_runners = [
-        record_start(runner) if isinstance(runner, GatedRunner) else runner for runner in runners
-    ]
-    warm_up = 2
-    for pair in list(product((True, False), repeat=2)) * 3:
-        tuned.set_skipping([pair[i % 2] for i in range(gates)])
-        for n in range(rounds + warm_up):
-            starts.clear()
-            tuned(x[n % len(x)][None])
-            starts.append(time.perf_counter())
-            if n < warm_up:
-                continue
-            for i, (start, end) in enumerate(pairwise(starts)):
-                key = (pair[(i - 1) % 2], pair[i % 2])
-                times[i].setdefault(key, []).append(end - start)
-    tuned.single_net.layer_runners = runners
-    return times
-
-
-def find_quickest_choice(times: list[dict]) -> list[bool]:
-    """Of each gate whether it should skip, by the times of `measure_gates`: dynamic programming
-    along the chain of gates."""
-    # By what the last gate does: (seconds so far, what each gate does).
-    best = {True: (0.0, []), False: (0.0, [])}
-    for seconds in times:
-        longer = {}
-        for skips in (True, False):
-            longer[skips] = min(
-                (total + median(seconds[before, skips]), [*choice, skips])
-                for before, (total, choice) in best.items()
-            )
-        best = longer
-    return min(best.values())[1]
+    if next(net.parameters()).device.type != "cpu":
+        raise UserError("tune needs a net on the CPU: net.cpu()")
+    return TunedNet(net)

@@ -283,8 +283,18 @@ def estimate_epochs(
             total += recovery
             continue
         total += recovery * estimate_candidates(settings, method, has_row=has_row) + final
+        if method == "sep":
+            total += estimate_gate_trials(settings)
         has_row = True
     return total
+
+
+def estimate_gate_trials(settings) -> float:
+    """How many epochs `sep` spends on where to put gates: of about five trainings."""
+    from controller import plan_gate_trial, split_epochs
+
+    before, after = split_epochs(plan_gate_trial(settings.final))
+    return len(before) + 5 * len(after)
 
 
 def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
@@ -1262,10 +1272,10 @@ def warn_of_lost_nets(run) -> None:
 
 def check_target(net, methods, target: float | None, round_to: int | None) -> None:
     """Refuse a target that `net` cannot reach, before anything is trained."""
-    from controller import KIND_OF, check_reachable, make_reduction_of
+    from controller import check_reachable, make_reduction_of
 
     for method in methods:
-        reduction_of = make_reduction_of(KIND_OF[method], net)
+        reduction_of = make_reduction_of(method, net)
         check_reachable(net.widths, reduction_of, target, round_to or 1)
 
 
@@ -1950,12 +1960,12 @@ def evaluate(
         )
     own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
     print_note("measures how long one image takes, and 128 at once: minutes for a large net")
-    skipping_gates = add_latencies(own, baseline, net, whole_net, test)
+    add_latencies(own, baseline, net, whole_net, test)
     gated = ", gated" if net.gates else ""
     title = f"{ckpt}: {net.arch}{gated}, on {description}, {len(test):,} test images"
     make_console().print(evaluation_table(title, own, baseline))
     if device.type == "cpu":
-        print_line(describe_tuning(own, baseline, skipping_gates))
+        print_line(describe_tuning(own, baseline))
     if net.gates is not None:
         print_line(describe_usage(net, usage))
     whole_widths = whole_net.widths if whole_net else net.widths
@@ -2009,21 +2019,17 @@ def measure_size(net, file_size: int | None = None) -> dict:
     }
 
 
-def add_latencies(own: dict, baseline: dict, net, whole_net, images) -> list[bool]:
-    """Measure both nets in turns, and put the seconds into `own` and `baseline`.
-
-    Returns of each gate whether it skips the kernels that it excludes, on a CPU.
-    """
-    from controller import measure_latencies, tune_on
+def add_latencies(own: dict, baseline: dict, net, whole_net, images) -> None:
+    """Measure both nets in turns, and put the seconds into `own` and `baseline`."""
+    import sep
+    from controller import measure_latencies
 
     nets, tables = [net], [own]
     if whole_net is not None:
         nets, tables = [whole_net, net], [baseline, own]
     measured = {"latency_1": (nets, 1), "latency_128": (nets, 128)}
-    skipping_gates = []
     if images.device.type == "cpu":
-        tuned_nets = [tune_on(each, images) for each in nets]
-        skipping_gates = tuned_nets[-1].skipping_gates
+        tuned_nets = [sep.tune(each) for each in nets]
         # With the untuned ones: all single images in turns.
         seconds = measure_latencies([*nets, *tuned_nets], images, 1)
         for i, table in enumerate(tables):
@@ -2033,7 +2039,6 @@ def add_latencies(own: dict, baseline: dict, net, whole_net, images) -> list[boo
     for key, (each_net, batch_size) in measured.items():
         for table, seconds in zip(tables, measure_latencies(each_net, images, batch_size)):
             table[key] = seconds
-    return skipping_gates
 
 
 def evaluation_table(title: str, own: dict, baseline: dict):
@@ -2076,18 +2081,12 @@ def evaluation_table(title: str, own: dict, baseline: dict):
     return table
 
 
-def describe_tuning(own: dict, baseline: dict, skipping_gates: list[bool]) -> str:
+def describe_tuning(own: dict, baseline: dict) -> str:
     """What `tuned` means in the table, and what it gives."""
     line = "tuned: by sep.tune, for one image at a time"
     if "latency_1" in baseline:
         ratio = own["latency_1_tuned"] / baseline["latency_1"]
         line += f", {ratio:.2f} of what the baseline takes untuned"
-    if skipping_gates:
-        others = "" if all(skipping_gates) else ", the others mask them"
-        line += (
-            f"; {sum(skipping_gates)} of {len(skipping_gates)} gates skip the kernels they "
-            f"exclude{others}, whichever is faster here; export --static makes a plain net of it"
-        )
     return line
 
 

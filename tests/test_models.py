@@ -57,12 +57,13 @@ def smaller_structure(net, share=0.6):
     )
 
 
-def freeze_gates(net, kept_channels):
-    """Let every gate choose the channels kept for every image, at scale 1."""
-    for gate, width, kept in zip(net.gates, net.widths, kept_channels):
-        if gate is not None:
-            nn.init.zeros_(gate.excite.weight)
-            gate.prefer(torch.zeros(width).index_fill(0, kept, 1.0))
+def let_groups_differ(net):
+    """Groups of kernels begin as copies of each other: move the weights of all layers a little."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.requires_grad:
+                module.weight += 0.3 * module.weight.std() * torch.randn_like(module.weight)
 
 
 def count_flops(net, x):
@@ -289,8 +290,7 @@ def test_the_nets_of_public_repositories_are_pruned_gated_and_counted(name):
     structure = smaller_structure(net, share=0.5)
 
     small = prune_channels(net, structure).eval()
-    soft = sep.add_gates(net, structure).eval()
-    freeze_gates(soft, models.most_important_channels(net, structure))
+    soft = sep.prune_softly(net, structure, [x]).eval()
 
     with torch.no_grad():
         assert zoo.largest_difference(small(x), soft(x)) < 1e-4
@@ -401,8 +401,7 @@ def test_torchvisions_vgg_is_pruned_and_saved_with_its_head(tmp_path, has_bias, 
     structure = tuple(width // 2 for width in net.widths)
 
     small = prune_channels(net, structure).eval()
-    soft = sep.add_gates(net, structure).eval()
-    freeze_gates(soft, models.most_important_channels(net, structure))
+    soft = sep.prune_softly(net, structure, [x]).eval()
     models.save_checkpoint(tmp_path / "b.pt", small, {})
     loaded_net = sep.load(tmp_path / "b.pt")[0].eval()
 
@@ -711,15 +710,6 @@ def test_what_a_chain_lacks_is_named(tmp_path):
         models.read_checkpoint(tmp_path / "a.pt")
 
 
-def test_a_gate_of_no_whole_number_is_refused(tmp_path):
-    net = sep.add_gates(build("lenet5", channels=1, size=28), (10, 25, 250))
-    models.save_checkpoint(tmp_path / "a.pt", net, {})
-    torch.save(torch.load(tmp_path / "a.pt") | {"gates": [10, 25.0, 250]}, tmp_path / "a.pt")
-
-    with pytest.raises(UserError):
-        sep.load(tmp_path / "a.pt")
-
-
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -771,11 +761,11 @@ def test_a_file_whose_writing_is_cut_short_leaves_the_old_one_alone(tmp_path, er
     ("arch", "is_gated"), [("lenet5", True), ("resnet8", False), ("vgg11", True)]
 )
 def test_an_exported_net_runs_without_this_project(tmp_path, arch, is_gated):
-    net, _ = make_lively_net(arch, [16] * 8 if arch == "vgg11" else None)
-    apply = sep.add_gates if is_gated else prune_channels
-    net = apply(net, smaller_structure(net)).eval().to(memory_format=torch.channels_last)
-    for gate in filter(None, net.gates or ()):
-        nn.init.normal_(gate.excite.weight, 0, 0.5)
+    net, x = make_lively_net(arch, [16] * 8 if arch == "vgg11" else None)
+    structure = smaller_structure(net, share=0.4)
+    small = sep.prune_softly(net, structure, [x]) if is_gated else prune_channels(net, structure)
+    net = small.eval().to(memory_format=torch.channels_last)
+    let_groups_differ(net)
     mean, std = [0.4] * net.channels, [0.2] * net.channels
     images = torch.rand(7, net.channels, net.size, net.size)
 
@@ -809,7 +799,7 @@ def run_in_another_process(folder, images):
 def test_a_folded_net_computes_the_same_without_batch_norms(arch):
     net, x = make_lively_net(arch)
 
-    for candidate in (net.eval(), sep.add_gates(net, smaller_structure(net)).eval()):
+    for candidate in (net.eval(), sep.prune_softly(net, smaller_structure(net), [x]).eval()):
         folded = models.fold_batch_norms(candidate)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
         with torch.no_grad():
@@ -821,9 +811,11 @@ def test_a_folded_net_computes_the_same_without_batch_norms(arch):
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_onnxruntime_runs_an_exported_net(tmp_path, is_gated):
     onnxruntime = pytest.importorskip("onnxruntime")
-    net, _ = make_lively_net("resnet8")
-    apply = sep.add_gates if is_gated else prune_channels
-    net = apply(net, smaller_structure(net)).eval()
+    net, x = make_lively_net("resnet8")
+    structure = smaller_structure(net, share=0.4)
+    small = sep.prune_softly(net, structure, [x]) if is_gated else prune_channels(net, structure)
+    net = small.eval()
+    let_groups_differ(net)
     images = torch.rand(3, 3, 32, 32)
 
     difference = models.export_net(net, tmp_path / "net.onnx", [0.4] * 3, [0.2] * 3, 32)
@@ -859,9 +851,9 @@ def test_an_exported_net_refuses_uint8_images(tmp_path, ending):
 
 @pytest.mark.parametrize("size", [16, 20, 24, 32])
 def test_a_gated_lenet_refuses_images_of_another_size_as_a_plain_one_does(tmp_path, size):
-    net, _ = make_lively_net("lenet5")
+    net, x = make_lively_net("lenet5")
 
-    for candidate in (net.eval(), sep.add_gates(net, smaller_structure(net)).eval()):
+    for candidate in (net.eval(), sep.prune_softly(net, smaller_structure(net), [x]).eval()):
         for count in (1, 2):
             with pytest.raises(RuntimeError), torch.no_grad():
                 candidate(torch.rand(count, 1, size, size))

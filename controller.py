@@ -3281,9 +3281,10 @@ class Run:
         self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
 
     def add_gates(self, net: Net, gate_sizes) -> Net:
-        """`net` with these gates; they divide some of the training images among their groups."""
+        """A copy of `net` with these gates; they divide some of the training images among their
+        groups."""
         if not any(gate_sizes):
-            return net
+            return deepcopy(net)
         images = self.data.train
         order = shuffle_for_split(images, self.settings.seed)[:CLUSTERED_IMAGES]
         chunks = order.to(images.device).split(chunk_size_for(images))

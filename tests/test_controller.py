@@ -540,7 +540,7 @@ def test_a_net_padded_with_zeros_learns_the_same(arch, widths, monkeypatch):
         assert torch.allclose(momentum, other_momentum, rtol=1e-2, atol=1e-4)
     for large, small in zip(padded.parameters(), other.parameters()):
         assert large.count_nonzero() <= small.numel()  # zeros are zeros still
-    gated = sep.add_gates(net, net.widths)
+    gated = sep.prune_softly(net, [max(1, width // 2) for width in net.widths], [x[0]])
     for each in (padded, gated):
         assert controller.pad_widths(each, padded_optimizer) == (each, padded_optimizer)
 
@@ -610,7 +610,7 @@ def test_a_gpu_run_ends_with_a_net_like_the_cpus():
         device_images = images.to(device)
         net = make_lenet((20, 50, 100)).to(device)
         train_net(net, device_images, TrainingPlan(4, 0.05, is_one_cycle=True))
-        soft = sep.add_gates(net, (20, 25, 100))
+        soft = sep.prune_softly(net, (20, 25, 50), [device_images.batch(torch.arange(500))])
         teacher = controller.Teacher(net, device_images, 0)
         train_net(soft, device_images, TrainingPlan(1, 0.01), teacher=teacher)
         accuracies.append(measure_accuracy(soft, test.to(device)))
@@ -631,7 +631,8 @@ def test_a_replayed_step_trains_as_plain_ones_do(is_gated, layout):
     torch.manual_seed(0)
     net = models.build("resnet20").to("cuda", memory_format=layout)
     if is_gated:
-        net = sep.add_gates(net, [width // 2 for width in net.widths])
+        images = torch.randn(64, 3, 32, 32, device="cuda")
+        net = sep.prune_softly(net, [width // 2 for width in net.widths], [images])
     batch = (
         torch.randn(128, 3, 32, 32, device="cuda"),
         torch.randint(0, 10, (128,), device="cuda"),
@@ -1147,8 +1148,8 @@ def test_choices_are_counted_class_by_class():
     images = controller.load_data("digits", Path("data"))[0]
     images = images.select(torch.arange(200))
     images = images.select(images.labels != 3)
-    net = sep.add_gates(models.build("lenet5", channels=1, size=28), (20, 25, 100))
-    torch.nn.init.normal_(net.gates[1].excite.weight, 0, 2)
+    net = models.build("lenet5", channels=1, size=28)
+    net = sep.prune_softly(net, (20, 25, 100), [images.batch(torch.arange(len(images)))])
 
     choices = controller.measure_choices(net, images)
 
@@ -1156,10 +1157,9 @@ def test_choices_are_counted_class_by_class():
     assert list(choices["layers"]) == ["conv2", "fc1"]
     conv2, fc1 = (torch.tensor(shares) for shares in choices["layers"].values())
     assert conv2.shape == (9, 50)
+    assert fc1.shape == (9, 500)
     assert torch.allclose(conv2.sum(1), torch.full((9,), 25.0), atol=0.03)
-    assert ((conv2 > 0) & (conv2 < 1)).any()
-    assert (fc1 == fc1[0]).all()  # a fresh gate chooses alike for all images
-    assert sorted(fc1[0].tolist()) == [0] * 400 + [1] * 100
+    assert ((fc1 > 0) & (fc1 < 1)).any()
     usage = sep.measure_usage(net, [images.batch((images.labels == 4).nonzero()[:, 0])])
     expected = usage[1].selections / usage[1].images
     assert torch.allclose(conv2[choices["classes"].index("4")], expected, atol=1e-3)
@@ -1766,14 +1766,77 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
     run.make_row("sep", Goal(run.trainer.make_reduction_of("lstm")(deepest)))
 
     most = run.trainer.make_reduction_of("sep")(deepest)
-    assert 0 < run.row("sep")["macs_reduction"] <= most
-    assert max_candidates is None or run.row("sep")["macs_reduction"] == most
+    # `most` is with all gates that have room; measured to help may be fewer.
+    assert max_candidates is None or run.row("sep")["macs_reduction"] >= most
+    assert max_candidates is None or run.row("sep")["widths"] == deepest
     assert any(line.startswith("sep cannot cut") for line in spy.lines)
 
     asked = make_run(tmp_path / "asked", spy, replace(settings, target=0.9999))
     asked.make_baseline(baseline, is_trained=True)
     with pytest.raises(UserError, match="give a smaller --target"):
         asked.make_row("sep", asked.goal_for("sep"))
+
+
+def test_gates_are_tried_in_the_last_layers_first():
+    size = sep.GateSize(0, 2)
+    largest = [size, None, size, size, None]
+
+    assert controller.list_gate_counts(largest) == [0, 1, 2, 3]
+    assert controller.list_gate_counts([size] * 16) == [0, 1, 2, 4, 8, 16]
+    assert controller.list_gate_counts([size]) == [0, 1]
+    assert controller.keep_last_gates(largest, 0) == [None] * 5
+    assert controller.keep_last_gates(largest, 2) == [None, None, size, size, None]
+    assert controller.keep_last_gates(largest, 3) == largest
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (10, 2), (20, 2), (60, 6), (250, 10)])
+def test_a_trial_of_gates_is_the_final_training_in_few_epochs(epochs, expected):
+    final = TrainingPlan(epochs, 0.02, is_one_cycle=True, temperature=4.0)
+
+    trial = controller.plan_gate_trial(final)
+
+    assert trial == replace(final, epochs=expected)
+    before, after = controller.split_epochs(trial)
+    assert [*before, *after] == list(range(expected))
+    assert len(before) <= len(after)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, best):
+    def measure_loss(self, net):
+        gates = sum(gate is not None for gate in sep.gates_of(net))
+        return abs(gates - best) + 0.25
+
+    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
+    spy = Spy()
+    settings = replace(TINY, final=TrainingPlan(4, 0.01))
+    run = make_run(tmp_path, spy, settings)
+    baseline = run.make_baseline(make_lenet())
+    structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
+    run.folder.log_search("sep", "shared", 0.5, [])
+
+    trained = run.train_softly(models.prune_channels(baseline, structure))
+
+    gates = sep.gates_of(trained.net)
+    assert [gate is not None for gate in gates] == [False, best == 2, best > 0]
+    assert trained.net.structure == structure
+    assert len(trained.curve) == 4
+    trials = run.results["search"]["sep"]["gate_trials"]
+    assert [trial["gates"] for trial in trials] == [0, 1, 2]
+    words = "so none is put on" if best == 0 else f"gates go on the last {best} of the layers"
+    assert any(line.startswith("sep: gates ") and words in line for line in spy.lines)
+
+
+def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):
+    spy = Spy()
+    run = make_run(tmp_path, spy)
+    baseline = run.make_baseline(make_lenet())
+
+    trained = run.train_softly(run.trainer.load_baseline())
+
+    assert trained.net.gates is None
+    assert trained.net.widths == baseline.widths
+    assert "sep: no layer lost enough kernels to have room for a gate" in spy.lines
 
 
 def test_dice_learn_nothing_and_find_something(tmp_path):

@@ -2969,7 +2969,7 @@ CLUSTERED_IMAGES = 5000  # ours: by which gates divide images among their groups
 
 def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
     """The epochs of a plan (without gates, with gates)."""
-    start = int(SHARE_WITHOUT_GATES * plan.epochs)
+    start = round(SHARE_WITHOUT_GATES * plan.epochs)
     return range(start), range(start, plan.epochs)
 
 

@@ -250,7 +250,7 @@ def gates_of(net: Net) -> list[SEGate | None]:
 def attach_gates(net: Net, gate_sizes) -> None:
     """Put fresh gates on `net`, in place: a GateSize for each prunable layer, None for no gate.
 
-    The layers have the kernels of all groups already. Raises UserError where they do not.
+    The layers have the kernels of all groups already.
     """
     device = next(net.parameters()).device
     gates = []
@@ -258,14 +258,8 @@ def attach_gates(net: Net, gate_sizes) -> None:
         if size is None:
             gates.append(None)
             continue
-        group_size, rest = divmod(width - size.always_on, size.groups)
-        if rest or group_size < 1 or size.groups < 2:
-            raise UserError(
-                f"{prunable.layer_name} has {width} kernels: not {size.always_on} and "
-                f"{size.groups} groups of one size"
-            )
         inputs = net.get_submodule(prunable.layer_name).weight.shape[1]
-        k = size.always_on + group_size
+        k = size.always_on + (width - size.always_on) // size.groups
         gates.append(SEGate(inputs, k, size.always_on, size.groups).to(device))
     net.gates = nn.ModuleList(gates)
 
@@ -350,7 +344,7 @@ def record_usage(net: Net):
     """Within it, per prunable layer the Usage of its gate, None where there is none."""
     gates = gates_of(net)
     for gate in filter(None, gates):
-        gate.usage = Usage(gate.width, gate.masks.device)
+        gate.usage = Usage(gate.width, gate.excite.weight.device)
     try:
         yield [None if gate is None else gate.usage for gate in gates]
     finally:

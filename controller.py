@@ -1632,10 +1632,12 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
 def prune_further(structure, widths, reduction_of, target: float, rate: float) -> tuple[int, ...]:
     """The structure, made smaller until it reaches the target; unchanged where it does already.
 
-    Layers that are pruned already lose channels first. Raises UserError where no structure reaches
-    the target.
+    Where one layer that is pruned already can pay for it alone, it does. Else all of them lose
+    channels, and then the others. Raises UserError where no structure reaches the target.
     """
     check_reachable(widths, reduction_of, target)
+    if reduction_of(structure) < target:
+        structure = narrow_one_layer(structure, widths, reduction_of, target) or structure
     while reduction_of(structure) < target:
         is_pruned = [width < whole for width, whole in zip(structure, widths)]
         smaller = shrink(structure, is_pruned, rate)
@@ -1643,6 +1645,24 @@ def prune_further(structure, widths, reduction_of, target: float, rate: float) -
             smaller = shrink_all(structure, rate)
         structure = prune_to_target(structure, smaller, reduction_of, target)
     return structure
+
+
+def narrow_one_layer(structure, widths, reduction_of, target: float) -> tuple[int, ...] | None:
+    """The structure with one pruned layer narrower, so that it reaches the target: the layer that
+    loses the smallest share of its channels, at most half. None where no layer can do that."""
+    best, best_rank = None, (0.5, 0.0)  # (share lost, surplus over the target)
+    for layer, (width, whole) in enumerate(zip(structure, widths)):
+        if width == whole:
+            continue
+        for lost in range(1, int(best_rank[0] * width) + 1):
+            narrower = add_at(structure, layer, -lost)
+            surplus = reduction_of(narrower) - target
+            if surplus >= 0:
+                rank = (lost / width, surplus)
+                if best is None or rank < best_rank:
+                    best, best_rank = narrower, rank
+                break
+    return best
 
 
 # ours: a layer of a uniform structure may keep this share of its channels more than the others, or
@@ -3292,7 +3312,8 @@ class Run:
 
     def load_or_train(self, title: str, net: Net, images, plan, epochs: range) -> TrainedNet:
         """`Trainer.train`, kept in a file of `sep`'s pool: it comes from there if it exists."""
-        path = self.folder.pool("sep") / f"{title.replace(': ', '-').replace(' ', '-')}.pt"
+        name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
+        path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
         if not path.exists():
             trained = self.trainer.train(title, net, images, plan, epochs=epochs)
             facts = {"seconds": trained.seconds, "curve": trained.curve}

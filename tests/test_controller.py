@@ -763,6 +763,27 @@ def test_a_structure_lands_with_its_gates_on_the_target(arch):
         controller.prune_further(structure, net.widths, reduction_of, 0.9999, 0.2)
 
 
+def test_one_layer_pays_for_gates_where_it_can():
+    net = models.build("lenet5", **NETS["lenet5"])
+    reduction_of = reduction_for(net, sep.count_macs)
+    structure = (1, 9, 132)
+    target = reduction_for(net)(structure)
+
+    found = controller.prune_further(structure, net.widths, reduction_of, target, 0.2)
+
+    # A kernel of the second layer would be a ninth of it.
+    assert found[:2] == (1, 9)
+    assert 120 < found[2] < 132
+    assert reduction_of(found) >= target
+    assert reduction_of((1, 9, found[2] + 1)) < target
+    # The last layer alone cannot do it, with half its channels.
+    structure = (20, 50, 4)
+    assert controller.narrow_one_layer(structure, net.widths, reduction_of, 0.5) is None
+    assert (
+        reduction_of(controller.prune_further(structure, net.widths, reduction_of, 0.5, 0.2)) > 0.5
+    )
+
+
 @pytest.mark.parametrize(
     ("arch", "multiple", "target"),
     [("vgg19", 8, 0.701), ("resnet56", 8, 0.475), ("resnet56", 4, 0.3), ("lenet5", 8, 0.7)],

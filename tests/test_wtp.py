@@ -326,7 +326,7 @@ def test_reproduce_makes_every_row(smoke):
     accuracy = f"{rows['lstm']['test_accuracy']:.2%}"
     for words in (title, "uniform keeps conv1 ", "lstm tried", accuracy):
         assert words in out
-    for words in ("up to about 44 epochs", "for this epoch", "baseline: epoch 1/6"):
+    for words in ("up to about 49 epochs", "for this epoch", "baseline: epoch 1/6"):
         assert words in err
     assert "\x1b" not in err
 

@@ -868,27 +868,27 @@ def compute_logits(net: Net, images: Images) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure_choices(net: Net, images: Images) -> dict:
-    """What a gated net chooses for which class: {"classes": their names, "layers": {name of a gated
-    layer: for each class the share of its images that use each kernel, classes x C}}."""
+def measure_usage_by_class(net: Net, images: Images) -> dict:
+    """Which kernels a gated net uses for which class: {"classes": their names, "layers": {name of a
+    gated layer: (classes, C), the share of a class's images that each kernel serves}}; shares in
+    [0, 1], to three decimals."""
     gated_names = [
         prunable.layer_name
         for prunable, gate in zip(net.prunable, sep.gates_of(net))
         if gate is not None
     ]
     layers = {name: [] for name in gated_names}
-    names = []
+    class_names = []
     for label in range(net.classes):
-        own = (images.labels == label).nonzero()[:, 0]
-        if len(own) == 0:
+        images_of_class = (images.labels == label).nonzero()[:, 0]
+        if len(images_of_class) == 0:
             continue
-        names.append(images.class_names[label] if images.class_names else str(label))
-        batches = images.batches(own.split(chunk_size_for(images)))
-        usage = [each for each in sep.measure_usage(net, batches) if each is not None]
-        for name, each in zip(gated_names, usage):
-            shares = each.selections / each.images
-            layers[name].append([round(share, 3) for share in shares.tolist()])
-    return {"classes": names, "layers": layers}
+        class_names.append(images.class_names[label] if images.class_names else str(label))
+        batches = images.batches(images_of_class.split(chunk_size_for(images)))
+        usages = [usage for usage in sep.measure_usage(net, batches) if usage is not None]
+        for name, usage in zip(gated_names, usages):
+            layers[name].append([round(share, 3) for share in usage.share_of_kernel.tolist()])
+    return {"classes": class_names, "layers": layers}
 
 
 class Teacher:
@@ -2318,7 +2318,7 @@ class Reporter:
 ROWS = ("baseline", *METHODS)
 # The other files of a run. results.json is removed last: without it an interrupted removal could
 # not tell whose files are left.
-RUN_FILES = ("progress.pt", "report.svg", "sep-choices.json", "results.json")
+RUN_FILES = ("progress.pt", "report.svg", "sep-usage.json", "results.json")
 # What must be equal where a run goes on.
 IDENTITY = (
     "experiment",
@@ -2340,9 +2340,10 @@ class RunFolder:
 
     baseline.pt, lstm.pt, ...   a checkpoint per row
     results.json                the rows, every candidate of every search, learning curves
-    sep-choices.json            for the pictures: which kernels `sep` uses for which class
+    sep-usage.json              for the pictures: which kernels `sep` uses for which class
     progress.pt                 the training that is under way
-    METHOD-pool/                the weights of candidates, and search.pt, the state of the search
+    METHOD-pool/                the weights of candidates, and search.pt, the state of the search;
+                                of `sep` also what was trained to find where gates help
     lock                        held by the process that works here
     """
 
@@ -2441,8 +2442,8 @@ class RunFolder:
         self.results["seconds"] = round(seconds, 1)
         models.write_text(self.path / "results.json", json.dumps(self.results, indent=1) + "\n")
 
-    def save_choices(self, choices: dict) -> None:
-        models.write_text(self.path / "sep-choices.json", json.dumps(choices) + "\n")
+    def save_usage(self, usage: dict) -> None:
+        models.write_text(self.path / "sep-usage.json", json.dumps(usage) + "\n")
 
     def row(self, name: str) -> dict | None:
         """The finished row of that name."""
@@ -2496,26 +2497,26 @@ def read_results(
     return results
 
 
-def read_choices(folder: Path, say: Callable) -> dict | None:
-    """What `measure_choices` found for a run's `sep`; None where it has none, or no sound one,
-    which `say` tells."""
-    path = Path(folder) / "sep-choices.json"
+def read_usage(folder: Path, say: Callable) -> dict | None:
+    """What `measure_usage_by_class` found for a run's `sep`. None where there is none, or a damaged
+    one, which `say` tells."""
+    path = Path(folder) / "sep-usage.json"
     if not path.exists():
         return None
     try:
-        choices = json.loads(path.read_text())
-        if are_choices(choices):
-            return choices
+        usage = json.loads(path.read_text())
+        if is_usage_by_class(usage):
+            return usage
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         pass
     say(f"{path} is damaged; the pictures of what the gates choose are left out")
     return None
 
 
-def are_choices(choices: dict) -> bool:
-    """Whether these are shares in [0, 1]: of each layer a list for each class, one per kernel."""
-    classes = len(choices["classes"])
-    layers = choices["layers"].values()
+def is_usage_by_class(usage: dict) -> bool:
+    """Whether it has shares in [0, 1]: of each layer a list for each class, one per kernel."""
+    classes = len(usage["classes"])
+    layers = usage["layers"].values()
     return all(
         len(shares) == classes
         and len({len(kernels) for kernels in shares}) == 1
@@ -2981,10 +2982,12 @@ def describe_machine(device: torch.device) -> dict:
 
 # ours: the share of a training that `sep` spends without gates (RESULTS.md, section 6).
 SHARE_WITHOUT_GATES = 0.3
-# ours: a trial of gates takes a tenth of the final training's epochs, at least 2 and at most 10.
+# ours: a trial of gates takes a tenth of the final training's epochs, at least 2 and at most 10: so
+# that all trials together take less than the final training.
 GATE_TRIAL_SHARE = 0.1
-GATE_TRIAL_EPOCHS = (2, 10)
-CLUSTERED_IMAGES = 5000  # ours: by which gates divide images among their groups
+MIN_GATE_TRIAL_EPOCHS, MAX_GATE_TRIAL_EPOCHS = 2, 10
+# ours: by so many images gates find their clusters; a few seconds, and hundreds for each group.
+CLUSTERED_IMAGES = 5000
 
 
 def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
@@ -2994,27 +2997,28 @@ def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
 
 
 def plan_gate_trial(final: TrainingPlan) -> TrainingPlan:
-    """The short training that compares gates: the final one in few epochs."""
-    fewest, most = GATE_TRIAL_EPOCHS
-    epochs = min(most, max(fewest, round(GATE_TRIAL_SHARE * final.epochs)))
+    """The short training that compares gates: the final one in few epochs, no more than it has."""
+    epochs = round(GATE_TRIAL_SHARE * final.epochs)
+    epochs = min(MAX_GATE_TRIAL_EPOCHS, max(MIN_GATE_TRIAL_EPOCHS, epochs))
     return replace(final, epochs=min(epochs, final.epochs))
 
 
-def list_gate_counts(largest: list) -> list[int]:
+def list_gate_counts(gate_sizes) -> list[int]:
     """How many gates to try: none, 1, 2, 4, ..., and all that have room."""
-    room = sum(size is not None for size in largest)
-    counts, count = [0], 1
+    room = sum(size is not None for size in gate_sizes)
+    counts = [0]
+    count = 1
     while count < room:
         counts.append(count)
         count *= 2
     return [*counts, room]
 
 
-def keep_last_gates(largest: list, count: int) -> list:
-    """Of the sizes of gates (None: no room) the last `count`; None for the other layers."""
-    places = [i for i, size in enumerate(largest) if size is not None]
-    kept = places[len(places) - count :]
-    return [size if i in kept else None for i, size in enumerate(largest)]
+def keep_last_gates(gate_sizes, count: int) -> list[sep.GateSize | None]:
+    """The last `count` of the gates in `gate_sizes`; None for all other layers."""
+    gated_layers = [i for i, size in enumerate(gate_sizes) if size is not None]
+    kept = gated_layers[len(gated_layers) - count :]
+    return [size if i in kept else None for i, size in enumerate(gate_sizes)]
 
 
 class Run:
@@ -3138,7 +3142,7 @@ class Run:
             )
             seconds += more_seconds
         if method == "sep":
-            trained = self.train_softly(net)
+            trained = self.train_with_gates(net)
         else:
             plan = self.settings.final
             trained = self.trainer.train(f"{method}: final", net, self.data.all, plan)
@@ -3241,19 +3245,20 @@ class Run:
         self.folder.save_results()
         return net, candidate
 
-    def train_softly(self, net: Net) -> TrainedNet:
-        """ours: the final training of `sep`. Its first part trains the pruned net as it is; gates
-        come where they are measured to help, and the second part trains the gated net.
+    def train_with_gates(self, net: Net) -> TrainedNet:
+        """ours: the final training of `sep`, in two parts of one schedule. The first trains the
+        pruned net as it is; then gates come where they are found to help.
 
-        Groups of kernels that part from the start see too few images each, and end below hard
-        pruning (RESULTS.md, section 6).
+        Gates that come at the start leave each group too few images to learn from, and end below
+        hard pruning (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
         """
         plan = self.settings.final
-        gate_sizes, seconds_of_trials = self.choose_gates(net)
-        before, after = split_epochs(plan)
-        plain = self.load_or_train("sep: final, without gates", net, self.data.all, plan, before)
-        gated = self.add_gates(plain.net, gate_sizes)
-        trained = self.trainer.train("sep: final", gated, self.data.all, plan, epochs=after)
+        gate_sizes, seconds_of_trials = self.select_gated_layers(net)
+        plain_epochs, gated_epochs = split_epochs(plan)
+        images = self.data.all
+        plain = self.train_or_load("sep: final, without gates", net, images, plan, plain_epochs)
+        gated = self.put_gates_on(plain.net, gate_sizes)
+        trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
         return TrainedNet(
             trained.net,
             None,
@@ -3261,57 +3266,62 @@ class Run:
             plain.curve + trained.curve,
         )
 
-    def choose_gates(self, net: Net) -> tuple[list, float]:
-        """(a GateSize or None for each layer, seconds spent): which layers of a pruned net get
-        gates.
+    def select_gated_layers(self, net: Net) -> tuple[list[sep.GateSize | None], float]:
+        """(the size of each layer's gate, None for no gate; seconds spent): which layers of a
+        pruned net get gates.
 
         A choice by the image pays most in the last layers, if at all. So a few short trainings
         have gates in none, the last, the last two, four, ... of the layers with room for them. The
         one with the lowest loss on the validation images wins.
         """
-        largest = sep.largest_gates(self.trainer.baseline.widths, net.structure)
-        if not any(largest):
+        gate_sizes = sep.largest_gate_sizes(self.trainer.baseline.widths, net.structure)
+        if not any(gate_sizes):
             self.reporter.say("sep: no layer lost enough kernels to have room for a gate")
-            return largest, 0.0
-        plan = plan_gate_trial(self.settings.final)
-        before, after = split_epochs(plan)
-        train = self.data.train
-        plain = self.load_or_train("sep: gates, before the trials", net, train, plan, before)
-        seconds = plain.seconds
-        trials = []
-        for count in list_gate_counts(largest):
-            gate_sizes = keep_last_gates(largest, count)
-            gated = self.add_gates(plain.net, gate_sizes)
-            title = f"sep: gates, trial of {count}"
-            trained = self.load_or_train(title, gated, train, plan, after)
-            seconds += trained.seconds
-            loss = self.measure_validation_loss(trained.net)
-            trials.append({"gates": count, "validation_loss": round(loss, 5)})
-        best = min(trials, key=lambda trial: trial["validation_loss"])
+            return gate_sizes, 0.0
+        trials, seconds = self.try_gates(net, gate_sizes)
         self.folder.results["search"]["sep"]["gate_trials"] = trials
         self.folder.save_results()
-        self.say_gates(trials, best)
-        return keep_last_gates(largest, best["gates"]), seconds
-
-    def say_gates(self, trials: list[dict], best: dict) -> None:
-        losses = ", ".join(f"{trial['gates']}: {trial['validation_loss']:.4f}" for trial in trials)
-        text = "gates help in no layer, so none is put on"
+        best = min(trials, key=lambda trial: trial["validation_loss"])
+        text = "gates in the last layers do not help, so none is put on"
         if best["gates"]:
             text = f"gates go on the last {best['gates']} of the layers that have room for them"
+        losses = ", ".join(f"{trial['gates']}: {trial['validation_loss']:.4f}" for trial in trials)
         self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
+        return keep_last_gates(gate_sizes, best["gates"]), seconds
 
-    def add_gates(self, net: Net, gate_sizes) -> Net:
+    def try_gates(self, net: Net, gate_sizes) -> tuple[list[dict], float]:
+        """(how many gates and their validation loss for each trial, seconds spent). They train on
+        the images that do not validate."""
+        plan = plan_gate_trial(self.settings.final)
+        plain_epochs, gated_epochs = split_epochs(plan)
+        images = self.data.train
+        plain = self.train_or_load("sep: gates, before the trials", net, images, plan, plain_epochs)
+        seconds = plain.seconds
+        teacher_probs = compute_logits(self.trainer.baseline, self.data.validation).softmax(1)
+        trials = []
+        for count in list_gate_counts(gate_sizes):
+            gated = self.put_gates_on(plain.net, keep_last_gates(gate_sizes, count))
+            title = f"sep: gates, trial of {count}"
+            trained = self.train_or_load(title, gated, images, plan, gated_epochs)
+            seconds += trained.seconds
+            loss = self.measure_validation_loss(trained.net, teacher_probs)
+            trials.append({"gates": count, "validation_loss": round(loss, 5)})
+        return trials, seconds
+
+    def put_gates_on(self, net: Net, gate_sizes) -> Net:
         """A copy of `net` with these gates; they divide some of the training images among their
         groups."""
         if not any(gate_sizes):
             return deepcopy(net)
         images = self.data.train
-        order = shuffle_for_split(images, self.settings.seed)[:CLUSTERED_IMAGES]
+        generator = torch.Generator().manual_seed(seed_for(self.settings.seed, "clusters"))
+        order = torch.randperm(len(images), generator=generator)[:CLUSTERED_IMAGES]
         chunks = order.to(images.device).split(chunk_size_for(images))
         return sep.add_gates(net, gate_sizes, images.batches(chunks))
 
-    def load_or_train(self, title: str, net: Net, images, plan, epochs: range) -> TrainedNet:
-        """`Trainer.train`, kept in a file of `sep`'s pool: it comes from there if it exists."""
+    def train_or_load(self, title: str, net: Net, images, plan, epochs: range) -> TrainedNet:
+        """`Trainer.train`. Its result is kept in `sep`'s pool, and comes from there the next
+        time."""
         name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
         path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
         if not path.exists():
@@ -3321,10 +3331,10 @@ class Run:
         loaded_net, facts = self.trainer.load(path)
         return TrainedNet(loaded_net, None, facts["seconds"], facts["curve"])
 
-    def measure_validation_loss(self, net: Net) -> float:
-        """The loss of the final training, on the validation images."""
+    def measure_validation_loss(self, net: Net, teacher_probs: torch.Tensor) -> float:
+        """What the final training minimises, of `net` on the validation images, for which the
+        baseline has the outputs teacher_probs (N, classes)."""
         images = self.data.validation
-        teacher_probs = compute_logits(self.trainer.baseline, images).softmax(1)
         logits = compute_logits(net, images)
         temperature = self.settings.final.temperature
         return float(distillation_loss(logits, images.labels, teacher_probs, temperature))
@@ -3501,7 +3511,7 @@ class Run:
             "versions": facts.get("versions", self.results["versions"]),
         }
         if net.gates is not None:
-            self.folder.save_choices(measure_choices(net, self.data.test))
+            self.folder.save_usage(measure_usage_by_class(net, self.data.test))
         self.results["rows"].append(numbers)
         self.results["curves"][row] = facts["curve"]
         self.results["layers"] = [prunable.layer_name for prunable in net.prunable]

@@ -63,14 +63,14 @@ def round_up(number: int, multiple: int) -> int:
 # ---- layers ------------------------------------------------------------------------------------
 
 
-def run_layer(layer, x: torch.Tensor, input_choice=None) -> torch.Tensor:
+def run_layer(layer, x: torch.Tensor, chosen_group=None) -> torch.Tensor:
     """Run a convolution or linear layer: x (B, C, H, W) or (B, features).
 
-    `input_choice`: of a single image, what the gate of the layer before chose (sep.Choice).
+    `chosen_group`: of a single image, what the gate of the layer before chose (sep.ChosenGroup).
     """
     if not isinstance(layer, nn.Module):
         # A single-image layer of sep.py, which selects its kernels itself.
-        return layer(x, input_choice)
+        return layer(x, chosen_group)
     if isinstance(layer, nn.Linear):
         return layer(x.flatten(1))
     if is_slow_in_bfloat16(layer, x):
@@ -346,14 +346,14 @@ class Net(nn.Module):
         """Pixels of an image's side."""
         return self.architecture.size
 
-    def run_prunable(self, index: int, x: torch.Tensor, input_choice=None):
+    def run_prunable(self, index: int, x: torch.Tensor, chosen_group=None):
         """activation(norm(layer(x))) of a prunable layer, pooled where the net pools.
 
         x (B, C_in, H, W). Returns y (B, C, H', W') and None; of single images, of which only the
-        chosen channels are computed, also what the gate chose (sep.Choice).
+        chosen channels are computed, also what the gate chose (sep.ChosenGroup).
         """
         if self.layer_runners is not None:
-            return self.layer_runners[index](x, input_choice)
+            return self.layer_runners[index](x, chosen_group)
         prunable = self.prunable[index]
         # attrgetter takes an eighth of get_submodule's time.
         layer = attrgetter(prunable.layer_name)(self)
@@ -495,15 +495,15 @@ class ChainNet(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, classes)."""
         convolutions = len(self.architecture.convolutions)
-        choice = None
+        chosen_group = None
         for index in range(len(self.prunable)):
             if index == convolutions:
                 x = self.fit_to_head(x)
-            x, choice = self.run_prunable(index, x, choice)
+            x, chosen_group = self.run_prunable(index, x, chosen_group)
         if convolutions == len(self.prunable):
             x = self.fit_to_head(x)
         last_layer = attrgetter(self.prunable[-1].next_layer_name)(self)
-        return run_layer(last_layer, x, choice)
+        return run_layer(last_layer, x, chosen_group)
 
     def fit_to_head(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C', H, W) -> (B, C', head_size, head_size); of a perceptron (B, features)."""
@@ -649,11 +649,11 @@ class ResNet(Net):
 
     def run_inner(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         """All convolutions of a block: its prunable ones from `index` on, then the last."""
-        choice = None
+        chosen_group = None
         inner = len(self.architecture.kernels) - 1
         for i in range(inner):
-            x, choice = self.run_prunable(index + i, x, choice)
-        return run_layer(getattr(block, f"conv{inner + 1}"), x, choice)
+            x, chosen_group = self.run_prunable(index + i, x, chosen_group)
+        return run_layer(getattr(block, f"conv{inner + 1}"), x, chosen_group)
 
     def run_block(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         outer = self.run_inner(block, index, x)

@@ -7,8 +7,9 @@ fast single images    `tune`: a copy of a net that is quick at one image at a ti
 
 A gated layer has kernels that are always on, and behind them groups of kernels, all groups of one
 size. Its gate reads what the layer reads, and chooses one group for each image. The always-on
-kernels and that group are k kernels, as many as the structure says. Only these take part in the
-forward and backward pass of that image. What the paper does not give is marked `ours`.
+kernels and that group are k kernels, as many as the structure says. In a batch all kernels are
+computed, and those not chosen for an image are set to 0; `tune` computes the chosen ones only. What
+the paper does not give is marked `ours`.
 """
 
 from contextlib import contextmanager
@@ -18,40 +19,46 @@ from operator import attrgetter
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import models
 from models import Net, PrunableLayer, UserError
 
-# ours: a layer gets at most so many groups. More learn from too few images each (RESULTS.md).
+# ours: a layer gets at most so many groups, for each of them learns from its own images alone.
 MAX_GROUPS = 8
-# ours: a gate must have a choice to make: a layer has none if more of its kernels are always on.
+# ours: no gate where more than this share of the k kernels would be always on: it would have
+# little to choose.
 MAX_ALWAYS_ON_SHARE = 0.75
-# ours: of the clustering that gates begin with.
-CLUSTERING_TRIALS = 4
-CLUSTERING_STEPS = 25
+# ours: k-means ends where it happens to begin, so it begins a few times; it moves little after
+# some twenty iterations.
+CLUSTERING_RESTARTS = 4
+CLUSTERING_ITERATIONS = 25
 
 
 # ---- the gate ----------------------------------------------------------------------------------
 
 
-def squeeze(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """What a gate reads of the input x of its layer: the mean of each channel, (B, C_in), or all
-    inputs of a linear layer, (B, features)."""
-    if isinstance(layer, nn.Linear):
+def squeeze(x: torch.Tensor, *, is_linear: bool) -> torch.Tensor:
+    """What a gate reads of its layer's input x (B, C_in, H, W): the mean of each channel,
+    (B, C_in). Of a linear layer, whose inputs may come as (B, features), all of them."""
+    if is_linear:
         return x.flatten(1)
     return x.mean((2, 3), dtype=torch.float if x.dtype == torch.bfloat16 else None)
 
 
 class SEGate(nn.Module):
-    """Chooses one of the `groups` of a layer's kernels for each image (TIP 2021).
+    """Runs a layer by its always-on kernels and one of its groups of kernels, chosen for each image
+    (TIP 2021).
 
-    The paper scores every kernel. ours: a gate scores groups. Groups begin as copies of the kernels
-    that hard pruning keeps, so no choice can do harm at first, and they part in the training. Gates
-    that score single kernels lose accuracy, or end at one choice for all images (RESULTS.md).
+    The paper scores every kernel, and multiplies with the scores. ours: a gate scores groups, and
+    multiplies with nothing. Groups begin as copies of the kernels that hard pruning keeps, so no
+    choice can do harm at first, and they part in the training. Gates that score single kernels end
+    below hard pruning (RESULTS.md, section 6).
     """
 
     def __init__(self, inputs: int, k: int, always_on: int, groups: int):
-        """`inputs` is the number of values that `squeeze` gives."""
+        """`inputs`: how many numbers `squeeze` gives. k kernels work for an image, `always_on` of
+        them for every image; besides these there are so many `groups`."""
         super().__init__()
         self.k = k
         self.always_on = always_on
@@ -79,9 +86,8 @@ class SEGate(nn.Module):
     def channels_of_group(self, group: int) -> torch.Tensor:
         """The k channels (ascending indices) at work for an image that gets this group."""
         start = self.always_on + group * self.group_size
-        return torch.cat(
-            [torch.arange(self.always_on), torch.arange(start, start + self.group_size)]
-        )
+        always_on = torch.arange(self.always_on)
+        return torch.cat([always_on, torch.arange(start, start + self.group_size)])
 
     def mask_of_group(self, group: int) -> torch.Tensor:
         return torch.zeros(self.width).index_fill(0, self.channels_of_group(group), 1.0)
@@ -90,95 +96,113 @@ class SEGate(nn.Module):
     def fit_scores(self, squeezed: torch.Tensor) -> None:
         """ours: give each group a cluster of images. squeezed (N, inputs), of N images.
 
-        The score of a group falls with the distance of an image from the centre of its cluster,
-        where every input counts in its own standard deviations.
+        An image gets the group whose cluster has the nearest centre, where every input counts in
+        its own standard deviations.
         """
         squeezed = squeezed.double()
         mean, deviation = squeezed.mean(0), squeezed.std(0)
         # An input that never changes says nothing.
         deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
         centres = find_clusters((squeezed - mean) / deviation, self.groups)
-        # |z - c|^2 is smallest where 2 c z - |c|^2 is largest.
+        # The distance of a point z from a centre c, |z - c|^2, is smallest where 2 c z - |c|^2 is
+        # largest.
         weight = 2 * centres / deviation
         self.excite.weight.copy_(weight)
         self.excite.bias.copy_(-centres.square().sum(1) - weight @ mean)
 
     def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """The group (B,) of each image; x is what the layer reads."""
-        # The choice must not depend on bfloat16's three digits.
+        # Means and scores in float32: bfloat16's three digits would tip many a choice.
         with torch.autocast(x.device.type, enabled=False):
-            squeezed = squeeze(x, layer).to(self.excite.weight.dtype)
-            return self.excite(squeezed).argmax(1)
+            squeezed = squeeze(x, is_linear=isinstance(layer, nn.Linear))
+            return self.excite(squeezed.to(self.excite.weight.dtype)).argmax(1)
 
     def forward(self, x, layer: nn.Module, norm, prunable: PrunableLayer) -> torch.Tensor:
-        """activation(norm(layer(x))), pooled where the net pools: (B, C, H, W), where the kernels
-        that are not chosen for an image give 0. x (B, C_in, H, W)."""
-        mask = self.masks.index_select(0, self.choose_groups(x, layer))  # (B, C)
+        """activation(norm(layer(x))), pooled where the net pools, and 0 where a kernel is not
+        chosen for an image: (B, C_in, H, W) -> (B, C, H', W'), of a linear layer -> (B, C)."""
+        groups = self.choose_groups(x, layer)
         if self.usage is not None:
-            self.usage.add(mask)
+            self.usage.add(groups)
+        mask = self.masks.index_select(0, groups)  # (B, C)
         y = models.run_layer(layer, x)
         if norm is not None:
             y = masked_batch_norm(y, mask, norm)
         y = models.pool_and_activate(y, prunable)
-        places = [1] * (y.dim() - 2)
-        return y * mask.reshape(*mask.shape, *places).to(y.dtype)
+        # Last of all: a norm's shift, or a sigmoid, makes something of zeros.
+        ones = [1] * (y.dim() - 2)
+        return y * mask.reshape(*mask.shape, *ones).to(y.dtype)
 
 
 @torch.no_grad()
 def find_clusters(points: torch.Tensor, count: int) -> torch.Tensor:
     """The centres (count, D) of clusters of points (N, D), by k-means (Lloyd 1982).
 
-    It begins from some of the points, a few times over; the trial whose points are nearest to
-    their centres counts. The same points give the same centres.
+    It begins at some of the points, a few times over, and keeps the centres that lie nearest to
+    the points. The same points give the same centres.
     """
     generator = torch.Generator().manual_seed(0)
     best_distance, best_centres = torch.inf, None
-    for _ in range(CLUSTERING_TRIALS):
+    for _ in range(CLUSTERING_RESTARTS):
         order = torch.randperm(len(points), generator=generator)
-        first = order[torch.arange(count) % len(points)]
-        centres = points[first.to(points.device)]
-        for _ in range(CLUSTERING_STEPS):
-            nearest = torch.cdist(points, centres).argmin(1)
-            members = torch.nn.functional.one_hot(nearest, len(centres)).to(
-                points.dtype
-            )  # (N, count)
-            sizes = members.sum(0)
-            means = members.T @ points / sizes.clamp_min(1)[:, None]
-            centres = torch.where(sizes[:, None] > 0, means, centres)
+        first = order[torch.arange(count) % len(points)].to(points.device)
+        centres = move_centres(points, points[first])
         distance = torch.cdist(points, centres).min(1).values.square().mean()
         if distance < best_distance:
             best_distance, best_centres = distance, centres
     return best_centres
 
 
+def move_centres(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """The centres (count, D) after k-means' iterations: each goes to the mean of its points."""
+    for _ in range(CLUSTERING_ITERATIONS):
+        nearest = torch.cdist(points, centres).argmin(1)
+        is_member = F.one_hot(nearest, len(centres)).to(points.dtype)  # (N, count)
+        sizes = is_member.sum(0)[:, None]
+        means = is_member.T @ points / sizes.clamp_min(1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres
+
+
 class Usage:
-    """What a gate chose for the images that it saw."""
+    """How often a gate chose each of its groups."""
 
-    def __init__(self, channels: int, device):
-        self.images = 0
-        self.selections = torch.zeros(channels, device=device)  # images that chose each channel
-        self.choices = set()  # the sum of its channels' random numbers stands for each
-        numbers = torch.randint(-(2**62), 2**62, (channels,), generator=torch.Generator())
-        self.numbers = numbers.to(device)
+    def __init__(self, gate: SEGate):
+        self.masks = gate.masks
+        device = gate.masks.device
+        self.images_of_group = torch.zeros(gate.groups, dtype=torch.long, device=device)
 
-    def add(self, mask: torch.Tensor) -> None:
-        """The choices for a batch: mask (B, C) of 0 and 1."""
-        self.images += len(mask)
-        self.selections += mask.sum(0)
-        self.choices.update((mask.long() * self.numbers).sum(1).tolist())
+    def add(self, groups: torch.Tensor) -> None:
+        """The groups (B,) of a batch's images."""
+        self.images_of_group += groups.bincount(minlength=len(self.images_of_group))
+
+    @property
+    def images(self) -> int:
+        return int(self.images_of_group.sum())
+
+    @property
+    def groups_in_use(self) -> int:
+        return int((self.images_of_group > 0).sum())
+
+    @property
+    def share_of_kernel(self) -> torch.Tensor:
+        """(C,): the share of the images that each kernel serves, in [0, 1]."""
+        return (self.images_of_group.double() @ self.masks.double()) / self.images
 
     def count_kernels(self) -> tuple[int, int, int]:
         """How many kernels serve no image, some of them, and all."""
-        never = int((self.selections == 0).sum())
-        always = int((self.selections == self.images).sum())
-        return never, len(self.selections) - never - always, always
+        in_use = self.images_of_group > 0
+        serves_some = self.masks[in_use].amax(0) > 0
+        serves_all = self.masks[in_use].amin(0) > 0
+        never = int((~serves_some).sum())
+        always = int(serves_all.sum())
+        return never, len(serves_all) - never - always, always
 
 
 def masked_batch_norm(y, mask, norm) -> torch.Tensor:
     """Batch norm whose statistics count only the images that use a channel.
 
-    y (B, C, H, W) or (B, C); mask (B, C), 0 where an image excludes a channel. Excluded channels
-    take no part, forward or backward.
+    y (B, C, H, W) or (B, C); mask (B, C), 0 where an image does not use a channel. These entries
+    count nowhere, but they are not 0 afterwards: the caller masks them.
     """
     if not norm.training:
         return norm(y)
@@ -223,23 +247,24 @@ class GateSize:
     groups: int
 
 
-def largest_gate(width: int, k: int) -> GateSize | None:
-    """The gate with the most to choose from, in a layer that keeps k of `width` kernels.
+def largest_gate_size(width: int, k: int) -> GateSize | None:
+    """The gate that fills a layer: k of its kernels are to work, and before pruning it had `width`.
 
-    No layer gets more kernels than it had before pruning. None where there is too little room.
+    As many whole groups of k kernels as there is room for. Where it is not even two, two groups
+    that share always-on kernels. None where they would share nearly all.
     """
     groups = min(MAX_GROUPS, width // k)
     if groups >= 2:
         return GateSize(0, groups)
-    always_on = 2 * k - width
+    always_on = 2 * k - width  # as always_on + 2 (k - always_on) = width
     if always_on > MAX_ALWAYS_ON_SHARE * k:
         return None
     return GateSize(always_on, 2)
 
 
-def largest_gates(widths, structure) -> list[GateSize | None]:
-    """`largest_gate` of each prunable layer: `widths` before pruning, `structure` after it."""
-    return [largest_gate(width, k) for width, k in zip(widths, structure)]
+def largest_gate_sizes(widths, structure) -> list[GateSize | None]:
+    """`largest_gate_size` of each prunable layer: `widths` before pruning, `structure` after it."""
+    return [largest_gate_size(width, k) for width, k in zip(widths, structure)]
 
 
 def gates_of(net: Net) -> list[SEGate | None]:
@@ -250,8 +275,10 @@ def gates_of(net: Net) -> list[SEGate | None]:
 def attach_gates(net: Net, gate_sizes) -> None:
     """Put fresh gates on `net`, in place: a GateSize for each prunable layer, None for no gate.
 
-    The layers have the kernels of all groups already.
+    The layers have the kernels of all groups already. A net without any gate stays a plain one.
     """
+    if not any(gate_sizes):
+        return
     device = next(net.parameters()).device
     gates = []
     for prunable, width, size in zip(net.prunable, net.widths, gate_sizes, strict=True):
@@ -264,48 +291,60 @@ def attach_gates(net: Net, gate_sizes) -> None:
     net.gates = nn.ModuleList(gates)
 
 
+def index_of_previous_layer(net: Net, index: int) -> int | None:
+    """Which prunable layer the prunable layer `index` reads; None where it reads another one."""
+    name = net.prunable[index].layer_name
+    for i, prunable in enumerate(net.prunable):
+        if prunable.next_layer_name == name:
+            return i
+    return None
+
+
 @torch.no_grad()
 def add_gates(net: Net, gate_sizes, batches) -> Net:
-    """Soft pruning (TIP 2021): a new net that computes what the plain `net` does, with gates.
+    """Soft pruning (TIP 2021): a gated copy of a plain net that is pruned already.
 
-    All groups of a layer begin as copies of the kernels that are not always on. `gate_sizes` holds
-    a GateSize, or None, for each prunable layer. The gates divide the images in `batches`, each
+    Its gated layers are wider than those of `net`, whose widths are the k's: kernels that are not
+    always on come once for each group. At first both nets compute the same. `gate_sizes` holds a
+    GateSize, or None, for each prunable layer. The gates divide the images in `batches`, each
     (B, C, H, W), normalised, among their groups.
     """
     squeezed = collect_squeezed(net, gate_sizes, batches)
-    kept_channels = [
-        torch.arange(width) if size is None else repeat_groups(importance, size)
-        for width, importance, size in zip(net.widths, models.channel_importance(net), gate_sizes)
+    importance = models.channel_importance(net)
+    copied_channels = [
+        torch.arange(width) if size is None else index_copied_kernels(scores, size)
+        for width, scores, size in zip(net.widths, importance, gate_sizes)
     ]
-    gated = models.remove_channels(net, kept_channels).to(memory_format=torch.channels_last)
+    gated = models.remove_channels(net, copied_channels).to(memory_format=torch.channels_last)
     attach_gates(gated, gate_sizes)
-    for prunable, gate in zip(net.prunable, gates_of(gated)):
+    for i, gate in enumerate(gates_of(gated)):
         if gate is None:
             continue
-        # Of the copies that a gate reads, the chosen ones alone are not 0.
-        values = squeezed[prunable.layer_name]
-        gate_of_plain = SEGate(values.shape[1], gate.k, gate.always_on, gate.groups)
-        gate_of_plain.to(values.device).fit_scores(values)
-        weight = gate_of_plain.excite.weight
-        for i, before in enumerate(net.prunable):
-            if before.next_layer_name == prunable.layer_name:
-                by_channel = models.group_by_input_channel(weight, net.widths[i])
-                weight = by_channel[:, kept_channels[i]].flatten(1)
+        values = squeezed[net.prunable[i].layer_name]
+        plain_gate = SEGate(values.shape[1], gate.k, gate.always_on, gate.groups).to(values.device)
+        plain_gate.fit_scores(values)
+        weight = plain_gate.excite.weight
+        previous = index_of_previous_layer(net, i)
+        if previous is not None:
+            # In the gated net a channel of the layer before comes once for each group, and all but
+            # one of these are 0. So every copy gets the weight.
+            by_channel = models.group_by_input_channel(weight, net.widths[previous])
+            weight = by_channel[:, copied_channels[previous]].flatten(1)
         gate.excite.weight.copy_(weight)
-        gate.excite.bias.copy_(gate_of_plain.excite.bias)
+        gate.excite.bias.copy_(plain_gate.excite.bias)
     return gated
 
 
 def prune_softly(net: Net, structure, batches) -> Net:
     """A new net of that structure with all gates that have room: models.prune_channels, then
-    `add_gates`."""
-    gate_sizes = largest_gates(net.widths, structure)
+    `add_gates`. A run does it in two steps, with training in between."""
+    gate_sizes = largest_gate_sizes(net.widths, structure)
     return add_gates(models.prune_channels(net, structure), gate_sizes, batches)
 
 
-def repeat_groups(importance: torch.Tensor, size: GateSize) -> torch.Tensor:
-    """The kernels of a plain layer as a gated one has them: first those that are always on, the
-    most important ones, then the others, once for each group. `importance` (C,)."""
+def index_copied_kernels(importance: torch.Tensor, size: GateSize) -> torch.Tensor:
+    """Which kernel of a plain layer each kernel of the gated one copies: the most important ones
+    are always on, then come the others, once for each group. `importance` (C,)."""
     by_importance = importance.argsort(descending=True, stable=True)
     always_on, others = by_importance[: size.always_on], by_importance[size.always_on :]
     return torch.cat([always_on, others.repeat(size.groups)])
@@ -321,7 +360,8 @@ def collect_squeezed(net: Net, gate_sizes, batches) -> dict[str, torch.Tensor]:
 
     def collect_input_of(name):
         def collect(layer, inputs):
-            collected[name].append(squeeze(inputs[0], layer).float())
+            is_linear = isinstance(layer, nn.Linear)
+            collected[name].append(squeeze(inputs[0], is_linear=is_linear).float())
 
         return collect
 
@@ -344,7 +384,7 @@ def record_usage(net: Net):
     """Within it, per prunable layer the Usage of its gate, None where there is none."""
     gates = gates_of(net)
     for gate in filter(None, gates):
-        gate.usage = Usage(gate.width, gate.excite.weight.device)
+        gate.usage = Usage(gate)
     try:
         yield [None if gate is None else gate.usage for gate in gates]
     finally:
@@ -372,19 +412,19 @@ def to_static(net: Net, batches) -> Net:
         if gate is None:
             kept_channels.append(torch.arange(width))
             continue
-        images_of_group = (gate.masks * layer_usage.selections).sum(1)
-        kept_channels.append(gate.channels_of_group(int(images_of_group.argmax())))
+        most_chosen = int(layer_usage.images_of_group.argmax())
+        kept_channels.append(gate.channels_of_group(most_chosen))
     return models.remove_channels(net, kept_channels)
 
 
 def count_macs(net: Net, structure=None) -> int:
     """The MACs of a net for one image, those of its gates included.
 
-    For a `structure` those of the plain `net` pruned to it, with all gates that have room. Kernels
-    that are not chosen cost nothing, nor do the next layer's kernels, or a gate's weights, on their
-    channels.
+    For a `structure` those of the plain `net` pruned to it, with all gates that have room: a net
+    may get fewer. Only chosen kernels count and, in the next layer and its gate, only the weights
+    on their channels.
     """
-    gates = gates_of(net) if structure is None else largest_gates(net.widths, structure)
+    gates = gates_of(net) if structure is None else largest_gate_sizes(net.widths, structure)
     structure = structure or net.structure
     macs = models.count_macs(net, structure)
     for i, gate in enumerate(gates):
@@ -393,14 +433,14 @@ def count_macs(net: Net, structure=None) -> int:
     return macs
 
 
-def count_gate_macs(net: Net, structure, index: int, groups: int) -> int:
-    """The MACs of a gate of `groups` groups on a prunable layer of `net`, at that structure."""
-    name = net.prunable[index].layer_name
-    inputs = net.get_submodule(name).weight.shape[1]
-    for before, width, k in zip(net.prunable, net.widths, structure):
-        if before.next_layer_name == name:
-            inputs = inputs * k // width
-    return inputs * groups
+def count_gate_macs(net: Net, structure, index: int, outputs: int) -> int:
+    """The MACs of a linear layer that reads what the gate of a prunable layer reads, at that
+    structure: for a gate's scores `outputs` is the number of its groups."""
+    inputs = net.get_submodule(net.prunable[index].layer_name).weight.shape[1]
+    previous = index_of_previous_layer(net, index)
+    if previous is not None:
+        inputs = inputs * structure[previous] // net.widths[previous]
+    return inputs * outputs
 
 
 # ---- loading -----------------------------------------------------------------------------------
@@ -437,10 +477,10 @@ def load_checkpoint(path) -> tuple[Net, dict]:
 
 
 def read_gate_sizes(net: Net, gates: list) -> list[GateSize | None]:
-    """The GateSize of each prunable layer from what a checkpoint says of its gates: None, or how
-    many kernels `k` work for an image, and which share of these is always on.
+    """The GateSize of each prunable layer, None where it has no gate.
 
-    Raises UserError where that cannot be.
+    `gates` is what a checkpoint says of each: None, or how many kernels `k` work for an image, and
+    which share of these is always on. Raises UserError where that cannot be.
     """
     if len(gates) != len(net.widths):
         raise UserError(
@@ -454,14 +494,16 @@ def read_gate_sizes(net: Net, gates: list) -> list[GateSize | None]:
         name = prunable.layer_name
         if not isinstance(gate, dict) or gate.keys() != {"k", "always_on_share"}:
             raise UserError(f"the gate of {name} does not say its k and its always_on_share")
-        k, share = gate["k"], gate["always_on_share"]
+        k = gate["k"]
+        share = gate["always_on_share"]
         if type(k) is not int or not 1 <= k <= width:
             raise UserError(f"the gate of {name} keeps {k} of {width} kernels")
         if type(share) not in (int, float) or not 0 <= share <= 1:
             raise UserError(f"the gate of {name} has an always-on share of {share}, not in [0, 1]")
         always_on = round(share * k)
-        groups, rest = divmod(width - always_on, k - always_on) if always_on < k else (0, width)
-        if rest or groups < 2:
+        group_size = k - always_on
+        groups = (width - always_on) // max(1, group_size)
+        if always_on + groups * group_size != width or groups < 2:
             raise UserError(
                 f"the gate of {name} does not fit {width} kernels: {k} of them for an image, "
                 f"{always_on} always on, leave no groups of one size"
@@ -478,11 +520,22 @@ def read_gate_sizes(net: Net, gates: list) -> list[GateSize | None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """The group that a gate chose for an image, and its channels (ascending indices)."""
+class ChosenGroup:
+    """A group that a gate chose for an image."""
 
-    group: int
-    channels: torch.Tensor
+    number: int
+    channels: torch.Tensor  # at work with it, ascending indices
+    layer_width: int
+
+
+def number_of(chosen: ChosenGroup | None) -> int | None:
+    return None if chosen is None else chosen.number
+
+
+def select_inputs(weight: torch.Tensor, chosen: ChosenGroup) -> torch.Tensor:
+    """The weights (out, C_in' x r, ...) on the channels that the layer before chose."""
+    by_channel = models.group_by_input_channel(weight, chosen.layer_width)
+    return by_channel[:, chosen.channels].reshape(len(weight), -1, *weight.shape[2:])
 
 
 class GatheringLayer:
@@ -497,27 +550,27 @@ class GatheringLayer:
         # (weight, bias) by the groups (of the layer before, its own), None where there is no gate.
         self.gathered = {}
 
-    def __call__(self, x, input_choice: Choice | None = None, choice: Choice | None = None):
-        """(1, C_in', H, W) -> (1, C', H', W'); of a linear layer (1, C_in', ...) -> (1, C')."""
-        groups = (input_choice and input_choice.group, choice and choice.group)
+    def __call__(self, x, previous: ChosenGroup | None = None, own: ChosenGroup | None = None):
+        """(1, C_in', H, W) -> (1, C', H', W'); of a linear layer (1, C_in', ...) -> (1, C').
+
+        `previous` is the group that the layer before chose, `own` that of this layer.
+        """
+        groups = (number_of(previous), number_of(own))
         if groups not in self.gathered:
-            self.gathered[groups] = self.gather(x, input_choice, choice)
+            self.gathered[groups] = self.gather(previous, own)
         weight, bias = self.gathered[groups]
         if self.is_linear:
             return torch.addmv(bias, weight, x.flatten())[None]
         return torch.conv2d(x, weight, bias, self.stride, self.padding)
 
-    def gather(self, x, input_choice, choice):
-        """(weight, bias) between the chosen channels, in the layout in which they run fastest."""
+    def gather(self, previous: ChosenGroup | None, own: ChosenGroup | None):
+        """(weight, bias) between the channels at work, in the layout in which they run fastest."""
         weight, bias = self.weight, self.bias
-        if choice is not None:
-            weight = weight.index_select(0, choice.channels)
-            bias = None if bias is None else bias.index_select(0, choice.channels)
-        if input_choice is not None:
-            features = x.numel() if self.is_linear else x.shape[1]
-            channels = weight.shape[1] * len(input_choice.channels) // features
-            weight = models.group_by_input_channel(weight, channels)[:, input_choice.channels]
-            weight = weight.reshape(len(weight), -1, *self.weight.shape[2:])
+        if own is not None:
+            weight = weight.index_select(0, own.channels)
+            bias = None if bias is None else bias.index_select(0, own.channels)
+        if previous is not None:
+            weight = select_inputs(weight, previous)
         if not self.is_linear:
             weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, bias
@@ -530,40 +583,39 @@ class PlainRunner:
         self.layer = layer
         self.prunable = prunable
 
-    def __call__(self, x, input_choice: Choice | None):
+    def __call__(self, x, previous: ChosenGroup | None):
         """As Net.run_prunable, for a batch of one."""
-        return models.pool_and_activate(self.layer(x, input_choice), self.prunable), None
+        return models.pool_and_activate(self.layer(x, previous), self.prunable), None
 
 
 class GatedRunner:
-    """A prunable layer with its gate, on one image: it runs the chosen kernels alone."""
+    """A prunable layer with its gate, on one image: it runs only the chosen kernels."""
 
     def __init__(self, layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate):
         self.layer = layer
         self.prunable = prunable
-        self.choices = [
-            Choice(group, gate.channels_of_group(group)) for group in range(gate.groups)
+        self.groups = [
+            ChosenGroup(number, gate.channels_of_group(number), gate.width)
+            for number in range(gate.groups)
         ]
         self.bias = gate.excite.bias.detach()
         self.weight = gate.excite.weight.detach()
         self.gathered = {None: self.weight}  # by the group of the layer before
 
-    def __call__(self, x, input_choice: Choice | None):
+    def __call__(self, x, previous: ChosenGroup | None):
         """As Net.run_prunable, for a batch of one."""
-        squeezed = x.flatten() if self.layer.is_linear else x.mean((2, 3))[0]
-        weight = self.weight_between(len(squeezed), input_choice)
-        choice = self.choices[int(torch.addmv(self.bias, weight, squeezed).argmax())]
-        y = self.layer(x, input_choice, choice)
-        return models.pool_and_activate(y, self.prunable, inplace=True), choice
+        squeezed = squeeze(x, is_linear=self.layer.is_linear)[0].to(self.weight.dtype)
+        scores = torch.addmv(self.bias, self.gather_weight(previous), squeezed)
+        chosen = self.groups[int(scores.argmax())]
+        y = self.layer(x, previous, chosen)
+        return models.pool_and_activate(y, self.prunable, inplace=True), chosen
 
-    def weight_between(self, features: int, input_choice: Choice | None) -> torch.Tensor:
-        """The gate's weight (groups, features) on the channels that the layer before chose."""
-        group = input_choice and input_choice.group
-        if group not in self.gathered:
-            channels = self.weight.shape[1] * len(input_choice.channels) // features
-            by_channel = models.group_by_input_channel(self.weight, channels)
-            self.gathered[group] = by_channel[:, input_choice.channels].flatten(1)
-        return self.gathered[group]
+    def gather_weight(self, previous: ChosenGroup | None) -> torch.Tensor:
+        """The gate's weight (groups, inputs') on the channels at work."""
+        number = number_of(previous)
+        if number not in self.gathered:
+            self.gathered[number] = select_inputs(self.weight, previous)
+        return self.gathered[number]
 
 
 def return_unchanged(x):
@@ -571,7 +623,9 @@ def return_unchanged(x):
 
 
 def make_single_image_net(net: Net) -> Net:
-    """A net without batch norms as it runs on single images: the same weights, no modules."""
+    """A copy of `net`, whose batch norms are folded, as it runs on single images: its layers are no
+    modules any more. The weights are shared with `net`."""
+    # To deepcopy these are copied already.
     shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     net = deepcopy(net, shared)
     gates = gates_of(net)
@@ -618,8 +672,8 @@ class TunedNet:
 
 @torch.no_grad()
 def tune(net: Net) -> TunedNet:
-    """A copy of `net` that is quick at one image at a time on this CPU: it runs the kernels that
-    its gates choose alone. Raises UserError where `net` is none of this tool, or on a GPU."""
+    """A copy of `net` that is quick at one image at a time on this CPU: it runs only the kernels
+    that its gates choose. Raises UserError where `net` is none of this tool, or on a GPU."""
     if not isinstance(net, Net):
         raise UserError(f"tune needs a net of this tool, not a {type(net).__name__}")
     if next(net.parameters()).device.type != "cpu":

@@ -293,8 +293,8 @@ def estimate_gate_trials(settings) -> float:
     """How many epochs `sep` spends on where to put gates: of about five trainings."""
     from controller import plan_gate_trial, split_epochs
 
-    before, after = split_epochs(plan_gate_trial(settings.final))
-    return len(before) + 5 * len(after)
+    plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final))
+    return len(plain_epochs) + 5 * len(gated_epochs)  # 4 trials of 3 layers, 6 of 16
 
 
 def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
@@ -646,9 +646,9 @@ PANEL_HEIGHT = 2.4
 PICTURE_ENDINGS = (".svg", ".png", ".pdf")
 
 
-def draw_report(results: dict, path: Path, choices: dict | None = None) -> None:
-    """The pictures of a run, at `path`; `choices` of its gates as `controller.measure_choices` has
-    them. Raises UserError where matplotlib is missing."""
+def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
+    """The pictures of a run, at `path`; `usage` is what controller.measure_usage_by_class says of
+    its gates. Raises UserError where matplotlib is missing."""
     from models import UserError, write_atomically
 
     try:
@@ -657,7 +657,7 @@ def draw_report(results: dict, path: Path, choices: dict | None = None) -> None:
     except ImportError as error:
         raise UserError("pictures need matplotlib: pip install matplotlib") from error
 
-    panels = list_panels(results, choices)
+    panels = list_panels(results, usage)
     with matplotlib.rc_context(PICTURE_STYLE):
         lines = max(1, -(-len(panels) // 2))  # two panels a line
         figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
@@ -675,7 +675,7 @@ def draw_report(results: dict, path: Path, choices: dict | None = None) -> None:
         )
 
 
-def list_panels(results: dict, choices: dict | None) -> list[Callable]:
+def list_panels(results: dict, usage: dict | None) -> list[Callable]:
     """A function of each panel, which draws it on an axis."""
     panels = []
     if len(results["rows"]) > 1:
@@ -689,11 +689,9 @@ def list_panels(results: dict, choices: dict | None) -> list[Callable]:
         panels.append(partial(draw_losses, results=results))
     if has_curve(results, ACCURACY_COLUMN):
         panels.append(partial(draw_validation_curves, results=results))
-    if choices is not None:
-        for layer, shares in choices["layers"].items():
-            panels.append(
-                partial(draw_choices, classes=choices["classes"], layer=layer, shares=shares)
-            )
+    if usage is not None:
+        for layer, shares in usage["layers"].items():
+            panels.append(partial(draw_usage, classes=usage["classes"], layer=layer, shares=shares))
     return panels
 
 
@@ -798,21 +796,27 @@ def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
     axis.legend()
 
 
-def draw_choices(axis, classes: list[str], layer: str, shares: list[list[float]]) -> None:
-    """The share of each class's images that use each kernel of a gated layer; kernels that serve no
-    image are left out.
+def place_of_kernel(shares_by_class) -> tuple:
+    """What orders the kernels of a gated layer in a picture."""
+    largest = max(shares_by_class)
+    return min(shares_by_class) < 1, shares_by_class.index(largest), -largest
 
-    From left to right: the kernels of all images, then by the class that uses them most.
+
+def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) -> None:
+    """Which kernels of a gated layer serve which class: shares (classes, C) of its images.
+
+    Kernels that serve no image are left out. From left to right: those that serve all images, then
+    the others by the class that uses them most.
     """
-    kernels = [column for column in zip(*shares) if any(column)]
-    kernels.sort(key=lambda column: (min(column) < 1, column.index(max(column)), -max(column)))
-    varying = sum(min(column) < 1 for column in kernels)
+    kernels = [shares_by_class for shares_by_class in zip(*shares) if any(shares_by_class)]
+    kernels.sort(key=place_of_kernel)
+    serve_some = sum(min(shares_by_class) < 1 for shares_by_class in kernels)
     image = axis.imshow(
         list(zip(*kernels)), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
     )
     axis.figure.colorbar(image, ax=axis, label="share of images")
     axis.set(
-        title=f"sep, {layer}: {varying} of {len(shares[0])} kernels vary by image",
+        title=f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image",
         xlabel="kernels in use",
     )
     label_layers(axis.yaxis, classes)
@@ -2098,9 +2102,10 @@ def describe_usage(net, usage) -> str:
         if layer_usage is None:
             continue
         never, sometimes, always = layer_usage.count_kernels()
-        choices = len(layer_usage.choices)
-        layers.append(f"{prunable.layer_name} {never}/{sometimes}/{always} ({choices:,})")
-    return f"kernels used for no image / some / all (different choices): {', '.join(layers)}"
+        layers.append(
+            f"{prunable.layer_name} {never}/{sometimes}/{always} ({layer_usage.groups_in_use})"
+        )
+    return f"kernels used for no image / some / all (groups in use): {', '.join(layers)}"
 
 
 def describe_structure(structure, whole_widths) -> str:
@@ -2123,7 +2128,7 @@ def report(
     ] = None,
 ):
     """The tables of a run again, and its pictures (these need matplotlib)."""
-    from controller import read_choices, read_results
+    from controller import read_results, read_usage
     from models import UserError
 
     folder = run.parent if run.name == "results.json" else run
@@ -2140,7 +2145,7 @@ def report(
     results = read_results(folder, hint="; make the run again")
     show_results(results)
     output = output or folder / "report.svg"
-    draw_report(results, output, read_choices(folder, print_note))
+    draw_report(results, output, read_usage(folder, print_note))
     print_line(f"wrote {output}")
 
 

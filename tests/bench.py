@@ -487,7 +487,7 @@ def rank_correlations(rows):
     return torch.corrcoef(torch.tensor(rows).argsort(0).argsort(0).float().T)
 
 
-# ---- baselines, structures, recipes, choices ---------------------------------------------------
+# ---- baselines, structures, recipes ---------------------------------------------------
 
 
 def narrow(folder, arch, share, epochs, file):
@@ -657,11 +657,11 @@ class ScaleGate(nn.Module):
     def __init__(self, inputs, hidden, k):
         super().__init__()
         self.k = self.width = k
+        self.is_used = None  # (B, C) by the images of the last batch
         self.reduce = nn.Linear(inputs, hidden)
         self.excite = nn.Linear(hidden, k)
         nn.init.zeros_(self.excite.weight)
         nn.init.zeros_(self.excite.bias)
-        self.usage = None
 
     def standardise(self, squeezed):
         """Let the first layer read `squeezed` (N, inputs) in standard deviations from its mean."""
@@ -673,7 +673,7 @@ class ScaleGate(nn.Module):
 
     def score(self, x, layer):
         with torch.autocast(x.device.type, enabled=False):
-            squeezed = sep.squeeze(x, layer).float()
+            squeezed = sep.squeeze(x, is_linear=isinstance(layer, nn.Linear)).float()
             return self.excite(torch.relu(self.reduce(squeezed)))
 
     def choose(self, scores, y, prunable):
@@ -684,8 +684,7 @@ class ScaleGate(nn.Module):
         y = models.run_layer(layer, x)
         y = models.pool_and_activate(y if norm is None else norm(y), prunable)
         factors = self.choose(self.score(x, layer), y, prunable)
-        if self.usage is not None:
-            self.usage.add((factors != 0).float())
+        self.is_used = factors.detach() != 0
         return y * factors.reshape(*factors.shape, *[1] * (y.dim() - 2)).to(y.dtype)
 
 
@@ -778,7 +777,7 @@ def make_gate_variant(name, baseline, structure):
     """(net to train, the share of the training before its gates, how many groups of gates)."""
     net = models.prune_channels(baseline.net, structure)
     kind, _, option = name.partition("=")
-    gate_sizes = sep.largest_gates(baseline.net.widths, structure)
+    gate_sizes = sep.largest_gate_sizes(baseline.net.widths, structure)
     places = [size is not None for size in gate_sizes]
     images = baseline.all
     if kind == "hard":
@@ -844,11 +843,30 @@ def describe_gated(net, baseline):
     if net.gates is None:
         return text
     labels = baseline.test.labels.bincount().float()
-    choices = controller.measure_choices(net, baseline.test)["layers"]
-    for layer, shares in choices.items():
-        never, sometimes, always, information = describe_choice(torch.tensor(shares), labels)
+    for layer, shares in measure_shares(net, baseline.test).items():
+        never, sometimes, always, information = describe_choice(shares, labels)
         text += f"; {layer} {never}/{sometimes}/{always}, {information:.2f} bits"
     return text
+
+
+@torch.no_grad()
+def measure_shares(net, images):
+    """Of each gated layer (classes, C): the share of a class's images that each kernel serves."""
+    if any(isinstance(gate, sep.SEGate) for gate in sep.gates_of(net)):
+        layers = controller.measure_usage_by_class(net, images)["layers"]
+        return {name: torch.tensor(shares) for name, shares in layers.items()}
+    gates = [(p.layer_name, gate) for p, gate in zip(net.prunable, net.gates) if gate is not None]
+    shares = {name: [] for name, _ in gates}
+    for label in range(net.classes):
+        sums = dict.fromkeys(shares, 0)
+        index = (images.labels == label).nonzero()[:, 0]
+        for x in images.batches(index.split(500)):
+            net.eval()(x)
+            for name, gate in gates:
+                sums[name] += gate.is_used.float().sum(0)
+        for name in shares:
+            shares[name].append(sums[name] / len(index))
+    return {name: torch.stack(rows) for name, rows in shares.items()}
 
 
 def describe_choice(shares, images_of_class):

@@ -1164,7 +1164,7 @@ def test_cifar_is_read_pixel_by_pixel_and_hashed(tmp_path, monkeypatch):
     assert controller.fingerprint(train, test) != controller.fingerprint(test, test)
 
 
-def test_choices_are_counted_class_by_class():
+def test_usage_is_counted_class_by_class():
     torch.manual_seed(0)
     images = controller.load_data("digits", Path("data"))[0]
     images = images.select(torch.arange(200))
@@ -1172,18 +1172,18 @@ def test_choices_are_counted_class_by_class():
     net = models.build("lenet5", channels=1, size=28)
     net = sep.prune_softly(net, (20, 25, 100), [images.batch(torch.arange(len(images)))])
 
-    choices = controller.measure_choices(net, images)
+    usage = controller.measure_usage_by_class(net, images)
 
-    assert choices["classes"] == [str(label) for label in range(10) if label != 3]
-    assert list(choices["layers"]) == ["conv2", "fc1"]
-    conv2, fc1 = (torch.tensor(shares) for shares in choices["layers"].values())
+    assert usage["classes"] == [str(label) for label in range(10) if label != 3]
+    assert list(usage["layers"]) == ["conv2", "fc1"]
+    conv2, fc1 = (torch.tensor(shares) for shares in usage["layers"].values())
     assert conv2.shape == (9, 50)
     assert fc1.shape == (9, 500)
     assert torch.allclose(conv2.sum(1), torch.full((9,), 25.0), atol=0.03)
     assert ((fc1 > 0) & (fc1 < 1)).any()
-    usage = sep.measure_usage(net, [images.batch((images.labels == 4).nonzero()[:, 0])])
-    expected = usage[1].selections / usage[1].images
-    assert torch.allclose(conv2[choices["classes"].index("4")], expected, atol=1e-3)
+    fours = images.batch((images.labels == 4).nonzero()[:, 0])
+    expected = sep.measure_usage(net, [fours])[1].share_of_kernel.float()
+    assert torch.allclose(conv2[usage["classes"].index("4")], expected, atol=1e-3)
 
 
 def test_a_run_leaves_its_results(undisturbed):
@@ -1824,7 +1824,7 @@ def test_a_trial_of_gates_is_the_final_training_in_few_epochs(epochs, expected):
 
 @pytest.mark.parametrize("best", [0, 1, 2])
 def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, best):
-    def measure_loss(self, net):
+    def measure_loss(self, net, teacher_probs):
         gates = sum(gate is not None for gate in sep.gates_of(net))
         return abs(gates - best) + 0.25
 
@@ -1836,7 +1836,7 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
     run.folder.log_search("sep", "shared", 0.5, [])
 
-    trained = run.train_softly(models.prune_channels(baseline, structure))
+    trained = run.train_with_gates(models.prune_channels(baseline, structure))
 
     gates = sep.gates_of(trained.net)
     assert [gate is not None for gate in gates] == [False, best == 2, best > 0]
@@ -1853,7 +1853,7 @@ def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):
     run = make_run(tmp_path, spy)
     baseline = run.make_baseline(make_lenet())
 
-    trained = run.train_softly(run.trainer.load_baseline())
+    trained = run.train_with_gates(run.trainer.load_baseline())
 
     assert trained.net.gates is None
     assert trained.net.widths == baseline.widths

@@ -31,14 +31,15 @@ def run_one_by_one(net, x):
 def record_masks(net, x):
     """The masks (B, C) of every gate on a batch."""
     masks = []
-    add = sep.Usage.add
+    choose = sep.SEGate.choose_groups
 
-    def record(self, mask):
-        masks.append(mask)
-        add(self, mask)
+    def record(self, x, layer):
+        groups = choose(self, x, layer)
+        masks.append(self.masks[groups])
+        return groups
 
-    with pytest.MonkeyPatch.context() as patch, sep.record_usage(net):
-        patch.setattr(sep.Usage, "add", record)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sep.SEGate, "choose_groups", record)
         net(x)
     return masks
 
@@ -54,7 +55,6 @@ def test_fresh_gates_change_nothing(arch):
 
     soft = sep.prune_softly(net, structure, [x]).eval()
 
-    assert any(gate is not None for gate in soft.gates)
     assert soft.structure == structure
     with torch.no_grad():
         assert largest(soft(x) - hard(x)) < 1e-5 * largest(hard(x))
@@ -143,8 +143,8 @@ def test_a_gate_gives_each_image_the_group_of_the_nearest_cluster():
 def test_a_gate_reads_means_of_channels_and_all_inputs_of_a_linear_layer():
     x = torch.randn(2, 3, 4, 5)
 
-    of_convolution = sep.squeeze(x, nn.Conv2d(3, 1, 1))
-    of_linear_layer = sep.squeeze(x, nn.Linear(60, 1))
+    of_convolution = sep.squeeze(x, is_linear=False)
+    of_linear_layer = sep.squeeze(x, is_linear=True)
 
     assert torch.allclose(of_convolution, x.sum((2, 3)) / 20, atol=1e-6)
     assert torch.equal(of_linear_layer, x.flatten(1))
@@ -165,7 +165,7 @@ def test_a_gate_reads_means_of_channels_and_all_inputs_of_a_linear_layer():
     ],
 )
 def test_a_gate_has_no_more_kernels_than_the_layer_had(width, k, expected):
-    size = sep.largest_gate(width, k)
+    size = sep.largest_gate_size(width, k)
 
     assert size == expected
     if size is not None:
@@ -186,6 +186,15 @@ def test_the_most_important_kernels_are_always_on():
     order = importance.argsort(descending=True)
     assert torch.equal(kernels[:10], plain.conv2.weight[order[:10]].flatten(1))
     assert torch.equal(kernels[10:30], kernels[30:])
+
+
+def test_a_net_without_room_for_gates_stays_plain():
+    net, x = make_lively_net("lenet5")
+
+    soft = sep.prune_softly(net, net.widths, [x])
+
+    assert soft.gates is None
+    assert torch.allclose(soft.eval()(x), net(x), atol=1e-5)
 
 
 # ---- batch norm of the chosen kernels
@@ -339,23 +348,24 @@ def test_a_gate_counts_whom_it_chose():
             continue
         assert gate.usage is None
         assert usage.images == 2 * len(x)
-        assert usage.selections.sum() == gate.k * 2 * len(x)
+        assert usage.share_of_kernel.sum() == pytest.approx(gate.k)
         assert sum(usage.count_kernels()) == gate.width
         assert usage.count_kernels()[1] > 0
-        assert 1 < len(usage.choices) <= gate.groups
+        assert 1 < usage.groups_in_use <= gate.groups
 
 
-def test_usage_tells_choices_apart():
-    usage = sep.Usage(4, "cpu")
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]).float()
+def test_usage_says_what_kernels_serve():
+    gate = sep.SEGate(inputs=1, k=2, always_on=1, groups=3)  # 4 kernels
+    usage = sep.Usage(gate)
 
-    usage.add(mask)
-    usage.add(mask[:1])
+    usage.add(torch.tensor([0, 2, 0]))
+    usage.add(torch.tensor([0]))
 
     assert usage.images == 4
-    assert usage.selections.tolist() == [4, 3, 1, 0]
+    assert usage.images_of_group.tolist() == [3, 0, 1]
+    assert usage.share_of_kernel.tolist() == [1, 0.75, 0, 0.25]
     assert usage.count_kernels() == (1, 2, 1)
-    assert len(usage.choices) == 2
+    assert usage.groups_in_use == 2
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])
@@ -439,10 +449,10 @@ def test_kernels_are_gathered_once_for_each_pair_of_groups(monkeypatch):
     gathered = []
     gather = sep.GatheringLayer.gather
 
-    def record(self, x, input_choice, choice):
-        pair = (input_choice and input_choice.group, choice and choice.group)
+    def record(self, previous, own):
+        pair = (sep.number_of(previous), sep.number_of(own))
         gathered.append((id(self), pair))
-        return gather(self, x, input_choice, choice)
+        return gather(self, previous, own)
 
     monkeypatch.setattr(sep.GatheringLayer, "gather", record)
     run_one_by_one(tuned, x)

@@ -267,7 +267,7 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch):
 def put_gates_everywhere(monkeypatch):
     """Let the trials of gates find that the more there are the better."""
 
-    def count_missing_gates(self, net):
+    def count_missing_gates(self, net, teacher_probs):
         return sum(gate is None for gate in sep.gates_of(net))
 
     monkeypatch.setattr(controller.Run, "measure_validation_loss", count_missing_gates)
@@ -549,7 +549,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     ratio = f"{1 - cut:.3f}"
     for value in (f"{facts['macs'] / 1e6:.3f} M", "2.293 M", ratio, f"{facts['parameters']:,}"):
         assert value in out
-    usage = re.search(r"kernels used for no image / some / all \(different choices\): (.*)", out)
+    usage = re.search(r"kernels used for no image / some / all \(groups in use\): (.*)", out)
     if method == "sep":
         gated_layers = [
             prunable.layer_name
@@ -557,7 +557,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
             if gate is not None
         ]
         assert gated_layers
-        assert re.findall(r"(\w+) \d+/\d+/\d+ \([\d,]+\)", usage[1]) == gated_layers
+        assert re.findall(r"(\w+) \d+/\d+/\d+ \(\d+\)", usage[1]) == gated_layers
     else:
         assert usage is None
 
@@ -936,9 +936,9 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
 def test_a_report_draws_what_the_gates_choose_for_each_class(tmp_path, smoke):
     pytest.importorskip("matplotlib")
     shares = [[1, 0, 0.75, 0.25, 0], [1, 0, 0.25, 0.75, 0]]
-    choices = {"classes": ["cat", "dog"], "layers": {"fc1": shares}}
+    usage = {"classes": ["cat", "dog"], "layers": {"fc1": shares}}
 
-    wtp.draw_report(read_results(smoke[0]), tmp_path / "report.svg", choices)
+    wtp.draw_report(read_results(smoke[0]), tmp_path / "report.svg", usage)
 
     words = read_words(tmp_path / "report.svg")
     for expected in ("sep, fc1: 2 of 5 kernels vary by image", "cat", "dog", "share of images"):
@@ -957,16 +957,16 @@ def test_a_report_draws_what_the_gates_choose_for_each_class(tmp_path, smoke):
         '{"classes": ["a"], "layers": {"fc1": [[NaN]]}}',
     ],
 )
-def test_damaged_choices_are_left_out_of_the_pictures(capsys, smoke, tmp_path, content):
+def test_damaged_usage_is_left_out_of_the_pictures(capsys, smoke, tmp_path, content):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "run"
     shutil.copytree(smoke[0], folder)
-    (folder / "sep-choices.json").write_text(content)
+    (folder / "sep-usage.json").write_text(content)
 
     status, _, err = call(capsys, "report", folder)
 
     assert status == 0
-    assert "sep-choices.json is damaged; the pictures of what the gates choose are left out" in err
+    assert "sep-usage.json is damaged; the pictures of what the gates choose are left out" in err
     assert "vary by image" not in read_words(folder / "report.svg")
 
 

@@ -29,6 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -1183,7 +1184,7 @@ def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
 
     The added weights stay zero: a channel of zeros contributes nothing and gets no gradient. The
     arguments themselves are returned where all widths are multiples of 8 already, where the net has
-    gates, which choose among all channels, or sigmoids, which make something of zeros.
+    gates, which know their kernels by number, or sigmoids, which make something of zeros.
     """
     widths = tuple(models.round_up(width, 8) for width in net.widths)
     has_sigmoids = any(prunable.activation == "sigmoid" for prunable in net.prunable)
@@ -2514,11 +2515,15 @@ def read_usage(folder: Path, say: Callable) -> dict | None:
 
 
 def is_usage_by_class(usage: dict) -> bool:
-    """Whether it has shares in [0, 1]: of each layer a list for each class, one per kernel."""
+    """Whether it has shares in [0, 1]: of each layer a list for each class, one per kernel, and
+    some kernel serves an image."""
     classes = len(usage["classes"])
     layers = usage["layers"].values()
+    if not isinstance(usage["classes"], list):
+        return False
     return all(
         len(shares) == classes
+        and any(map(any, shares))
         and len({len(kernels) for kernels in shares}) == 1
         and all(are_numbers(kernels) and all(0 <= v <= 1 for v in kernels) for kernels in shares)
         for shares in layers
@@ -2617,6 +2622,7 @@ class TrainedNet:
     validation_accuracy: float | None
     seconds: float
     curve: list = field(default_factory=list)
+    validation_loss: float | None = None  # where trainings are compared by it
 
 
 @dataclass
@@ -2637,6 +2643,10 @@ class TrainingState:
         elif self.accuracy is None or accuracy > self.accuracy:
             self.accuracy = accuracy
             self.best_weights = deepcopy(net.state_dict())
+
+
+class DivergenceError(UserError):
+    """The loss of a training is no longer a number."""
 
 
 def explain_divergence(title: str, epoch: int, plan: TrainingPlan) -> str:
@@ -2734,14 +2744,17 @@ class Trainer:
                     state.accuracy = measure_accuracy(net, validation)
                 break
             if not math.isfinite(loss):
-                raise UserError(explain_divergence(title, epoch, plan))
+                raise DivergenceError(explain_divergence(title, epoch, plan))
             accuracy = None if validation is None else measure_accuracy(net, validation)
             state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
             state.seconds = time.time() - start
             self.save_progress(title, state, net, optimizer)
             self.folder.save_results()  # the seconds so far
             seconds_per_epoch = state.seconds / state.epochs
-            self.reporter.finish_epoch(title, epoch, plan.epochs, loss, accuracy, seconds_per_epoch)
+            number = epoch - epochs.start
+            self.reporter.finish_epoch(
+                title, number, len(epochs), loss, accuracy, seconds_per_epoch
+            )
         if state.best_weights is not None:
             net.load_state_dict(state.best_weights)
         return TrainedNet(net, state.accuracy, time.time() - start, state.curve)
@@ -2752,7 +2765,7 @@ class Trainer:
         content = models.read_unfinished_work(
             self.folder.progress_path, title, keys | {"net", "optimizer"}
         )
-        if content is None:
+        if content is None or models.find_mismatch(net, content["net"]):
             return TrainingState()
         net.load_state_dict(content["net"])
         optimizer.load_state_dict(content["optimizer"])
@@ -3256,7 +3269,10 @@ class Run:
         gate_sizes, seconds_of_trials = self.select_gated_layers(net)
         plain_epochs, gated_epochs = split_epochs(plan)
         images = self.data.all
-        plain = self.train_or_load("sep: final, without gates", net, images, plan, plain_epochs)
+        title = "sep: final, without gates"
+        plain = self.train_or_load(
+            title, net.structure, partial(deepcopy, net), images, plan, plain_epochs
+        )
         gated = self.put_gates_on(plain.net, gate_sizes)
         trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
         return TrainedNet(
@@ -3281,31 +3297,44 @@ class Run:
         trials, seconds = self.try_gates(net, gate_sizes)
         self.folder.results["search"]["sep"]["gate_trials"] = trials
         self.folder.save_results()
-        best = min(trials, key=lambda trial: trial["validation_loss"])
+        finished = [trial for trial in trials if trial["validation_loss"] is not None]
+        best = min(finished, key=lambda trial: trial["validation_loss"], default={"gates": 0})
         text = "gates in the last layers do not help, so none is put on"
         if best["gates"]:
             text = f"gates go on the last {best['gates']} of the layers that have room for them"
-        losses = ", ".join(f"{trial['gates']}: {trial['validation_loss']:.4f}" for trial in trials)
+        losses = ", ".join(
+            f"{trial['gates']}: {trial['validation_loss']:.4f}" for trial in finished
+        )
         self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
         return keep_last_gates(gate_sizes, best["gates"]), seconds
 
     def try_gates(self, net: Net, gate_sizes) -> tuple[list[dict], float]:
         """(how many gates and their validation loss for each trial, seconds spent). They train on
-        the images that do not validate."""
+        the images that do not validate. A trial whose training diverges has the loss None."""
         plan = plan_gate_trial(self.settings.final)
         plain_epochs, gated_epochs = split_epochs(plan)
-        images = self.data.train
-        plain = self.train_or_load("sep: gates, before the trials", net, images, plan, plain_epochs)
+        structure, images = net.structure, self.data.train
+        title = "sep: gates, before the trials"
+        plain = self.train_or_load(
+            title, structure, partial(deepcopy, net), images, plan, plain_epochs
+        )
         seconds = plain.seconds
-        teacher_probs = compute_logits(self.trainer.baseline, self.data.validation).softmax(1)
         trials = []
         for count in list_gate_counts(gate_sizes):
-            gated = self.put_gates_on(plain.net, keep_last_gates(gate_sizes, count))
+            sizes = keep_last_gates(gate_sizes, count)
+            make_gated = partial(self.put_gates_on, plain.net, sizes)
             title = f"sep: gates, trial of {count}"
-            trained = self.train_or_load(title, gated, images, plan, gated_epochs)
-            seconds += trained.seconds
-            loss = self.measure_validation_loss(trained.net, teacher_probs)
-            trials.append({"gates": count, "validation_loss": round(loss, 5)})
+            loss = None
+            try:
+                trained = self.train_or_load(
+                    title, structure, make_gated, images, plan, gated_epochs
+                )
+                seconds += trained.seconds
+                loss = trained.validation_loss
+            except DivergenceError:
+                if count == 0:
+                    raise
+            trials.append({"gates": count, "validation_loss": loss})
         return trials, seconds
 
     def put_gates_on(self, net: Net, gate_sizes) -> Net:
@@ -3319,25 +3348,35 @@ class Run:
         chunks = order.to(images.device).split(chunk_size_for(images))
         return sep.add_gates(net, gate_sizes, images.batches(chunks))
 
-    def train_or_load(self, title: str, net: Net, images, plan, epochs: range) -> TrainedNet:
-        """`Trainer.train`. Its result is kept in `sep`'s pool, and comes from there the next
-        time."""
+    def train_or_load(
+        self, title: str, structure, make_net: Callable, images, plan, epochs: range
+    ) -> TrainedNet:
+        """`Trainer.train` of what `make_net` makes, with its loss on the validation images. The
+        result is kept in `sep`'s pool, and comes from there the next time."""
         name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
-        path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
+        path = self.folder.pool("sep") / f"{name}-{structure_name(structure)}.pt"
         if not path.exists():
-            trained = self.trainer.train(title, net, images, plan, epochs=epochs)
-            facts = {"seconds": trained.seconds, "curve": trained.curve}
+            trained = self.trainer.train(title, make_net(), images, plan, epochs=epochs)
+            facts = {
+                "seconds": trained.seconds,
+                "curve": trained.curve,
+                "validation_loss": self.measure_validation_loss(trained.net),
+            }
             models.save_checkpoint(path, trained.net, facts)
-        loaded_net, facts = self.trainer.load(path)
-        return TrainedNet(loaded_net, None, facts["seconds"], facts["curve"])
+        net, facts = self.trainer.load(path)
+        return TrainedNet(
+            net, None, facts["seconds"], facts["curve"], validation_loss=facts["validation_loss"]
+        )
 
-    def measure_validation_loss(self, net: Net, teacher_probs: torch.Tensor) -> float:
-        """What the final training minimises, of `net` on the validation images, for which the
-        baseline has the outputs teacher_probs (N, classes)."""
+    def measure_validation_loss(self, net: Net) -> float | None:
+        """What the final training minimises, of `net` on the validation images; None where it is
+        no number."""
         images = self.data.validation
+        teacher_probs = compute_logits(self.trainer.baseline, images).softmax(1)
         logits = compute_logits(net, images)
         temperature = self.settings.final.temperature
-        return float(distillation_loss(logits, images.labels, teacher_probs, temperature))
+        loss = float(distillation_loss(logits, images.labels, teacher_probs, temperature))
+        return round(loss, 5) if math.isfinite(loss) else None
 
     def choose_by_lstm(self, target: float) -> ScoredStructure:
         """What `lstm`'s search chooses: by its row where that is finished, else by the search."""

@@ -33,6 +33,9 @@ MAX_ALWAYS_ON_SHARE = 0.75
 # some twenty iterations.
 CLUSTERING_RESTARTS = 4
 CLUSTERING_ITERATIONS = 25
+# ours: of a linear layer with thousands of inputs fewer images are clustered, for it takes long.
+MAX_CLUSTERED_NUMBERS = 5_000_000
+MIN_CLUSTERED_IMAGES = 500
 
 
 # ---- the gate ----------------------------------------------------------------------------------
@@ -99,10 +102,12 @@ class SEGate(nn.Module):
         An image gets the group whose cluster has the nearest centre, where every input counts in
         its own standard deviations.
         """
-        squeezed = squeezed.double()
-        mean, deviation = squeezed.mean(0), squeezed.std(0)
-        # An input that never changes says nothing.
-        deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
+        count = max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // squeezed.shape[1])
+        squeezed = squeezed[:count].double().nan_to_num(0.0, 0.0, 0.0)
+        mean = squeezed.mean(0)
+        deviation = squeezed.std(0, correction=0)
+        # An input that hardly changes says nothing.
+        deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
         centres = find_clusters((squeezed - mean) / deviation, self.groups)
         # The distance of a point z from a centre c, |z - c|^2, is smallest where 2 c z - |c|^2 is
         # largest.

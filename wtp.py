@@ -525,7 +525,10 @@ def describe_results(results: dict, rows: list[dict]):
     if {"lstm", "uniform"} <= finished and widths_of["lstm"] == widths_of["uniform"]:
         yield "lstm chose exactly the structure of uniform: they differ by chance alone"
     if "sep" in finished and has_shared_search(results):
-        yield "sep has the structure of lstm's search; its time includes that search"
+        yield (
+            "sep has the structure that lstm's search found, less what its gates may cost; its "
+            "time includes that search"
+        )
     if "static" in finished:
         yield "static begins with sep's net; its time includes sep's"
     for method, log in results["search"].items():
@@ -722,7 +725,14 @@ def label_layers(axis, layers: list[str]) -> None:
     is_many = len(layers) > FEW_LAYERS
     rotation = 90 if is_many and axis.axis_name == "x" else 0
     labels = [layers[place] for place in places]
-    axis.set_ticks(list(places), labels, rotation=rotation, fontsize=5 if is_many else 7)
+    axis.set_ticks(
+        # Classes may have names of all kinds, with $ in them.
+        list(places),
+        labels,
+        rotation=rotation,
+        fontsize=5 if is_many else 7,
+        parse_math=False,
+    )
 
 
 def draw_candidates(axis, results: dict, method: str) -> None:
@@ -816,9 +826,10 @@ def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) 
     )
     axis.figure.colorbar(image, ax=axis, label="share of images")
     axis.set(
-        title=f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image",
         xlabel="kernels in use",
     )
+    title = f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image"
+    axis.set_title(title, parse_math=False)
     label_layers(axis.yaxis, classes)
 
 
@@ -1786,7 +1797,7 @@ def prune(
     method: Annotated[
         list[MethodName] | None,
         typer.Option(
-            help="lstm, the default, removes channels; sep switches them off per image; "
+            help="lstm, the default, removes channels; sep chooses kernels by the image; "
             "uniform, random: to compare with"
         ),
     ] = None,

@@ -1824,7 +1824,7 @@ def test_a_trial_of_gates_is_the_final_training_in_few_epochs(epochs, expected):
 
 @pytest.mark.parametrize("best", [0, 1, 2])
 def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, best):
-    def measure_loss(self, net, teacher_probs):
+    def measure_loss(self, net):
         gates = sum(gate is not None for gate in sep.gates_of(net))
         return abs(gates - best) + 0.25
 
@@ -1846,6 +1846,62 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     assert [trial["gates"] for trial in trials] == [0, 1, 2]
     words = "so none is put on" if best == 0 else f"gates go on the last {best} of the layers"
     assert any(line.startswith("sep: gates ") and words in line for line in spy.lines)
+
+
+def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
+    train = controller.Trainer.train
+
+    def diverge(self, title, *arguments, **options):
+        if title == "sep: gates, trial of 2":
+            raise controller.DivergenceError(title)
+        return train(self, title, *arguments, **options)
+
+    monkeypatch.setattr(controller.Trainer, "train", diverge)
+    run = make_run(tmp_path, settings=replace(TINY, final=TrainingPlan(2, 0.01)))
+    baseline = run.make_baseline(make_lenet())
+    structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
+    run.folder.log_search("sep", "shared", 0.5, [])
+
+    run.train_with_gates(models.prune_channels(baseline, structure))
+
+    losses = [t["validation_loss"] for t in run.results["search"]["sep"]["gate_trials"]]
+    assert losses[2] is None
+    assert all(loss > 0 for loss in losses[:2])
+
+
+def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
+    settings = replace(TINY, final=TrainingPlan(4, 0.01))
+    best = 2
+
+    def measure_loss(self, net):
+        return abs(sum(gate is not None for gate in sep.gates_of(net)) - best) + 0.25
+
+    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
+
+    def train(spy):
+        run = make_run(tmp_path, spy, settings)
+        baseline = run.make_baseline(make_lenet())
+        structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
+        run.folder.log_search("sep", "shared", 0.5, [])
+        try:
+            return run.train_with_gates(models.prune_channels(baseline, structure))
+        finally:
+            run.folder.lock.close()
+
+    # It is stopped in its last part, with two gates. Three epochs of trials come before that, and
+    # those of the baseline.
+    epochs = settings.baseline.epochs + 1 + 3 + 1 + 1
+    with pytest.raises(Interrupted):
+        train(Spy(epochs))
+    assert torch.load(tmp_path / "progress.pt")["title"] == "sep: final"
+    for path in (tmp_path / "sep-pool").glob("sep-gates*"):
+        path.unlink()
+    best = 1
+
+    trained = train(Spy())
+
+    assert [gate is not None for gate in trained.net.gates] == [False, False, True]
+    assert len(trained.curve) == 4
 
 
 def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):

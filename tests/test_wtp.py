@@ -267,7 +267,7 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch):
 def put_gates_everywhere(monkeypatch):
     """Let the trials of gates find that the more there are the better."""
 
-    def count_missing_gates(self, net, teacher_probs):
+    def count_missing_gates(self, net):
         return sum(gate is None for gate in sep.gates_of(net))
 
     monkeypatch.setattr(controller.Run, "measure_validation_loss", count_missing_gates)

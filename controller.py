@@ -2995,10 +2995,12 @@ def describe_machine(device: torch.device) -> dict:
 
 # ours: the share of a training that `sep` spends without gates (RESULTS.md, section 6).
 SHARE_WITHOUT_GATES = 0.3
-# ours: a trial of gates takes a tenth of the final training's epochs, at least 2 and at most 10: so
-# that all trials together take less than the final training.
+# ours: a trial of gates takes a tenth of the final training's epochs, at most 10: so that all
+# trials together take less than the final training. But in fewer steps than 400 a small net learns
+# nothing that could be compared.
 GATE_TRIAL_SHARE = 0.1
-MIN_GATE_TRIAL_EPOCHS, MAX_GATE_TRIAL_EPOCHS = 2, 10
+MAX_GATE_TRIAL_EPOCHS = 10
+MIN_GATE_TRIAL_STEPS = 400
 # ours: by so many images gates find their clusters; a few seconds, and hundreds for each group.
 CLUSTERED_IMAGES = 5000
 
@@ -3009,11 +3011,13 @@ def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
     return range(start), range(start, plan.epochs)
 
 
-def plan_gate_trial(final: TrainingPlan) -> TrainingPlan:
-    """The short training that compares gates: the final one in few epochs, no more than it has."""
-    epochs = round(GATE_TRIAL_SHARE * final.epochs)
-    epochs = min(MAX_GATE_TRIAL_EPOCHS, max(MIN_GATE_TRIAL_EPOCHS, epochs))
-    return replace(final, epochs=min(epochs, final.epochs))
+def plan_gate_trial(final: TrainingPlan, images: int) -> TrainingPlan:
+    """The short training that compares gates, of so many images: the final one in few epochs, no
+    more than it has."""
+    epochs = min(MAX_GATE_TRIAL_EPOCHS, round(GATE_TRIAL_SHARE * final.epochs))
+    steps_per_epoch = max(1, images // BATCH_SIZE)
+    fewest = max(2, math.ceil(MIN_GATE_TRIAL_STEPS / steps_per_epoch))
+    return replace(final, epochs=min(max(epochs, fewest), final.epochs))
 
 
 def list_gate_counts(gate_sizes) -> list[int]:
@@ -3155,7 +3159,12 @@ class Run:
             )
             seconds += more_seconds
         if method == "sep":
-            trained = self.train_with_gates(net)
+            gate_sizes, more_seconds = self.select_gated_layers(net)
+            seconds += more_seconds
+            shares_search = self.settings.searches_by_regression(target)
+            if shares_search and not any(gate_sizes) and not self.round_to:
+                net, score = self.give_back_kernels(target)
+            trained = self.train_with_gates(net, gate_sizes)
         else:
             plan = self.settings.final
             trained = self.trainer.train(f"{method}: final", net, self.data.all, plan)
@@ -3230,20 +3239,24 @@ class Run:
         self.folder.save_results()
         return net, score
 
-    def share_search(self, target: float) -> tuple[Net, ScoredStructure]:
+    def share_search(
+        self, target: float, *, pays_for_gates: bool = True
+    ) -> tuple[Net, ScoredStructure]:
         """ours, for `fast`: `sep` gates the structure that `lstm`'s search finds.
 
-        Candidates of both are hard-pruned, so a search of its own would try the same again.
+        Candidates of both are hard-pruned, so a search of its own would try the same again. Gates
+        cost MACs, too: where it `pays_for_gates`, a little more has to go.
         """
         trainer = self.trainer
-        # Gates cost MACs, too: so a little more has to go.
-        structure = prune_further(
-            self.choose_by_lstm(target).structure,
-            trainer.baseline.widths,
-            trainer.make_reduction_of("sep"),
-            target,
-            self.settings.pruning_rate,
-        )
+        structure = self.choose_by_lstm(target).structure
+        if pays_for_gates:
+            structure = prune_further(
+                structure,
+                trainer.baseline.widths,
+                trainer.make_reduction_of("sep"),
+                target,
+                self.settings.pruning_rate,
+            )
         path = self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt"
         net, candidate = trainer.load_or_make_candidate(
             path,
@@ -3258,15 +3271,22 @@ class Run:
         self.folder.save_results()
         return net, candidate
 
-    def train_with_gates(self, net: Net) -> TrainedNet:
+    def give_back_kernels(self, target: float) -> tuple[Net, ScoredStructure]:
+        """`share_search` where no gate is put on: with the kernels that were to pay for gates."""
+        trials = self.folder.results["search"]["sep"].get("gate_trials", [])
+        net, score = self.share_search(target, pays_for_gates=False)
+        self.folder.results["search"]["sep"]["gate_trials"] = trials
+        self.folder.save_results()
+        return net, score
+
+    def train_with_gates(self, net: Net, gate_sizes) -> TrainedNet:
         """ours: the final training of `sep`, in two parts of one schedule. The first trains the
-        pruned net as it is; then gates come where they are found to help.
+        pruned net as it is; then come the gates that `gate_sizes` names.
 
         Gates that come at the start leave each group too few images to learn from, and end below
         hard pruning (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
         """
         plan = self.settings.final
-        gate_sizes, seconds_of_trials = self.select_gated_layers(net)
         plain_epochs, gated_epochs = split_epochs(plan)
         images = self.data.all
         title = "sep: final, without gates"
@@ -3275,12 +3295,8 @@ class Run:
         )
         gated = self.put_gates_on(plain.net, gate_sizes)
         trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
-        return TrainedNet(
-            trained.net,
-            None,
-            seconds_of_trials + plain.seconds + trained.seconds,
-            plain.curve + trained.curve,
-        )
+        seconds = plain.seconds + trained.seconds
+        return TrainedNet(trained.net, None, seconds, plain.curve + trained.curve)
 
     def select_gated_layers(self, net: Net) -> tuple[list[sep.GateSize | None], float]:
         """(the size of each layer's gate, None for no gate; seconds spent): which layers of a
@@ -3311,9 +3327,10 @@ class Run:
     def try_gates(self, net: Net, gate_sizes) -> tuple[list[dict], float]:
         """(how many gates and their validation loss for each trial, seconds spent). They train on
         the images that do not validate. A trial whose training diverges has the loss None."""
-        plan = plan_gate_trial(self.settings.final)
+        images = self.data.train
+        plan = plan_gate_trial(self.settings.final, len(images))
         plain_epochs, gated_epochs = split_epochs(plan)
-        structure, images = net.structure, self.data.train
+        structure = net.structure
         title = "sep: gates, before the trials"
         plain = self.train_or_load(
             title, structure, partial(deepcopy, net), images, plan, plain_epochs

@@ -284,16 +284,16 @@ def estimate_epochs(
             continue
         total += recovery * estimate_candidates(settings, method, has_row=has_row) + final
         if method == "sep":
-            total += estimate_gate_trials(settings)
+            total += estimate_gate_trials(settings, images)
         has_row = True
     return total
 
 
-def estimate_gate_trials(settings) -> float:
+def estimate_gate_trials(settings, images: int) -> float:
     """How many epochs `sep` spends on where to put gates: of about five trainings."""
     from controller import plan_gate_trial, split_epochs
 
-    plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final))
+    plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final, images))
     return len(plain_epochs) + 5 * len(gated_epochs)  # 4 trials of 3 layers, 6 of 16
 
 
@@ -526,8 +526,8 @@ def describe_results(results: dict, rows: list[dict]):
         yield "lstm chose exactly the structure of uniform: they differ by chance alone"
     if "sep" in finished and has_shared_search(results):
         yield (
-            "sep has the structure that lstm's search found, less what its gates may cost; its "
-            "time includes that search"
+            "sep has the structure that lstm's search found, less what its gates cost; its time "
+            "includes that search"
         )
     if "static" in finished:
         yield "static begins with sep's net; its time includes sep's"

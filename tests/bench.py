@@ -879,9 +879,10 @@ def describe_choice(shares, images_of_class):
     weights = images_of_class / images_of_class.sum()
     overall = weights @ shares  # (C,)
     information = entropy(overall) - weights @ entropy(shares)
-    varies = (overall > 0) & (overall < 1)
+    serves_none, serves_all = overall < 1e-6, overall > 1 - 1e-6  # shares are rounded
+    varies = ~serves_none & ~serves_all
     mean = information[varies].mean().item() if varies.any() else 0.0
-    return int((overall == 0).sum()), int(varies.sum()), int((overall == 1).sum()), mean
+    return int(serves_none.sum()), int(varies.sum()), int(serves_all.sum()), mean
 
 
 # ---- signals, budgets, seeds -------------------------------------------------------------------

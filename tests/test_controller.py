@@ -1747,7 +1747,8 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
         assert (hard_width < whole) == (soft_width < whole)
 
 
-def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path):
+def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "measure_validation_loss", lambda self, net: float(net.gates is None))
     settings = replace(TINY, max_candidates=2, recovery=TrainingPlan(1, 0.05))
     run = make_run(tmp_path, Spy(), settings)
     baseline = run.make_baseline(make_lenet())
@@ -1810,11 +1811,26 @@ def test_gates_are_tried_in_the_last_layers_first():
     assert controller.keep_last_gates(largest, 3) == largest
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (10, 2), (20, 2), (60, 6), (250, 10)])
-def test_a_trial_of_gates_is_the_final_training_in_few_epochs(epochs, expected):
+@pytest.mark.parametrize(
+    ("epochs", "images", "expected"),
+    [
+        (1, 50_000, 1),
+        (10, 54_000, 2),
+        (20, 45_000, 2),
+        (60, 45_000, 6),
+        (250, 45_000, 10),
+        (100, 5_400, 10),
+        (10, 5_400, 10),  # 42 steps an epoch
+        (40, 5_120, 10),
+        (10, 25_600, 2),
+        (20, 12_800, 4),
+        (20, 90, 20),
+    ],
+)
+def test_a_trial_of_gates_is_the_final_training_in_few_epochs(epochs, images, expected):
     final = TrainingPlan(epochs, 0.02, is_one_cycle=True, temperature=4.0)
 
-    trial = controller.plan_gate_trial(final)
+    trial = controller.plan_gate_trial(final, images)
 
     assert trial == replace(final, epochs=expected)
     before, after = controller.split_epochs(trial)
@@ -1836,7 +1852,9 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
     run.folder.log_search("sep", "shared", 0.5, [])
 
-    trained = run.train_with_gates(models.prune_channels(baseline, structure))
+    net = models.prune_channels(baseline, structure)
+    gate_sizes, _ = run.select_gated_layers(net)
+    trained = run.train_with_gates(net, gate_sizes)
 
     gates = sep.gates_of(trained.net)
     assert [gate is not None for gate in gates] == [False, best == 2, best > 0]
@@ -1862,7 +1880,7 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
     run.folder.log_search("sep", "shared", 0.5, [])
 
-    run.train_with_gates(models.prune_channels(baseline, structure))
+    run.select_gated_layers(models.prune_channels(baseline, structure))
 
     losses = [t["validation_loss"] for t in run.results["search"]["sep"]["gate_trials"]]
     assert losses[2] is None
@@ -1884,13 +1902,14 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
         structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
         run.folder.log_search("sep", "shared", 0.5, [])
         try:
-            return run.train_with_gates(models.prune_channels(baseline, structure))
+            net = models.prune_channels(baseline, structure)
+            return run.train_with_gates(net, run.select_gated_layers(net)[0])
         finally:
             run.folder.lock.close()
 
-    # It is stopped in its last part, with two gates. Three epochs of trials come before that, and
-    # those of the baseline.
-    epochs = settings.baseline.epochs + 1 + 3 + 1 + 1
+    # It is stopped in its last part, with two gates, after the baseline, the trials (each with as
+    # many epochs as the final training, for images are few), and the part without gates.
+    epochs = settings.baseline.epochs + 1 + 3 * 3 + 1 + 1
     with pytest.raises(Interrupted):
         train(Spy(epochs))
     assert torch.load(tmp_path / "progress.pt")["title"] == "sep: final"
@@ -1904,12 +1923,34 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
     assert len(trained.curve) == 4
 
 
+@pytest.mark.parametrize("helps", [False, True])
+def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
+    def measure_loss(self, net):
+        has_gates = net.gates is not None
+        return 1.0 if has_gates == helps else 2.0
+
+    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
+    settings = replace(TINY, max_candidates=2, target=0.7)
+    run = make_run(tmp_path, settings=settings)
+    run.make_baseline(make_lenet())
+
+    for method in ("lstm", "sep"):
+        run.make_row(method, run.goal_for(method))
+
+    lstm, row = run.row("lstm"), run.row("sep")
+    assert (sep.load(tmp_path / "sep.pt")[0].gates is not None) == helps
+    assert helps or row["widths"] == lstm["widths"]
+    assert row["macs_reduction"] >= 0.7
+    assert len(run.results["search"]["sep"]["gate_trials"]) > 1
+
+
 def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):
     spy = Spy()
     run = make_run(tmp_path, spy)
     baseline = run.make_baseline(make_lenet())
 
-    trained = run.train_with_gates(run.trainer.load_baseline())
+    gate_sizes, _ = run.select_gated_layers(baseline)
+    trained = run.train_with_gates(run.trainer.load_baseline(), gate_sizes)
 
     assert trained.net.gates is None
     assert trained.net.widths == baseline.widths

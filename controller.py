@@ -2510,7 +2510,10 @@ def read_usage(folder: Path, say: Callable) -> dict | None:
             return usage
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         pass
-    say(f"{path} is damaged; the pictures of what the gates choose are left out")
+    say(
+        f"{path} is damaged; the pictures of what the gates choose are left out, and only a run "
+        "made anew draws them"
+    )
     return None
 
 
@@ -2594,6 +2597,10 @@ def is_valid_search(log: dict, layers: list) -> bool:
             for item in candidates
         )
         and all(is_structure(scores, layers) for scores in log.get("layer_scores", []))
+        and all(
+            are_numbers([trial["gates"], trial["validation_loss"] or 0.0])
+            for trial in log.get("gate_trials", [])
+        )
     )
 
 
@@ -3317,7 +3324,8 @@ class Run:
         best = min(finished, key=lambda trial: trial["validation_loss"], default={"gates": 0})
         text = "gates in the last layers do not help, so none is put on"
         if best["gates"]:
-            text = f"gates go on the last {best['gates']} of the layers that have room for them"
+            layers = "layer" if best["gates"] == 1 else f"{best['gates']} layers"
+            text = f"gates go on the last {layers} of those that have room"
         losses = ", ".join(
             f"{trial['gates']}: {trial['validation_loss']:.4f}" for trial in finished
         )
@@ -3340,7 +3348,7 @@ class Run:
         for count in list_gate_counts(gate_sizes):
             sizes = keep_last_gates(gate_sizes, count)
             make_gated = partial(self.put_gates_on, plain.net, sizes)
-            title = f"sep: gates, trial of {count}"
+            title = f"sep: gates, trial with {count}"
             loss = None
             try:
                 trained = self.train_or_load(
@@ -3462,6 +3470,10 @@ class Run:
     def make_static_net(self) -> None:
         """`sep`'s net made plain. Its validation accuracy is that of `sep`'s candidate."""
         gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
+        if gated.gates is None:
+            self.reporter.say("sep has no gates, so static is the same net")
+            self.save_net("static", gated, facts["validation_accuracy"], facts["seconds"], [])
+            return
         plain = make_plain(gated, self.data.all)
         trained = self.trainer.train(
             "static: recovery", deepcopy(plain), self.data.all, self.settings.recovery

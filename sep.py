@@ -496,25 +496,35 @@ def read_gate_sizes(net: Net, gates: list) -> list[GateSize | None]:
         if gate is None:
             sizes.append(None)
             continue
-        name = prunable.layer_name
-        if not isinstance(gate, dict) or gate.keys() != {"k", "always_on_share"}:
-            raise UserError(f"the gate of {name} does not say its k and its always_on_share")
-        k = gate["k"]
-        share = gate["always_on_share"]
-        if type(k) is not int or not 1 <= k <= width:
-            raise UserError(f"the gate of {name} keeps {k} of {width} kernels")
-        if type(share) not in (int, float) or not 0 <= share <= 1:
-            raise UserError(f"the gate of {name} has an always-on share of {share}, not in [0, 1]")
-        always_on = round(share * k)
-        group_size = k - always_on
-        groups = (width - always_on) // max(1, group_size)
-        if always_on + groups * group_size != width or groups < 2:
+        try:
+            sizes.append(read_gate_size(gate, width))
+        except UserError as error:
             raise UserError(
-                f"the gate of {name} does not fit {width} kernels: {k} of them for an image, "
-                f"{always_on} always on, leave no groups of one size"
-            )
-        sizes.append(GateSize(always_on, groups))
+                f"the gate of {prunable.layer_name} {error}; make the net anew from its baseline, "
+                "by prune --method sep"
+            ) from error
     return sizes
+
+
+def read_gate_size(gate, width: int) -> GateSize:
+    """`read_gate_sizes` of one layer, of `width` kernels. Raises UserError."""
+    if not isinstance(gate, dict) or not gate.keys() >= {"k", "always_on_share"}:
+        raise UserError("does not say its k and its always_on_share")
+    k = gate["k"]
+    share = gate["always_on_share"]
+    if type(k) is not int or not 1 <= k <= width:
+        raise UserError(f"has a k of {k!r}, not a whole number from 1 to {width}")
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise UserError(f"has an always-on share of {share!r}, not a number in [0, 1]")
+    always_on = round(share * k)
+    group_size = k - always_on
+    groups = (width - always_on) // max(1, group_size)
+    if always_on + groups * group_size != width or groups < 2:
+        raise UserError(
+            f"does not fit {width} kernels: {k} of them for an image, {always_on} always on, leave "
+            "no groups of one size"
+        )
+    return GateSize(always_on, groups)
 
 
 # ---- fast single images ------------------------------------------------------------------------

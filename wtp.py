@@ -525,10 +525,7 @@ def describe_results(results: dict, rows: list[dict]):
     if {"lstm", "uniform"} <= finished and widths_of["lstm"] == widths_of["uniform"]:
         yield "lstm chose exactly the structure of uniform: they differ by chance alone"
     if "sep" in finished and has_shared_search(results):
-        yield (
-            "sep has the structure that lstm's search found, less what its gates cost; its time "
-            "includes that search"
-        )
+        yield describe_gates(results["search"]["sep"].get("gate_trials", []))
     if "static" in finished:
         yield "static begins with sep's net; its time includes sep's"
     for method, log in results["search"].items():
@@ -591,6 +588,26 @@ def summarise_search(results: dict, method: str) -> tuple[str, list, list]:
     ]
     measure = "how often it pruned" if log["rule"] == "reinforce" else "mean share removed of"
     return measure, *means
+
+
+def describe_gates(trials: list[dict]) -> str:
+    """What became of the structure that `sep` took from `lstm`'s search."""
+    losses = {
+        trial["gates"]: trial["validation_loss"]
+        for trial in trials
+        if trial["validation_loss"] is not None
+    }
+    gates = min(losses, key=losses.get) if losses else 0
+    if gates == 0:
+        return (
+            "sep has no gates, for none helped: it is the structure of lstm's search, trained once "
+            "more; its time includes that search"
+        )
+    number = "one gate" if gates == 1 else f"{gates} gates"
+    return (
+        f"sep has {number}, and the structure of lstm's search less what they cost; its time "
+        "includes that search"
+    )
 
 
 def describe_net(side: dict) -> str:

@@ -1862,15 +1862,15 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     assert len(trained.curve) == 4
     trials = run.results["search"]["sep"]["gate_trials"]
     assert [trial["gates"] for trial in trials] == [0, 1, 2]
-    words = "so none is put on" if best == 0 else f"gates go on the last {best} of the layers"
-    assert any(line.startswith("sep: gates ") and words in line for line in spy.lines)
+    words = ("so none is put on", "on the last layer of those", "on the last 2 layers of those")
+    assert any(line.startswith("sep: gates ") and words[best] in line for line in spy.lines)
 
 
 def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     train = controller.Trainer.train
 
     def diverge(self, title, *arguments, **options):
-        if title == "sep: gates, trial of 2":
+        if title == "sep: gates, trial with 2":
             raise controller.DivergenceError(title)
         return train(self, title, *arguments, **options)
 
@@ -1942,6 +1942,23 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     assert helps or row["widths"] == lstm["widths"]
     assert row["macs_reduction"] >= 0.7
     assert len(run.results["search"]["sep"]["gate_trials"]) > 1
+
+
+def test_static_is_seps_net_where_that_has_no_gates(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Run, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+    )
+    spy = Spy()
+    settings = replace(TINY, max_candidates=2, target=0.7)
+    run = make_run(tmp_path, spy, settings)
+    run.make_baseline(make_lenet())
+
+    run.make_row("static", run.goal_for("static"))
+
+    gated, static = (sep.load(tmp_path / f"{row}.pt")[0] for row in ("sep", "static"))
+    for name, value in gated.state_dict().items():
+        assert torch.equal(value, static.state_dict()[name])
+    assert "sep has no gates, so static is the same net" in spy.lines
 
 
 def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):

@@ -1095,6 +1095,9 @@ EDITS = {
     "short structures": with_short_structures,
     "a word for a cut": lambda results: results["rows"][0].update(macs_reduction="x"),
     "a word for seconds": lambda results: results.update(seconds="x"),
+    "a word for gates": lambda results: results["search"]["sep"].update(
+        gate_trials=[{"gates": "x"}]
+    ),
     "another version": with_lists_of_candidates,
 }
 

@@ -844,6 +844,7 @@ def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) 
     axis.figure.colorbar(image, ax=axis, label="share of images")
     axis.set(
         xlabel="kernels in use",
+        ylabel="class",
     )
     title = f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image"
     axis.set_title(title, parse_math=False)

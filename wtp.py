@@ -742,14 +742,9 @@ def label_layers(axis, layers: list[str]) -> None:
     is_many = len(layers) > FEW_LAYERS
     rotation = 90 if is_many and axis.axis_name == "x" else 0
     labels = [layers[place] for place in places]
-    axis.set_ticks(
-        # Classes may have names of all kinds, with $ in them.
-        list(places),
-        labels,
-        rotation=rotation,
-        fontsize=5 if is_many else 7,
-        parse_math=False,
-    )
+    fontsize = 5 if is_many else 7
+    # No formulas: names of a user's classes may have $ in them.
+    axis.set_ticks(list(places), labels, rotation=rotation, fontsize=fontsize, parse_math=False)
 
 
 def draw_candidates(axis, results: dict, method: str) -> None:
@@ -842,10 +837,7 @@ def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) 
         list(zip(*kernels)), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
     )
     axis.figure.colorbar(image, ax=axis, label="share of images")
-    axis.set(
-        xlabel="kernels in use",
-        ylabel="class",
-    )
+    axis.set(xlabel="kernels in use", ylabel="class")
     title = f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image"
     axis.set_title(title, parse_math=False)
     label_layers(axis.yaxis, classes)
@@ -2125,7 +2117,7 @@ def describe_tuning(own: dict, baseline: dict) -> str:
 
 def describe_usage(net, usage) -> str:
     """Per gated layer how many of its kernels serve no image, some, and all of them, and how many
-    different choices the images got."""
+    of its groups are in use."""
     layers = []
     for prunable, layer_usage in zip(net.prunable, usage):
         if layer_usage is None:

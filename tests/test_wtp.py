@@ -538,7 +538,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     assert status == 0, err
     small, facts = sep.load(tmp_path / "my-pruned.pt")
     cut = 1 - sep.count_macs(small) / sep.count_macs(net)
-    assert 0.6 <= cut < 0.67
+    assert 0.6 <= cut < 0.66
     assert (small.gates is not None) == (method == "sep")
     assert "my-pruned.pt" in out
     assert (tmp_path / "my.pt").read_bytes() == given
@@ -702,7 +702,7 @@ def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path, monkeypatch):
     rows = rows_by_method(read_results(folder))
     assert small.gates is None
     assert small.widths == gated.structure
-    assert models.count_parameters(small) < models.count_parameters(gated)
+    assert models.count_parameters(small) < models.count_parameters(gated) / 1.5
     assert rows["static"]["macs_reduction"] > rows["sep"]["macs_reduction"]
     assert abs(rows["static"]["test_accuracy"] - rows["sep"]["test_accuracy"]) < 0.15
 
@@ -717,7 +717,7 @@ def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path, monkeypatch):
     assert status == 0, err
     assert "masks them; --static makes" in out
     plain_size, gated_size = ((tmp_path / f"{n}.pt2").stat().st_size for n in ("plain", "gated"))
-    assert plain_size < gated_size
+    assert plain_size < gated_size / 1.5
 
 
 def test_widths_that_machines_like(capsys, smoke, tmp_path):

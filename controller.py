@@ -29,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -846,26 +846,20 @@ def autocast_for(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def measure_accuracy(net: Net, images: Images, *, in_float32: bool = False) -> float:
-    """Share of `images` that `net` classifies right, in [0, 1]."""
+def compute_logits(net: Net, images: Images, *, in_float32: bool = False) -> torch.Tensor:
+    """The logits (N, classes) of a net for images, float32, in the images' order. They are computed
+    as in training, in bfloat16 where the machine has it, unless `in_float32`."""
     net.eval()
     device = images.device
     autocast = torch.autocast(device.type, enabled=False) if in_float32 else autocast_for(device)
     with autocast:
-        chunks = split_into_chunks(images)
-        right = sum(
-            (net(x).argmax(1) == images.labels[index]).sum()
-            for index, x in zip(chunks, images.batches(chunks))
-        )
-    return int(right) / len(images)
-
-
-@torch.no_grad()
-def compute_logits(net: Net, images: Images) -> torch.Tensor:
-    """The logits (N, classes) of a net for images, float32, in their order."""
-    net.eval()
-    with autocast_for(images.device):
         return torch.cat([net(x).float() for x in images.batches(split_into_chunks(images))])
+
+
+def measure_accuracy(net: Net, images: Images, *, in_float32: bool = False) -> float:
+    """Share of `images` that `net` classifies right, in [0, 1]."""
+    predicted = compute_logits(net, images, in_float32=in_float32).argmax(1)
+    return int((predicted == images.labels).sum()) / len(images)
 
 
 @torch.no_grad()
@@ -2270,14 +2264,19 @@ METHODS = ("lstm", "sep", "static", "random", "uniform")
 GATED_METHODS = ("sep", "static")
 
 
+def count_macs_by(method: str, net: Net, structure) -> int:
+    """The MACs of `net` at a structure by a method. Gates that it may get are counted."""
+    count_macs = sep.count_macs if method in GATED_METHODS else models.count_macs
+    return count_macs(net, structure)
+
+
 def make_reduction_of(method: str, net: Net) -> Callable:
     """reduction_of(structure): the share of `net`'s MACs that a structure of it removes by a
-    method. Gates that it may get are counted."""
-    count_macs = sep.count_macs if method in GATED_METHODS else models.count_macs
+    method."""
     whole = models.count_macs(net)
 
     def reduction_of(structure) -> float:
-        return 1 - count_macs(net, structure) / whole
+        return 1 - count_macs_by(method, net, structure) / whole
 
     return reduction_of
 
@@ -2814,8 +2813,8 @@ class Trainer:
             validation=self.data.validation,
             keeps_best=True,
         )
-        macs_reduction = self.make_reduction_of(method)(structure)
-        macs = round((1 - macs_reduction) * models.count_macs(self.baseline))
+        macs = count_macs_by(method, self.baseline, structure)
+        macs_reduction = 1 - macs / models.count_macs(self.baseline)
         accuracy = trained.validation_accuracy
         candidate = Candidate(
             structure=structure,
@@ -3043,6 +3042,13 @@ def keep_last_gates(gate_sizes, count: int) -> list[sep.GateSize | None]:
     gated_layers = [i for i, size in enumerate(gate_sizes) if size is not None]
     kept = gated_layers[len(gated_layers) - count :]
     return [size if i in kept else None for i, size in enumerate(gate_sizes)]
+
+
+def best_gate_count(trials: list[dict]) -> int:
+    """The number of gates with the lowest validation loss; 0 where no trial came to its end."""
+    finished = [trial for trial in trials if trial["validation_loss"] is not None]
+    best = min(finished, key=lambda trial: trial["validation_loss"], default={"gates": 0})
+    return best["gates"]
 
 
 class Run:
@@ -3320,17 +3326,18 @@ class Run:
         trials, seconds = self.try_gates(net, gate_sizes)
         self.folder.results["search"]["sep"]["gate_trials"] = trials
         self.folder.save_results()
-        finished = [trial for trial in trials if trial["validation_loss"] is not None]
-        best = min(finished, key=lambda trial: trial["validation_loss"], default={"gates": 0})
+        count = best_gate_count(trials)
         text = "gates in the last layers do not help, so none is put on"
-        if best["gates"]:
-            layers = "layer" if best["gates"] == 1 else f"{best['gates']} layers"
+        if count:
+            layers = "layer" if count == 1 else f"{count} layers"
             text = f"gates go on the last {layers} of those that have room"
         losses = ", ".join(
-            f"{trial['gates']}: {trial['validation_loss']:.4f}" for trial in finished
+            f"{trial['gates']}: {trial['validation_loss']:.4f}"
+            for trial in trials
+            if trial["validation_loss"] is not None
         )
         self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
-        return keep_last_gates(gate_sizes, best["gates"]), seconds
+        return keep_last_gates(gate_sizes, count), seconds
 
     def try_gates(self, net: Net, gate_sizes) -> tuple[list[dict], float]:
         """(how many gates and their validation loss for each trial, seconds spent). They train on
@@ -3393,14 +3400,20 @@ class Run:
             net, None, facts["seconds"], facts["curve"], validation_loss=facts["validation_loss"]
         )
 
+    @cached_property
+    def validation_probabilities(self) -> torch.Tensor:
+        """The baseline's softmax outputs (N, classes) for the validation images."""
+        return compute_logits(self.trainer.baseline, self.data.validation).softmax(1)
+
     def measure_validation_loss(self, net: Net) -> float | None:
         """What the final training minimises, of `net` on the validation images; None where it is
         no number."""
         images = self.data.validation
-        teacher_probs = compute_logits(self.trainer.baseline, images).softmax(1)
         logits = compute_logits(net, images)
         temperature = self.settings.final.temperature
-        loss = float(distillation_loss(logits, images.labels, teacher_probs, temperature))
+        loss = float(
+            distillation_loss(logits, images.labels, self.validation_probabilities, temperature)
+        )
         return round(loss, 5) if math.isfinite(loss) else None
 
     def choose_by_lstm(self, target: float) -> ScoredStructure:

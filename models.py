@@ -78,6 +78,12 @@ def run_layer(layer, x: torch.Tensor, chosen_group=None) -> torch.Tensor:
     return layer(x)
 
 
+def select_input_channels(weight: torch.Tensor, channels: int, index) -> torch.Tensor:
+    """The weights (out, channels x r, ...) of a layer on the input channels `index` alone."""
+    selected = group_by_input_channel(weight, channels)[:, index]
+    return selected.reshape(len(weight), -1, *weight.shape[2:])
+
+
 def group_by_input_channel(weight: torch.Tensor, channels: int) -> torch.Tensor:
     """The weights of a layer by input channel: (out, channels x r, ...) -> (out, channels, r')."""
     return weight.reshape(weight.shape[0], channels, -1)
@@ -923,9 +929,7 @@ def remove_channels(net: Net, kept_channels) -> Net:
                 if state[key].dim():
                     state[key] = state[key][kept]
         key = prunable.next_layer_name + ".weight"
-        weight = state[key]
-        fewer = group_by_input_channel(weight, width)[:, kept]
-        state[key] = fewer.reshape(weight.shape[0], -1, *weight.shape[2:])
+        state[key] = select_input_channels(state[key], width, kept)
     small.load_state_dict({k: v for k, v in state.items() if not k.startswith("gates.")})
     return small.to(next(net.parameters()).device)
 

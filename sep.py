@@ -333,8 +333,9 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
         if previous is not None:
             # In the gated net a channel of the layer before comes once for each group, and all but
             # one of these are 0. So every copy gets the weight.
-            by_channel = models.group_by_input_channel(weight, net.widths[previous])
-            weight = by_channel[:, copied_channels[previous]].flatten(1)
+            weight = models.select_input_channels(
+                weight, net.widths[previous], copied_channels[previous]
+            )
         gate.excite.weight.copy_(weight)
         gate.excite.bias.copy_(plain_gate.excite.bias)
     return gated
@@ -547,12 +548,6 @@ def number_of(chosen: ChosenGroup | None) -> int | None:
     return None if chosen is None else chosen.number
 
 
-def select_inputs(weight: torch.Tensor, chosen: ChosenGroup) -> torch.Tensor:
-    """The weights (out, C_in' x r, ...) on the channels that the layer before chose."""
-    by_channel = models.group_by_input_channel(weight, chosen.layer_width)
-    return by_channel[:, chosen.channels].reshape(len(weight), -1, *weight.shape[2:])
-
-
 class GatheringLayer:
     """A convolution or linear layer for inference on one image, between the channels at work."""
 
@@ -585,7 +580,7 @@ class GatheringLayer:
             weight = weight.index_select(0, own.channels)
             bias = None if bias is None else bias.index_select(0, own.channels)
         if previous is not None:
-            weight = select_inputs(weight, previous)
+            weight = models.select_input_channels(weight, previous.layer_width, previous.channels)
         if not self.is_linear:
             weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, bias
@@ -629,7 +624,9 @@ class GatedRunner:
         """The gate's weight (groups, inputs') on the channels at work."""
         number = number_of(previous)
         if number not in self.gathered:
-            self.gathered[number] = select_inputs(self.weight, previous)
+            self.gathered[number] = models.select_input_channels(
+                self.weight, previous.layer_width, previous.channels
+            )
         return self.gathered[number]
 
 

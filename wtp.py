@@ -592,12 +592,9 @@ def summarise_search(results: dict, method: str) -> tuple[str, list, list]:
 
 def describe_gates(trials: list[dict]) -> str:
     """What became of the structure that `sep` took from `lstm`'s search."""
-    losses = {
-        trial["gates"]: trial["validation_loss"]
-        for trial in trials
-        if trial["validation_loss"] is not None
-    }
-    gates = min(losses, key=losses.get) if losses else 0
+    from controller import best_gate_count
+
+    gates = best_gate_count(trials)
     if gates == 0:
         return (
             "sep has no gates, for none helped: it is the structure of lstm's search, trained once "

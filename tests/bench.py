@@ -55,7 +55,14 @@ from torchvision import datasets, transforms
 import controller
 import models
 import sep
-from controller import Images, Teacher, TrainingPlan, make_optimizer, measure_accuracy
+from controller import (
+    Images,
+    Teacher,
+    TrainingPlan,
+    compute_logits,
+    make_optimizer,
+    measure_accuracy,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -442,19 +449,12 @@ def train_to_the_end(net, plan, images, teacher, seed=0):
     return trained
 
 
-@torch.no_grad()
-def compute_logits(net, images):
-    """(N, classes)."""
-    net.eval()
-    return torch.cat([net(images.batch(i)) for i in controller.split_into_chunks(images)])
-
-
 def judge(net, images, teacher_probs):
     """(accuracy, loss to the baseline's outputs) on images.
 
     The loss is that at temperature 4 whatever the training's, for it owes less to luck.
     """
-    logits = compute_logits(net, images)
+    logits = compute_logits(net, images, in_float32=True)
     accuracy = (logits.argmax(1) == images.labels).float().mean().item()
     loss = controller.distillation_loss(logits, images.labels, teacher_probs, 4.0)
     return accuracy, loss.item()
@@ -627,7 +627,8 @@ def recipes(folder, checkpoint, cut, epochs, *names):
     labels=W."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
-    teacher_probs = compute_logits(baseline.net, baseline.validation).softmax(1)
+    logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
+    teacher_probs = logits.softmax(1)
     say(f"the baseline: {measure_accuracy(baseline.net, baseline.validation):.2%}")
     for name in names or DEFAULT_RECIPES:
         recipe = parse_recipe(name, int(epochs))
@@ -927,7 +928,8 @@ def budgets(folder, checkpoint, cut, count):
     """Which recovery ranks structures as the final training will? On validation images, by the
     accuracy and by the loss to the baseline's outputs."""
     baseline = load_baseline(folder, checkpoint)
-    teacher_probs = compute_logits(baseline.net, baseline.validation).softmax(1)
+    logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
+    teacher_probs = logits.softmax(1)
     teachers = [baseline.teacher, Teacher(baseline.net, baseline.train, 1)]
     plans = list_budgets(baseline.net.arch)
     rows = []

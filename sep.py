@@ -95,26 +95,6 @@ class SEGate(nn.Module):
     def mask_of_group(self, group: int) -> torch.Tensor:
         return torch.zeros(self.width).index_fill(0, self.channels_of_group(group), 1.0)
 
-    @torch.no_grad()
-    def fit_scores(self, squeezed: torch.Tensor) -> None:
-        """ours: give each group a cluster of images. squeezed (N, inputs), of N images.
-
-        An image gets the group whose cluster has the nearest centre, where every input counts in
-        its own standard deviations.
-        """
-        count = max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // squeezed.shape[1])
-        squeezed = squeezed[:count].double().nan_to_num(0.0, 0.0, 0.0)
-        mean = squeezed.mean(0)
-        deviation = squeezed.std(0, correction=0)
-        # An input that hardly changes says nothing.
-        deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
-        centres = find_clusters((squeezed - mean) / deviation, self.groups)
-        # The distance of a point z from a centre c, |z - c|^2, is smallest where 2 c z - |c|^2 is
-        # largest.
-        weight = 2 * centres / deviation
-        self.excite.weight.copy_(weight)
-        self.excite.bias.copy_(-centres.square().sum(1) - weight @ mean)
-
     def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """The group (B,) of each image; x is what the layer reads."""
         # Means and scores in float32: bfloat16's three digits would tip many a choice.
@@ -136,6 +116,27 @@ class SEGate(nn.Module):
         # Last of all: a norm's shift, or a sigmoid, makes something of zeros.
         ones = [1] * (y.dim() - 2)
         return y * mask.reshape(*mask.shape, *ones).to(y.dtype)
+
+
+@torch.no_grad()
+def fit_scores(squeezed: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ours: the (weight (groups, inputs), bias (groups,)) of scores that give each group a cluster
+    of images. squeezed (N, inputs), of N images.
+
+    An image gets the group whose cluster has the nearest centre, where every input counts in its
+    own standard deviations.
+    """
+    count = max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // squeezed.shape[1])
+    squeezed = squeezed[:count].double().nan_to_num(0.0, 0.0, 0.0)
+    mean = squeezed.mean(0)
+    deviation = squeezed.std(0, correction=0)
+    # An input that hardly changes says nothing.
+    deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
+    centres = find_clusters((squeezed - mean) / deviation, groups)
+    # The distance of a point z from a centre c, |z - c|^2, is smallest where 2 c z - |c|^2 is
+    # largest.
+    weight = 2 * centres / deviation
+    return weight, -centres.square().sum(1) - weight @ mean
 
 
 @torch.no_grad()
@@ -325,10 +326,7 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
     for i, gate in enumerate(gates_of(gated)):
         if gate is None:
             continue
-        values = squeezed[net.prunable[i].layer_name]
-        plain_gate = SEGate(values.shape[1], gate.k, gate.always_on, gate.groups).to(values.device)
-        plain_gate.fit_scores(values)
-        weight = plain_gate.excite.weight
+        weight, bias = fit_scores(squeezed[net.prunable[i].layer_name], gate.groups)
         previous = index_of_previous_layer(net, i)
         if previous is not None:
             # In the gated net a channel of the layer before comes once for each group, and all but
@@ -337,7 +335,7 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
                 weight, net.widths[previous], copied_channels[previous]
             )
         gate.excite.weight.copy_(weight)
-        gate.excite.bias.copy_(plain_gate.excite.bias)
+        gate.excite.bias.copy_(bias)
     return gated
 
 

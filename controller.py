@@ -2975,7 +2975,7 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
 
 
 def make_plain(gated: Net, images: Images) -> Net:
-    """ours: a plain small net of a gated one, of the kernels that the gates choose most often.
+    """ours: a plain small net of a gated one, of the mean of its groups of kernels.
 
     `images` are those that the gates choose for. Callers train the net some more, and keep that
     where it helps: where all images choose alike, the plain net computes what the gated one does,

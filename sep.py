@@ -190,6 +190,11 @@ class Usage:
         return int((self.images_of_group > 0).sum())
 
     @property
+    def share_of_group(self) -> torch.Tensor:
+        """(groups,): the share of the images that each group serves, in [0, 1]."""
+        return self.images_of_group.double() / self.images
+
+    @property
     def share_of_kernel(self) -> torch.Tensor:
         """(C,): the share of the images that each kernel serves, in [0, 1]."""
         return (self.images_of_group.double() @ self.masks.double()) / self.images
@@ -409,16 +414,35 @@ def measure_usage(net: Net, batches) -> list[Usage | None]:
 @torch.no_grad()
 def to_static(net: Net, batches) -> Net:
     """ours: a gated net as a plain small one: of each gated layer the always-on kernels stay, and
-    the group that is chosen most often on `batches`, each (B, C, H, W)."""
+    the mean of the groups, where a group counts by how many images choose it.
+
+    The images come in `batches`, each (B, C, H, W), normalised. Groups began as copies of one
+    another, and nets that part from one point can be averaged (Wortsman et al. 2022, "Model
+    soups"). The group that is chosen most often is worse: it has learnt from its own images alone.
+    """
     usage = measure_usage(net, batches)
-    kept_channels = []
-    for width, gate, layer_usage in zip(net.widths, gates_of(net), usage):
+    plain = models.remove_channels(net, [torch.arange(width) for width in net.widths])
+    for index, (gate, layer_usage) in enumerate(zip(gates_of(net), usage)):
         if gate is None:
-            kept_channels.append(torch.arange(width))
             continue
-        most_chosen = int(layer_usage.images_of_group.argmax())
-        kept_channels.append(gate.channels_of_group(most_chosen))
-    return models.remove_channels(net, kept_channels)
+        nets = []
+        for group in range(gate.groups):
+            kept_channels = [torch.arange(width) for width in plain.widths]
+            kept_channels[index] = gate.channels_of_group(group)
+            nets.append(models.remove_channels(plain, kept_channels))
+        plain = average_nets(nets, layer_usage.share_of_group)
+    return plain
+
+
+def average_nets(nets: list[Net], weights: torch.Tensor) -> Net:
+    """The weighted mean of nets of one form; `weights` (len(nets),) add up to 1."""
+    mean = deepcopy(nets[0])
+    states = [net.state_dict() for net in nets]
+    for name, value in mean.state_dict().items():
+        if value.is_floating_point():
+            stacked = torch.stack([state[name] for state in states])
+            value.copy_(torch.tensordot(weights.to(value), stacked, 1))
+    return mean
 
 
 def count_macs(net: Net, structure=None) -> int:

@@ -834,7 +834,7 @@ def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) 
         list(zip(*kernels)), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
     )
     axis.figure.colorbar(image, ax=axis, label="share of images")
-    axis.set(xlabel="kernels in use", ylabel="class")
+    axis.set(xlabel="kernels in use, ordered by the class that uses them most", ylabel="class")
     title = f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image"
     axis.set_title(title, parse_math=False)
     label_layers(axis.yaxis, classes)
@@ -1391,9 +1391,10 @@ def announce(run, reporter, methods, *, is_given: bool) -> None:
     final_trainings = len([method for method in methods if method != "static"])
     if final_trainings:
         final = f", {final_trainings} x {run.settings.final.epochs} of them final training"
+    total = "1 epoch" if round(epochs) == 1 else f"{epochs:,.0f} epochs"
     reporter.say(
-        f"{run.folder.path}: up to about {epochs:,.0f} epochs{final}; stop it when you like, "
-        "the same command goes on"
+        f"{run.folder.path}: up to about {total}{final}; stop it when you like, the same command "
+        "goes on"
     )
 
 
@@ -1812,7 +1813,7 @@ def prune(
         bool,
         typer.Option(
             "--static",
-            help="with sep: a plain small net of the kernels that the gates choose most often",
+            help="with sep: a plain small net, of the mean of its groups of kernels",
         ),
     ] = False,
     target: Target = None,
@@ -2175,7 +2176,7 @@ def export(
         bool,
         typer.Option(
             "--static",
-            help="of a gated net: a plain small one, of the kernels chosen most often",
+            help="of a gated net: a plain small one, of the mean of its groups of kernels",
         ),
     ] = False,
     size: Annotated[
@@ -2284,8 +2285,8 @@ def make_static_for_export(gated, train):
     steps = max(1, min(schedule.recovery_steps, len(train) // BATCH_SIZE))
     plan = TrainingPlan(1, schedule.lr, is_one_cycle=True, max_steps=steps)
     print_line(
-        f"reads {len(train):,} training images, to choose kernels by them and to compare: up to "
-        "some minutes on a CPU"
+        f"reads {len(train):,} training images, to see how often each group of kernels is chosen, "
+        "and to compare: up to some minutes on a CPU"
     )
     gated_accuracy = measure_accuracy(gated, train)
     plain = make_plain(gated, train)

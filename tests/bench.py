@@ -828,6 +828,19 @@ def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
             ):
                 pass
         say(f"{name}, seed {seed}: {describe_gated(net, baseline)}")
+        if gate_sizes is not None:
+            say(f"{name} made plain, seed {seed}: {describe_static(net, baseline, plan, teacher)}")
+
+
+def describe_static(net, baseline, plan, teacher):
+    """Test accuracies of a gated net made plain, before and after a recovery of 50 steps."""
+    plain = controller.make_plain(net, baseline.all)
+    recovery = replace(plan, epochs=1, max_steps=50)
+    recovered = train_to_the_end(plain, recovery, baseline.all, teacher, teacher.seed)
+    before, after = (
+        measure_accuracy(each, baseline.test, in_float32=True) for each in (plain, recovered)
+    )
+    return f"test accuracy {before:.2%}, after 50 steps {after:.2%}"
 
 
 def describe_gated(net, baseline):

@@ -3171,13 +3171,19 @@ class Run:
                 method, net, score, target, is_required=goal.is_required
             )
             seconds += more_seconds
+        gate_sizes = []
+        shares_search = method == "sep" and self.settings.searches_by_regression(target)
         if method == "sep":
             gate_sizes, more_seconds = self.select_gated_layers(net)
             seconds += more_seconds
-            shares_search = self.settings.searches_by_regression(target)
             if shares_search and not any(gate_sizes) and not self.round_to:
-                net, score = self.give_back_kernels(target)
+                # The kernels that were to pay for gates come back.
+                trials = self.results["search"]["sep"].get("gate_trials", [])
+                net, score = self.share_search(target, pays_for_gates=False, gate_trials=trials)
+        if any(gate_sizes):
             trained = self.train_with_gates(net, gate_sizes)
+        elif shares_search and self.has_lstm_net_of(net.structure):
+            trained = self.take_lstm_net()
         else:
             plan = self.settings.final
             trained = self.trainer.train(f"{method}: final", net, self.data.all, plan)
@@ -3253,12 +3259,13 @@ class Run:
         return net, score
 
     def share_search(
-        self, target: float, *, pays_for_gates: bool = True
+        self, target: float, *, pays_for_gates: bool = True, gate_trials=()
     ) -> tuple[Net, ScoredStructure]:
         """ours, for `fast`: `sep` gates the structure that `lstm`'s search finds.
 
         Candidates of both are hard-pruned, so a search of its own would try the same again. Gates
-        cost MACs, too: where it `pays_for_gates`, a little more has to go.
+        cost MACs, too: where it `pays_for_gates`, a little more has to go. The results keep the
+        `gate_trials` that came before.
         """
         trainer = self.trainer
         structure = self.choose_by_lstm(target).structure
@@ -3280,17 +3287,26 @@ class Run:
             lstm_epoch=1,
             number=1,
         )
-        self.folder.log_search("sep", "shared", target, [candidate])
+        self.folder.log_search("sep", "shared", target, [candidate], gate_trials=list(gate_trials))
         self.folder.save_results()
         return net, candidate
 
-    def give_back_kernels(self, target: float) -> tuple[Net, ScoredStructure]:
-        """`share_search` where no gate is put on: with the kernels that were to pay for gates."""
-        trials = self.folder.results["search"]["sep"].get("gate_trials", [])
-        net, score = self.share_search(target, pays_for_gates=False)
-        self.folder.results["search"]["sep"]["gate_trials"] = trials
-        self.folder.save_results()
-        return net, score
+    def has_lstm_net_of(self, structure) -> bool:
+        """Whether the folder has `lstm`'s trained net, of that structure."""
+        row = self.row("lstm")
+        if row is None or tuple(row["widths"]) != tuple(structure):
+            return False
+        return models.is_intact(self.folder.checkpoint("lstm"))
+
+    def take_lstm_net(self) -> TrainedNet:
+        """`lstm`'s net for a `sep` without gates, which shares its search: the same training would
+        give the same net again."""
+        net, facts = self.load_row_net("lstm")
+        search_seconds = sum(
+            candidate.seconds for candidate in self.folder.searched_candidates("lstm")
+        )
+        self.reporter.say("sep has no gates, so it is lstm's net")
+        return TrainedNet(net, None, facts["seconds"] - search_seconds, facts["curve"])
 
     def train_with_gates(self, net: Net, gate_sizes) -> TrainedNet:
         """ours: the final training of `sep`, in two parts of one schedule. The first trains the

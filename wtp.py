@@ -597,8 +597,8 @@ def describe_gates(trials: list[dict]) -> str:
     gates = best_gate_count(trials)
     if gates == 0:
         return (
-            "sep has no gates, for none helped: it is the structure of lstm's search, trained once "
-            "more; its time includes that search"
+            "sep has no gates, for none helped, and is the net of lstm's search; its time includes "
+            "that search"
         )
     number = "one gate" if gates == 1 else f"{gates} gates"
     return (

@@ -1924,6 +1924,28 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
     assert len(trained.curve) == 4
 
 
+@pytest.mark.parametrize("methods", [("lstm", "sep"), ("sep",)])
+def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
+    monkeypatch.setattr(
+        Run, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+    )
+    settings = replace(TINY, max_candidates=2, target=0.7)
+    lstm_run = make_run(tmp_path / "lstm", settings=settings)
+    run = make_run(tmp_path / "sep", spy := Spy(), settings)
+    for each, its_methods in ((lstm_run, ("lstm",)), (run, methods)):
+        each.make_baseline(make_lenet())
+        for method in its_methods:
+            each.make_row(method, each.goal_for(method))
+
+    expected = sep.load(tmp_path / "lstm" / "lstm.pt")[0].state_dict()
+    net = sep.load(tmp_path / "sep" / "sep.pt")[0]
+    assert net.gates is None
+    assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
+    assert ("sep has no gates, so it is lstm's net" in spy.lines) == ("lstm" in methods)
+    assert run.results["curves"]["sep"] == lstm_run.results["curves"]["lstm"]
+    assert run.row("sep")["seconds"] > 0
+
+
 @pytest.mark.parametrize("helps", [False, True])
 def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     def measure_loss(self, net):

@@ -3027,9 +3027,9 @@ def plan_gate_trial(final: TrainingPlan, images: int) -> TrainingPlan:
 
 
 def list_gate_counts(gate_sizes) -> list[int]:
-    """How many gates to try: none, 1, 2, 4, ..., and all that have room."""
+    """How many gates to try: 1, 2, 4, ..., and all that have room."""
     room = sum(size is not None for size in gate_sizes)
-    counts = [0]
+    counts = []
     count = 1
     while count < room:
         counts.append(count)
@@ -3171,19 +3171,9 @@ class Run:
                 method, net, score, target, is_required=goal.is_required
             )
             seconds += more_seconds
-        gate_sizes = []
-        shares_search = method == "sep" and self.settings.searches_by_regression(target)
         if method == "sep":
-            gate_sizes, more_seconds = self.select_gated_layers(net)
+            trained, score, more_seconds = self.train_sep(net, score, target)
             seconds += more_seconds
-            if shares_search and not any(gate_sizes) and not self.round_to:
-                # The kernels that were to pay for gates come back.
-                trials = self.results["search"]["sep"].get("gate_trials", [])
-                net, score = self.share_search(target, pays_for_gates=False, gate_trials=trials)
-        if any(gate_sizes):
-            trained = self.train_with_gates(net, gate_sizes)
-        elif shares_search and self.has_lstm_net_of(net.structure):
-            trained = self.take_lstm_net()
         else:
             plan = self.settings.final
             trained = self.trainer.train(f"{method}: final", net, self.data.all, plan)
@@ -3214,6 +3204,8 @@ class Run:
             net, score = self.find_uniform(target)
         elif method == "sep" and self.settings.searches_by_regression(target):
             net, score = self.share_search(target)
+            self.folder.log_search("sep", "shared", target, [score])
+            self.folder.save_results()
             searches.append("lstm")
         else:
             net, score = run_search(self.trainer, method, target)
@@ -3259,13 +3251,12 @@ class Run:
         return net, score
 
     def share_search(
-        self, target: float, *, pays_for_gates: bool = True, gate_trials=()
+        self, target: float, *, pays_for_gates: bool = True
     ) -> tuple[Net, ScoredStructure]:
         """ours, for `fast`: `sep` gates the structure that `lstm`'s search finds.
 
         Candidates of both are hard-pruned, so a search of its own would try the same again. Gates
-        cost MACs, too: where it `pays_for_gates`, a little more has to go. The results keep the
-        `gate_trials` that came before.
+        cost MACs, too: where it `pays_for_gates`, a little more has to go.
         """
         trainer = self.trainer
         structure = self.choose_by_lstm(target).structure
@@ -3278,18 +3269,41 @@ class Run:
                 self.settings.pruning_rate,
             )
         path = self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt"
-        net, candidate = trainer.load_or_make_candidate(
+        return trainer.load_or_make_candidate(
             path,
             "sep",
             trainer.load_baseline(),
             structure,
             target=target,
             lstm_epoch=1,
-            number=1,
+            number=1 if pays_for_gates else 2,
         )
-        self.folder.log_search("sep", "shared", target, [candidate], gate_trials=list(gate_trials))
-        self.folder.save_results()
-        return net, candidate
+
+    def train_sep(
+        self, net: Net, score: ScoredStructure, target: float | None
+    ) -> tuple[TrainedNet, ScoredStructure, float]:
+        """(trained net, its score, seconds spent before): the final training of `sep`, with gates
+        where they help.
+
+        Where `sep` shares `lstm`'s search and no gate helps, it is `lstm`'s net: that has more
+        kernels than `net`, for no gate has to be paid for.
+        """
+        shares_search = self.settings.searches_by_regression(target)
+        ungated_net, ungated_score = net, score
+        seconds = 0.0
+        if shares_search and not self.round_to:
+            ungated_net, ungated_score = self.share_search(target, pays_for_gates=False)
+        if ungated_net.structure != net.structure:
+            seconds += ungated_score.seconds
+            self.folder.log_search("sep", "shared", target, [score, ungated_score])
+        gate_sizes, more_seconds = self.select_gated_layers(net, ungated_net)
+        seconds += more_seconds
+        if any(gate_sizes):
+            return self.train_with_gates(net, gate_sizes), score, seconds
+        if shares_search and self.has_lstm_net_of(ungated_net.structure):
+            return self.take_lstm_net(), ungated_score, seconds
+        trained = self.trainer.train("sep: final", ungated_net, self.data.all, self.settings.final)
+        return trained, ungated_score, seconds
 
     def has_lstm_net_of(self, structure) -> bool:
         """Whether the folder has `lstm`'s trained net, of that structure."""
@@ -3327,19 +3341,22 @@ class Run:
         seconds = plain.seconds + trained.seconds
         return TrainedNet(trained.net, None, seconds, plain.curve + trained.curve)
 
-    def select_gated_layers(self, net: Net) -> tuple[list[sep.GateSize | None], float]:
+    def select_gated_layers(
+        self, net: Net, ungated_net: Net
+    ) -> tuple[list[sep.GateSize | None], float]:
         """(the size of each layer's gate, None for no gate; seconds spent): which layers of a
         pruned net get gates.
 
         A choice by the image pays most in the last layers, if at all. So a few short trainings
-        have gates in none, the last, the last two, four, ... of the layers with room for them. The
-        one with the lowest loss on the validation images wins.
+        have gates in the last, the last two, four, ... of the layers with room for them, and one
+        trains the `ungated_net`, which may have more kernels instead. The one with the lowest loss
+        on the validation images wins.
         """
         gate_sizes = sep.largest_gate_sizes(self.trainer.baseline.widths, net.structure)
         if not any(gate_sizes):
             self.reporter.say("sep: no layer lost enough kernels to have room for a gate")
             return gate_sizes, 0.0
-        trials, seconds = self.try_gates(net, gate_sizes)
+        trials, seconds = self.try_gates(net, ungated_net, gate_sizes)
         self.folder.results["search"]["sep"]["gate_trials"] = trials
         self.folder.save_results()
         count = best_gate_count(trials)
@@ -3355,22 +3372,33 @@ class Run:
         self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
         return keep_last_gates(gate_sizes, count), seconds
 
-    def try_gates(self, net: Net, gate_sizes) -> tuple[list[dict], float]:
+    def try_gates(self, net: Net, ungated_net: Net, gate_sizes) -> tuple[list[dict], float]:
         """(how many gates and their validation loss for each trial, seconds spent). They train on
         the images that do not validate. A trial whose training diverges has the loss None."""
         images = self.data.train
         plan = plan_gate_trial(self.settings.final, len(images))
         plain_epochs, gated_epochs = split_epochs(plan)
-        structure = net.structure
-        title = "sep: gates, before the trials"
-        plain = self.train_or_load(
-            title, structure, partial(deepcopy, net), images, plan, plain_epochs
+        ungated = self.train_or_load(
+            "sep: gates, trial with 0",
+            ungated_net.structure,
+            partial(deepcopy, ungated_net),
+            images,
+            plan,
+            range(plan.epochs),
         )
-        seconds = plain.seconds
-        trials = []
+        structure = net.structure
+        plain = self.train_or_load(
+            "sep: gates, before the trials",
+            structure,
+            partial(deepcopy, net),
+            images,
+            plan,
+            plain_epochs,
+        )
+        seconds = ungated.seconds + plain.seconds
+        trials = [{"gates": 0, "validation_loss": ungated.validation_loss}]
         for count in list_gate_counts(gate_sizes):
-            sizes = keep_last_gates(gate_sizes, count)
-            make_gated = partial(self.put_gates_on, plain.net, sizes)
+            make_gated = partial(self.put_gates_on, plain.net, keep_last_gates(gate_sizes, count))
             title = f"sep: gates, trial with {count}"
             loss = None
             try:
@@ -3380,16 +3408,13 @@ class Run:
                 seconds += trained.seconds
                 loss = trained.validation_loss
             except DivergenceError:
-                if count == 0:
-                    raise
+                pass
             trials.append({"gates": count, "validation_loss": loss})
         return trials, seconds
 
     def put_gates_on(self, net: Net, gate_sizes) -> Net:
         """A copy of `net` with these gates; they divide some of the training images among their
         groups."""
-        if not any(gate_sizes):
-            return deepcopy(net)
         images = self.data.train
         generator = torch.Generator().manual_seed(seed_for(self.settings.seed, "clusters"))
         order = torch.randperm(len(images), generator=generator)[:CLUSTERED_IMAGES]

@@ -294,7 +294,8 @@ def estimate_gate_trials(settings, images: int) -> float:
     from controller import plan_gate_trial, split_epochs
 
     plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final, images))
-    return len(plain_epochs) + 5 * len(gated_epochs)  # 4 trials of 3 layers, 6 of 16
+    # A trial without gates, and 3 with gates where 3 layers have room, 5 where 16 have.
+    return 2 * len(plain_epochs) + 5 * len(gated_epochs)
 
 
 def estimate_candidates(settings, method: str, *, has_row: bool) -> int:

@@ -1772,8 +1772,12 @@ def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_
 
 @pytest.mark.parametrize("max_candidates", [None, 3])
 def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_gates_reach(
-    max_candidates, tmp_path
+    max_candidates, tmp_path, monkeypatch
 ):
+    def measure_loss(self, net):
+        return 2.0 if net.gates is None else 1.0
+
+    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
     settings = replace(
         TINY,
         max_candidates=max_candidates,
@@ -1804,9 +1808,9 @@ def test_gates_are_tried_in_the_last_layers_first():
     size = sep.GateSize(0, 2)
     largest = [size, None, size, size, None]
 
-    assert controller.list_gate_counts(largest) == [0, 1, 2, 3]
-    assert controller.list_gate_counts([size] * 16) == [0, 1, 2, 4, 8, 16]
-    assert controller.list_gate_counts([size]) == [0, 1]
+    assert controller.list_gate_counts(largest) == [1, 2, 3]
+    assert controller.list_gate_counts([size] * 16) == [1, 2, 4, 8, 16]
+    assert controller.list_gate_counts([size]) == [1]
     assert controller.keep_last_gates(largest, 0) == [None] * 5
     assert controller.keep_last_gates(largest, 2) == [None, None, size, size, None]
     assert controller.keep_last_gates(largest, 3) == largest
@@ -1854,8 +1858,7 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     run.folder.log_search("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    gate_sizes, _ = run.select_gated_layers(net)
-    trained = run.train_with_gates(net, gate_sizes)
+    trained, _, _ = run.train_sep(net, None, None)
 
     gates = sep.gates_of(trained.net)
     assert [gate is not None for gate in gates] == [False, best == 2, best > 0]
@@ -1881,7 +1884,8 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
     run.folder.log_search("sep", "shared", 0.5, [])
 
-    run.select_gated_layers(models.prune_channels(baseline, structure))
+    net = models.prune_channels(baseline, structure)
+    run.select_gated_layers(net, net)
 
     losses = [t["validation_loss"] for t in run.results["search"]["sep"]["gate_trials"]]
     assert losses[2] is None
@@ -1904,13 +1908,13 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
         run.folder.log_search("sep", "shared", 0.5, [])
         try:
             net = models.prune_channels(baseline, structure)
-            return run.train_with_gates(net, run.select_gated_layers(net)[0])
+            return run.train_sep(net, None, None)[0]
         finally:
             run.folder.lock.close()
 
     # It is stopped in its last part, with two gates, after the baseline, the trials (each with as
     # many epochs as the final training, for images are few), and the part without gates.
-    epochs = settings.baseline.epochs + 1 + 3 * 3 + 1 + 1
+    epochs = settings.baseline.epochs + 4 + 1 + 2 * 3 + 1 + 1
     with pytest.raises(Interrupted):
         train(Spy(epochs))
     assert torch.load(tmp_path / "progress.pt")["title"] == "sep: final"
@@ -1948,8 +1952,11 @@ def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
 
 @pytest.mark.parametrize("helps", [False, True])
 def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
+    measured = {False: set(), True: set()}  # the structures without and with gates
+
     def measure_loss(self, net):
         has_gates = net.gates is not None
+        measured[has_gates].add(net.structure)
         return 1.0 if has_gates == helps else 2.0
 
     monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
@@ -1964,6 +1971,10 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     assert (sep.load(tmp_path / "sep.pt")[0].gates is not None) == helps
     assert helps or row["widths"] == lstm["widths"]
     assert row["macs_reduction"] >= 0.7
+    # The trial without gates has the kernels that gates would cost.
+    assert tuple(lstm["widths"]) in measured[False]
+    assert len(measured[True]) == 1
+    assert sum(*measured[True]) < sum(lstm["widths"])
     assert len(run.results["search"]["sep"]["gate_trials"]) > 1
 
 
@@ -1989,8 +2000,7 @@ def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):
     run = make_run(tmp_path, spy)
     baseline = run.make_baseline(make_lenet())
 
-    gate_sizes, _ = run.select_gated_layers(baseline)
-    trained = run.train_with_gates(run.trainer.load_baseline(), gate_sizes)
+    trained, _, _ = run.train_sep(run.trainer.load_baseline(), None, None)
 
     assert trained.net.gates is None
     assert trained.net.widths == baseline.widths

@@ -3172,15 +3172,14 @@ class Run:
             )
             seconds += more_seconds
         if method == "sep":
-            trained, score, more_seconds = self.train_sep(net, score, target)
+            trained, accuracy, more_seconds = self.train_sep(net, score, target)
             seconds += more_seconds
         else:
             plan = self.settings.final
             trained = self.trainer.train(f"{method}: final", net, self.data.all, plan)
+            accuracy = score.validation_accuracy
         # No image is left to validate the final training: the accuracy is the recovered net's.
-        self.save_net(
-            method, trained.net, score.validation_accuracy, trained.seconds + seconds, trained.curve
-        )
+        self.save_net(method, trained.net, accuracy, trained.seconds + seconds, trained.curve)
 
     def lower_goal(self, method: str, goal: Goal) -> float | None:
         """The goal. Where it is only another row's cut, at most what this method can remove."""
@@ -3271,27 +3270,27 @@ class Run:
         path = self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt"
         return trainer.load_or_make_candidate(
             path,
-            "sep",
+            "sep" if pays_for_gates else "lstm",  # by which its MACs are counted
             trainer.load_baseline(),
             structure,
             target=target,
             lstm_epoch=1,
-            number=1 if pays_for_gates else 2,
+            number=1,
         )
 
     def train_sep(
         self, net: Net, score: ScoredStructure, target: float | None
-    ) -> tuple[TrainedNet, ScoredStructure, float]:
-        """(trained net, its score, seconds spent before): the final training of `sep`, with gates
-        where they help.
+    ) -> tuple[TrainedNet, float, float]:
+        """(trained net, its validation accuracy before, seconds spent before): the final training
+        of `sep`, with gates where they help.
 
         Where `sep` shares `lstm`'s search and no gate helps, it is `lstm`'s net: that has more
-        kernels than `net`, for no gate has to be paid for.
+        kernels than `net`, for no gate has to be paid for. Rounded widths stay as they are.
         """
-        shares_search = self.settings.searches_by_regression(target)
+        shares_net = self.settings.searches_by_regression(target) and not self.round_to
         ungated_net, ungated_score = net, score
         seconds = 0.0
-        if shares_search and not self.round_to:
+        if shares_net:
             ungated_net, ungated_score = self.share_search(target, pays_for_gates=False)
         if ungated_net.structure != net.structure:
             seconds += ungated_score.seconds
@@ -3299,11 +3298,12 @@ class Run:
         gate_sizes, more_seconds = self.select_gated_layers(net, ungated_net)
         seconds += more_seconds
         if any(gate_sizes):
-            return self.train_with_gates(net, gate_sizes), score, seconds
-        if shares_search and self.has_lstm_net_of(ungated_net.structure):
-            return self.take_lstm_net(), ungated_score, seconds
+            return self.train_with_gates(net, gate_sizes), score.validation_accuracy, seconds
+        if shares_net and self.has_lstm_net_of(ungated_net.structure):
+            trained = self.take_lstm_net()
+            return trained, trained.validation_accuracy, seconds
         trained = self.trainer.train("sep: final", ungated_net, self.data.all, self.settings.final)
-        return trained, ungated_score, seconds
+        return trained, ungated_score.validation_accuracy, seconds
 
     def has_lstm_net_of(self, structure) -> bool:
         """Whether the folder has `lstm`'s trained net, of that structure."""
@@ -3313,14 +3313,19 @@ class Run:
         return models.is_intact(self.folder.checkpoint("lstm"))
 
     def take_lstm_net(self) -> TrainedNet:
-        """`lstm`'s net for a `sep` without gates, which shares its search: the same training would
-        give the same net again."""
+        """`lstm`'s net for a `sep` without gates, which has its structure and would have the same
+        final training."""
         net, facts = self.load_row_net("lstm")
         search_seconds = sum(
             candidate.seconds for candidate in self.folder.searched_candidates("lstm")
         )
         self.reporter.say("sep has no gates, so it is lstm's net")
-        return TrainedNet(net, None, facts["seconds"] - search_seconds, facts["curve"])
+        return TrainedNet(
+            net,
+            facts["validation_accuracy"],
+            facts["seconds"] - search_seconds,
+            facts["curve"],
+        )
 
     def train_with_gates(self, net: Net, gate_sizes) -> TrainedNet:
         """ours: the final training of `sep`, in two parts of one schedule. The first trains the
@@ -3379,7 +3384,7 @@ class Run:
         plan = plan_gate_trial(self.settings.final, len(images))
         plain_epochs, gated_epochs = split_epochs(plan)
         ungated = self.train_or_load(
-            "sep: gates, trial with 0",
+            "sep: gates, trial without",
             ungated_net.structure,
             partial(deepcopy, ungated_net),
             images,

@@ -425,23 +425,25 @@ def to_static(net: Net, batches) -> Net:
     for index, (gate, layer_usage) in enumerate(zip(gates_of(net), usage)):
         if gate is None:
             continue
-        nets = []
-        for group in range(gate.groups):
-            kept_channels = [torch.arange(width) for width in plain.widths]
-            kept_channels[index] = gate.channels_of_group(group)
-            nets.append(models.remove_channels(plain, kept_channels))
-        plain = average_nets(nets, layer_usage.share_of_group)
+        plain = average_groups(plain, index, gate, layer_usage.share_of_group)
     return plain
 
 
-def average_nets(nets: list[Net], weights: torch.Tensor) -> Net:
-    """The weighted mean of nets of one form; `weights` (len(nets),) add up to 1."""
-    mean = deepcopy(nets[0])
-    states = [net.state_dict() for net in nets]
-    for name, value in mean.state_dict().items():
-        if value.is_floating_point():
-            stacked = torch.stack([state[name] for state in states])
-            value.copy_(torch.tensordot(weights.to(value), stacked, 1))
+def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Tensor) -> Net:
+    """A net without gates as `net`, but for the prunable layer `index`: of the groups of kernels
+    that its `gate` chose from it has the mean, weighted by share_of_group (groups,)."""
+    mean = None
+    for group, share in enumerate(share_of_group.tolist()):
+        if share == 0:
+            continue
+        kept_channels = [torch.arange(width) for width in net.widths]
+        kept_channels[index] = gate.channels_of_group(group)
+        total = models.remove_channels(net, kept_channels)
+        values_before = {} if mean is None else mean.state_dict()
+        for name, value in total.state_dict().items():
+            if value.is_floating_point():
+                value.mul_(share).add_(values_before.get(name, 0.0))
+        mean = total
     return mean
 
 

@@ -290,12 +290,12 @@ def estimate_epochs(
 
 
 def estimate_gate_trials(settings, images: int) -> float:
-    """How many epochs `sep` spends on where to put gates: of about five trainings."""
+    """How many epochs `sep` may spend on where to put gates."""
     from controller import plan_gate_trial, split_epochs
 
     plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final, images))
     # A trial without gates, and 3 with gates where 3 layers have room, 5 where 16 have.
-    return 2 * len(plain_epochs) + 5 * len(gated_epochs)
+    return 2 * len(plain_epochs) + 6 * len(gated_epochs)
 
 
 def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
@@ -305,7 +305,7 @@ def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
     if method == "uniform":
         return 1 if settings.searches_by_regression(settings.target) else 10
     if method == "sep" and by_regression and has_row:
-        return 1  # `lstm`'s search serves it
+        return 2  # `lstm`'s search serves it: its structure, and one that pays for gates
     if by_regression and has_cut:
         return settings.max_candidates
     return (settings.patience + 10) * settings.candidates_per_lstm_epoch
@@ -526,7 +526,8 @@ def describe_results(results: dict, rows: list[dict]):
     if {"lstm", "uniform"} <= finished and widths_of["lstm"] == widths_of["uniform"]:
         yield "lstm chose exactly the structure of uniform: they differ by chance alone"
     if "sep" in finished and has_shared_search(results):
-        yield describe_gates(results["search"]["sep"].get("gate_trials", []))
+        trials = results["search"]["sep"].get("gate_trials", [])
+        yield describe_gates(trials, is_rounded="sep" in results["rounded"])
     if "static" in finished:
         yield "static begins with sep's net; its time includes sep's"
     for method, log in results["search"].items():
@@ -591,11 +592,16 @@ def summarise_search(results: dict, method: str) -> tuple[str, list, list]:
     return measure, *means
 
 
-def describe_gates(trials: list[dict]) -> str:
+def describe_gates(trials: list[dict], *, is_rounded: bool) -> str:
     """What became of the structure that `sep` took from `lstm`'s search."""
     from controller import best_gate_count
 
     gates = best_gate_count(trials)
+    if gates == 0 and is_rounded:
+        return (
+            "sep has no gates, for none helped; its widths were rounded with room for gates; its "
+            "time includes lstm's search"
+        )
     if gates == 0:
         return (
             "sep has no gates, for none helped, and is the net of lstm's search; its time includes "

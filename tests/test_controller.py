@@ -1858,7 +1858,7 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     run.folder.log_search("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    trained, _, _ = run.train_sep(net, None, None)
+    trained, _, _ = run.train_sep(net, run.trainer.score_baseline(None), None)
 
     gates = sep.gates_of(trained.net)
     assert [gate is not None for gate in gates] == [False, best == 2, best > 0]
@@ -1908,7 +1908,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
         run.folder.log_search("sep", "shared", 0.5, [])
         try:
             net = models.prune_channels(baseline, structure)
-            return run.train_sep(net, None, None)[0]
+            return run.train_sep(net, run.trainer.score_baseline(None), None)[0]
         finally:
             run.folder.lock.close()
 
@@ -1947,7 +1947,26 @@ def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
     assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
     assert ("sep has no gates, so it is lstm's net" in spy.lines) == ("lstm" in methods)
     assert run.results["curves"]["sep"] == lstm_run.results["curves"]["lstm"]
-    assert run.row("sep")["seconds"] > 0
+    row, lstm_row = run.row("sep"), lstm_run.row("lstm")
+    for key in ("validation_accuracy", "macs", "test_accuracy"):
+        assert row[key] == lstm_row[key]
+
+
+def test_without_gates_sep_takes_what_the_papers_search_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Run, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+    )
+    run = make_run(tmp_path, settings=replace(TINY, max_candidates=2))
+    run.make_baseline(make_lenet())
+
+    for method in ("lstm", "sep"):  # without a target `lstm` searches as the papers do
+        run.make_row(method, run.goal_for(method))
+
+    assert run.results["search"]["lstm"]["rule"] == "reinforce"
+    row, lstm_row = run.row("sep"), run.row("lstm")
+    for key in ("widths", "validation_accuracy", "test_accuracy"):
+        assert row[key] == lstm_row[key]
+    assert row["seconds"] >= lstm_row["seconds"]
 
 
 @pytest.mark.parametrize("helps", [False, True])
@@ -1979,6 +1998,10 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     lstm_structure = tuple(lstm["widths"])
     assert lstm_structure in measured[False]
     assert measured[True] == {remove_one_kernel(lstm_structure)}
+    # And it is logged with its own MACs.
+    candidates = run.results["search"]["sep"]["candidates"]
+    tried = {tuple(candidate["structure"]): candidate["macs"] for candidate in candidates}
+    assert tried[lstm_structure] == lstm["macs"]
     assert len(run.results["search"]["sep"]["gate_trials"]) > 1
 
 
@@ -2004,7 +2027,8 @@ def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):
     run = make_run(tmp_path, spy)
     baseline = run.make_baseline(make_lenet())
 
-    trained, _, _ = run.train_sep(run.trainer.load_baseline(), None, None)
+    score = run.trainer.score_baseline(None)
+    trained, _, _ = run.train_sep(run.trainer.load_baseline(), score, None)
 
     assert trained.net.gates is None
     assert trained.net.widths == baseline.widths

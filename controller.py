@@ -2466,6 +2466,10 @@ class RunFolder:
         log = self.results["search"].get(method, {"candidates": []})
         return [read_candidate(values) for values in log["candidates"]]
 
+    def search_seconds(self, method: str) -> float:
+        """How long the recoveries of a method's candidates took."""
+        return sum(candidate.seconds for candidate in self.searched_candidates(method))
+
 
 def read_candidate(values: dict) -> Candidate:
     """A candidate of results.json, whose tuples JSON made lists."""
@@ -3208,11 +3212,7 @@ class Run:
             searches.append("lstm")
         else:
             net, score = run_search(self.trainer, method, target)
-        seconds = sum(
-            candidate.seconds
-            for name in searches
-            for candidate in self.folder.searched_candidates(name)
-        )
+        seconds = sum(self.folder.search_seconds(name) for name in searches)
         return net, score, seconds
 
     def find_uniform(self, target: float | None) -> tuple[Net, ScoredStructure]:
@@ -3316,16 +3316,9 @@ class Run:
         """`lstm`'s net for a `sep` without gates, which has its structure and would have the same
         final training."""
         net, facts = self.load_row_net("lstm")
-        search_seconds = sum(
-            candidate.seconds for candidate in self.folder.searched_candidates("lstm")
-        )
+        training_seconds = facts["seconds"] - self.folder.search_seconds("lstm")
         self.reporter.say("sep has no gates, so it is lstm's net")
-        return TrainedNet(
-            net,
-            facts["validation_accuracy"],
-            facts["seconds"] - search_seconds,
-            facts["curve"],
-        )
+        return TrainedNet(net, facts["validation_accuracy"], training_seconds, facts["curve"])
 
     def train_with_gates(self, net: Net, gate_sizes) -> TrainedNet:
         """ours: the final training of `sep`, in two parts of one schedule. The first trains the

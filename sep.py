@@ -430,20 +430,20 @@ def to_static(net: Net, batches) -> Net:
 
 
 def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Tensor) -> Net:
-    """A net without gates as `net`, but for the prunable layer `index`: of the groups of kernels
-    that its `gate` chose from it has the mean, weighted by share_of_group (groups,)."""
+    """`net` without gates, and with one group of kernels in the prunable layer `index`: the mean of
+    the groups that its `gate` chooses from, weighted by share_of_group (groups,)."""
     mean = None
     for group, share in enumerate(share_of_group.tolist()):
         if share == 0:
             continue
         kept_channels = [torch.arange(width) for width in net.widths]
         kept_channels[index] = gate.channels_of_group(group)
-        total = models.remove_channels(net, kept_channels)
-        values_before = {} if mean is None else mean.state_dict()
-        for name, value in total.state_dict().items():
+        weighted = models.remove_channels(net, kept_channels)
+        sum_before = {} if mean is None else mean.state_dict()
+        for name, value in weighted.state_dict().items():
             if value.is_floating_point():
-                value.mul_(share).add_(values_before.get(name, 0.0))
-        mean = total
+                value.mul_(share).add_(sum_before.get(name, 0.0))
+        mean = weighted
     return mean
 
 

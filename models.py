@@ -570,7 +570,9 @@ class ResidualBlock(nn.Module):
         if stride > 1 and self.architecture.is_shortcut_averaged:
             x = F.avg_pool2d(x, stride)
         elif stride > 1:
-            x = x[:, :, ::stride, ::stride]
+            # x[:, :, ::stride, ::stride]. The gradient of that comes in another memory layout, and
+            # all that it is added to gets slower.
+            x = F.avg_pool2d(x, 1, stride)
         if not self.padding_channels:
             return x
         zeros = self.architecture.split_zeros(self.padding_channels)

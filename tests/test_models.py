@@ -126,6 +126,21 @@ def test_unknown_nets_are_refused(arch):
         build(arch)
 
 
+def test_a_strided_shortcut_takes_every_second_pixel_and_keeps_the_layout_of_gradients():
+    block = build("resnet8").layer2[0]
+    x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    y = block.shortcut(x)
+    (gradient,) = torch.autograd.grad(y.square().sum() / 2, x)
+
+    every_second = x[:, :, ::2, ::2].detach()
+    assert torch.equal(y[:, 8:24], every_second)
+    assert not y[:, :8].any() and not y[:, 24:].any()
+    assert torch.equal(gradient[:, :, ::2, ::2], every_second)
+    assert torch.count_nonzero(gradient) == every_second.numel()
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_small_maps_are_convolved_alike_in_training(size):
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 images        labelled images; MNIST, CIFAR, a user's own folder, more than the memory holds; drawn
               digits; what trains and what validates
 training      teacher and student: accuracy, loss, plan, a step; the step on a GPU; the loop, `fit`;
-              how a stranger's images were normalised
+              how the images of a foreign net were normalised
 timing        latency of a net, speed of a training
 structures    which widths reach a MACs reduction
 the LSTM      the policy, what it reads of a net
@@ -59,8 +59,8 @@ POLICY_LR = 0.001  # Adam (script)
 LSTM_HIDDEN = 100  # (script)
 LSTM_LAYERS = 2  # (script)
 LSTM_DROPOUT = 0.8  # (script)
-# Of the share of MACs that is left, in the reward. The script takes 4e-10 for each MAC, which is
-# 0.16 for the whole VGG-19.
+# A reward is the accuracy less this times the share of the MACs that is left. The script takes
+# 4e-10 for each MAC, which is 0.16 for the whole VGG-19.
 COMPLEXITY_WEIGHT = 0.16
 # ours: the teacher's outputs that are kept, in bytes; beyond, they are computed epoch by epoch.
 TEACHER_BYTES = 1 << 30
@@ -110,6 +110,7 @@ class Images:
         return self.make_like(type(self), pixels, labels, mean, std)
 
     def make_like(self, images_class, pixels, labels, mean=None, std=None) -> "Images":
+        """`replace`, as an instance of Images or of ImagesInFiles."""
         return images_class(
             pixels,
             labels,
@@ -144,7 +145,8 @@ class Images:
 
     @property
     def classes(self) -> int:
-        return int(self.labels.max()) + 1
+        """How many the user named, else the largest label + 1."""
+        return len(self.class_names) or int(self.labels.max()) + 1
 
     @property
     def is_augmented(self) -> bool:
@@ -444,14 +446,15 @@ MIN_ZOOMED_SIZE = 64
 MAX_SQUARE_SIZE = 256
 # ours: of a photograph's shorter side, in sizes of the net's images; the rest is cropped away.
 PHOTOGRAPH_MARGIN = 256 / 224
-# ours: more are read from their files in every epoch. A run holds the images that it trains with
-# twice: all of them, and again in those that train and those that validate.
+# ours: a data set with more bytes of pixels is read from its files in every epoch. A run holds the
+# images that it trains with twice: all of them, and again in those that train and those that
+# validate.
 MAX_IMAGE_BYTES = 2 << 30
 
 
 @dataclass
-class FolderOfImages:
-    """A user's own data set: files, and what is done to them."""
+class OwnImages:
+    """A user's own data set: its files, and how they will be read."""
 
     paths: dict[str, list]  # of "train" and "test"
     labels: dict[str, list[int]]
@@ -474,18 +477,18 @@ class FolderOfImages:
     def exceeds_memory_limit(self) -> bool:
         return self.byte_count > MAX_IMAGE_BYTES
 
-    def read(self, part: str) -> tuple["torch.Tensor | ImageFiles", torch.Tensor]:
-        """(pixels, labels) of a part; the pixels are ImageFiles if they fill the memory.
-
-        Raises UserError.
-        """
+    def read(self, part: str) -> tuple["torch.Tensor | PixelsInFiles", torch.Tensor]:
+        """(pixels, labels) of a part. The pixels are a tensor, or PixelsInFiles if they would fill
+        the memory. Raises UserError."""
         labels = torch.tensor(self.labels[part])
         resized_to = self.size if self.need_resizing else None
-        files = ImageFiles(self.paths[part], self.size, resized_to, self.is_gray)
-        return files if self.exceeds_memory_limit else files[torch.arange(len(labels))], labels
+        pixels = PixelsInFiles(self.paths[part], self.size, resized_to, self.is_gray)
+        if not self.exceeds_memory_limit:
+            pixels = pixels[torch.arange(len(labels))]
+        return pixels, labels
 
 
-def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> FolderOfImages:
+def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
     """What is in folder/train and folder/test. Photographs will be brought to `size`.
 
     Raises UserError where an image cannot be read, or the two parts have other classes.
@@ -504,7 +507,7 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> FolderOfImag
     sizes = Counter(measure_image(path) for part in paths.values() for path in part)
     (width, height), _ = sizes.most_common(1)[0]
     need_resizing = len(sizes) > 1 or width != height or width > MAX_SQUARE_SIZE
-    return FolderOfImages(
+    return OwnImages(
         paths,
         labels,
         names["train"],
@@ -527,7 +530,8 @@ def list_image_files(folder: Path):
                 raise FileNotFoundError("it has no folder of a class")
             return names, {name: index for index, name in enumerate(names)}
 
-    # By which path each folder was met first, in each class: a link may lead back to its parent.
+    # A symbolic link can lead back to a folder above it. So each real folder counts once in a
+    # class, by the path by which it is met first.
     first_paths: dict[tuple[str, str], Path] = {}
 
     def is_visible_image(path: str) -> bool:
@@ -535,9 +539,10 @@ def list_image_files(folder: Path):
         if not path.lower().endswith(IMG_EXTENSIONS) or any(name[0] == "." for name in parts):
             return False
         parent = Path(path).parent
-        met_before = first_paths.setdefault((parts[0], os.path.realpath(parent)), parent)
-        # Not what is neither file nor broken link: a pipe would never end.
-        return met_before == parent and (os.path.isfile(path) or not os.path.exists(path))
+        first_path = first_paths.setdefault((parts[0], os.path.realpath(parent)), parent)
+        # Of a broken link the user is to hear. A pipe is left out: reading one may never end.
+        is_file_or_broken_link = os.path.isfile(path) or not os.path.exists(path)
+        return first_path == parent and is_file_or_broken_link
 
     try:
         dataset = VisibleImageFolder(folder, is_valid_file=is_visible_image)
@@ -597,12 +602,13 @@ def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tenso
 
 # ---- images: more than the memory holds --------------------------------------------------------
 
+MAX_READERS = 16  # ours: threads that read image files
 
-class ImageFiles:
-    """Images that are read from their files when they are asked for.
 
-    Indexed by a tensor of indices as the tensor (N, H, W, C) of uint8 that all of their pixels
-    would be; `select` takes slices, too.
+class PixelsInFiles:
+    """Stands in for a uint8 tensor (N, H, W, C) of pixels that would fill the memory.
+
+    `pixels[index]`, with a tensor of indices (B,), reads these images from their files.
     """
 
     def __init__(self, paths, size: int, resized_to: int | None, is_gray: bool, device="cpu"):
@@ -623,20 +629,20 @@ class ImageFiles:
             pixels[place] = read_image(self.paths[number], self.is_gray, self.resized_to)
         return pixels.to(self.device)
 
-    def select(self, index) -> "ImageFiles":
-        """The files `index`, a tensor of indices or a slice."""
+    def select(self, index) -> "PixelsInFiles":
+        """The files `index`, a tensor of indices or a slice; none is read."""
         chosen = torch.arange(len(self.paths))[index].tolist()
         return self.replace([self.paths[number] for number in chosen], self.device)
 
-    def to(self, device) -> "ImageFiles":
+    def to(self, device) -> "PixelsInFiles":
         return self.replace(self.paths, device)
 
-    def replace(self, paths, device) -> "ImageFiles":
-        return ImageFiles(paths, self.size, self.resized_to, self.is_gray, device)
+    def replace(self, paths, device) -> "PixelsInFiles":
+        return PixelsInFiles(paths, self.size, self.resized_to, self.is_gray, device)
 
 
 class ImagesInFiles(Images):
-    """Images that would fill the memory; their pixels are ImageFiles."""
+    """Images whose `pixels` are PixelsInFiles."""
 
     def select(self, index) -> "ImagesInFiles":
         return self.replace(self.pixels.select(index), self.labels[index])
@@ -668,9 +674,6 @@ class ImagesInFiles(Images):
     def prepare_next(self, pending: deque[tuple[torch.Tensor, Future]], crops) -> torch.Tensor:
         index, pixels = pending.popleft()
         return self.prepare(pixels.result().to(self.device), index, crops)
-
-
-MAX_READERS = 16  # ours: threads that read image files
 
 
 # ---- images: fingerprint -----------------------------------------------------------------------
@@ -1133,6 +1136,7 @@ class SideStreamWeightGrads(TorchFunctionMode):
     def __init__(self, net: Net):
         super().__init__()
         device = next(net.parameters()).device
+        # On a CPU, in tests, there is no stream, and torch.cuda.stream(None) does nothing.
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         # (gradient of the output, input, cast weight, gradient of the weight) of each convolution.
         self.pending = []
@@ -1151,6 +1155,8 @@ class SideStreamWeightGrads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.conv2d or args[1] not in self.cast_weights:
             return func(*args, **(kwargs or {}))
+        # nn.Conv2d gives all its arguments by position. The other two are a dilation of 1 and one
+        # group in all our nets.
         x, weight, bias, stride, padding = args[:5]
         weight = self.cast_weights[weight]
         y = SideStreamConv2d.apply(x.to(weight.dtype), weight, stride, padding, self)
@@ -1163,6 +1169,8 @@ class SideStreamWeightGrads(TorchFunctionMode):
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def assign_gradients(self) -> None:
+        # `saved_tensors` of the backward pass are the very tensors that the forward pass saved, so
+        # a cast weight can be looked up. Each convolution runs once in a forward pass.
         gradient_of = {cast_weight: gradient for *_, cast_weight, gradient in self.pending}
         for weight in self.cast_weights:
             weight.grad = torch.empty_like(weight)
@@ -1281,10 +1289,10 @@ def fit(
 
 # ---- training: what weights do not tell --------------------------------------------------------
 #
-# A stranger's state dict does not say how images were normalised, nor all of its architecture. What
-# is possible is tried on validation images.
+# A foreign state dict, which this tool has not written, does not say how images were normalised,
+# nor all of its architecture. What is possible is tried on images that validate.
 
-# What other people's nets were trained with, per number of channels.
+# What foreign nets are usually trained with, per number of channels.
 COMMON_NORMALISATIONS = {
     3: {
         "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -1308,7 +1316,7 @@ def stored_normalisation(net: Net, facts: dict) -> tuple | None:
 
 
 def list_normalisations(train: Images) -> dict[str, tuple]:
-    """(mean, std) by name: those that the images come with, and what other people use."""
+    """(mean, std) by name: those that the images come with, and the common ones."""
     own = (train.mean, train.std)
     names = [name for name, statistics in STATISTICS.items() if statistics == own]
     own_name = f"mean and std of {names[0]}" if names else "their own mean and std"
@@ -1329,14 +1337,16 @@ TRIAL_ROUNDS = (  # ours
     TrialRound(1024, survivors=3),
     TrialRound(None, survivors=1),
 )
-# ours: with more trials than these, all readings are tried with one normalisation, and the best of
-# them with every one.
+# ours: where there are more trials (readings times normalisations), all readings are first tried
+# with one normalisation, and only so many of the best with all of them.
 MAX_TRIALS = 2000
-MAX_RARE_TRIALS = 100
 MAX_SHORTLIST = 25
-# ours: with how many of the best trials rare activations are tried.
+# ours: the same limit where all readings are tried with rare activations (models.RARE_ACTIVATIONS).
+MAX_RARE_TRIALS = 100
+# ours: with so many of the best trials rare activations are tried in any case.
 TRIALS_WITH_RARE_ACTIVATIONS = 2
-# ours: below this accuracy they are tried with all readings.
+# ours: where the best accuracy is below this, rare activations are tried with all readings. Below
+# it the loss says little, and decides nothing.
 POOR_ACCURACY = 0.5
 # ours: a rare activation has to get so many more images right than a usual one does. A net that is
 # hardly trained may do a little better with one that it was not trained with.
@@ -1360,7 +1370,7 @@ class KnownNet:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One way to use somebody's weights."""
+    """One way to use foreign weights."""
 
     reading: models.Reading | KnownNet
     normalisation: str  # its name
@@ -1371,7 +1381,10 @@ class Trial:
 
     def handicap(self, images: int) -> float:
         """What is taken off its accuracy on so many images: at least two standard deviations."""
-        return max(MIN_HANDICAP, images**-0.5) if self.is_rare else 0.0
+        if not self.is_rare:
+            return 0.0
+        # An accuracy has a standard deviation of at most 0.5 / sqrt(images).
+        return max(MIN_HANDICAP, 2 * 0.5 * images**-0.5)
 
     def with_rare_activations(self) -> list["Trial"]:
         readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
@@ -1380,25 +1393,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class FoundReading:
-    """How somebody's weights are read, and what tells so."""
+    """How foreign weights are read, and what tells so."""
 
     net: Net
     normalisation: str  # its name
     mean: tuple
     std: tuple
-    accuracy: float  # in [0, 1], on so many training images
+    accuracy: float  # in [0, 1], on so many `images` of those that validate
     images: int
 
 
 def find_reading(
     readings: list, train: Images, seed: int, *, tries_activations=False, wrap=lambda trials: trials
 ) -> FoundReading:
-    """The reading and the normalisation by which somebody's net gets most images right.
+    """The reading and the normalisation by which a foreign net gets most images right.
 
     `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with each of
-    `list_normalisations` on a sample of the training images, in rounds; with `tries_activations`
-    rare ones are tried, too. `wrap(trials)` passes on the trials of a round, to show them.
+    `list_normalisations`, in rounds; with `tries_activations` rare ones are tried, too.
+    `wrap(trials)` passes on the trials of a round, to show them.
     """
+    # Those that validate in a run with this seed (`split_indices`), but at least 100.
     count = max(100, int(VALIDATION_SHARE * len(train)))
     sample = train.select(shuffle_for_split(train, seed)[:count])
     best, accuracy = choose_trial(readings, sample, wrap, tries_activations=tries_activations)
@@ -1429,7 +1443,7 @@ def choose_trial(
     tries_activations=False,
     max_trials=MAX_TRIALS,
 ) -> tuple[Trial, float]:
-    """The best way to use somebody's weights, and its accuracy: the rounds of `find_reading`."""
+    """The best way to use foreign weights, and its accuracy: the rounds of `find_reading`."""
     names = list(list_normalisations(sample))
     first_round, *later_rounds = TRIAL_ROUNDS
     if len(readings) * len(names) > max_trials:
@@ -1490,7 +1504,9 @@ def measure_if_fitting(net: Net, images: Images) -> tuple[float, float]:
             logits, labels = net(x), images.labels[index]
             right += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    except RuntimeError:  # nothing is left behind all strides
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # strides and poolings leave nothing of the map
         return 0.0, math.inf
     return right / len(images), loss if math.isfinite(loss) else math.inf
 

@@ -5,7 +5,7 @@ nets          LeNet-5, VGG and CIFAR ResNet, each built from the widths of its p
 pruning       which channels matter least, and removing them (IJCAI 2018)
 cost          multiply-accumulates and parameters
 checkpoints   writing and reading them
-strangers     recognising the state dicts of other people
+foreign       recognising state dicts that this tool has not written
 export        the net for use without this project, as .pt2 or .onnx
 
 The *structure* of a net says how many channels are at work in each prunable layer: its width or,
@@ -1380,7 +1380,7 @@ def describe_shape(tensor: torch.Tensor) -> str:
     return " x ".join(str(size) for size in tensor.shape) or "a number"
 
 
-# ---- checkpoints: state dicts of other people --------------------------------------------------
+# ---- checkpoints: foreign state dicts ----------------------------------------------------------
 #
 # A state dict lists its tensors in the order in which the net's modules were made. The shapes say
 # what each module is, and how it is chained to the next one. So it becomes a net:
@@ -1450,7 +1450,7 @@ def change_activation(readings: list[Reading], activation: str) -> list[Reading]
 
 @dataclass
 class FoundModule:
-    """A module of somebody's net: its name and tensors."""
+    """A module of a foreign net: its name and tensors."""
 
     name: str
     tensors: dict[str, torch.Tensor]

@@ -488,7 +488,7 @@ def load(path) -> tuple[Net, dict]:
 def load_checkpoint(path) -> tuple[Net, dict]:
     """(net, what models.read_checkpoint says). Raises UserError, naming the file.
 
-    Of a stranger's state dict the net is the likeliest of all `readings`.
+    Of a foreign state dict the net is the likeliest of all `readings`.
     """
     checkpoint = models.read_checkpoint(path)
     try:

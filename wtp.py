@@ -99,6 +99,8 @@ VGG_CUT = 0.701  # (IJCAI 2018)
 RESNET_CUT = 0.475  # (IJCAI 2018)
 VGG = {"target": VGG_CUT, "short_final_lr": 0.01}
 
+LARGE_SIZE = 224  # pixels of a side, of photographs for torchvision's nets
+
 # fmt: off
 EXPERIMENTS = {
     "mnist": Experiment("lenet5", "mnist", train_images=60_000, **GRAY),
@@ -120,7 +122,8 @@ class Schedule:
     lr: float = 0.001  # of recoveries and of the final training (script)
     # Recoveries in one cycle up to `lr`, the final training in one up to the experiment's own peak.
     is_one_cycle: bool = False
-    has_long_final: bool = False  # the long one of the two
+    # The experiment's `final_epochs` up to its `long_final_lr`, not its `short_...` ones.
+    has_long_final: bool = False
     temperature: float | None = None  # of the final training; None: the papers' MSE
     candidates_per_lstm_epoch: int = 5  # (paper)
     patience: int = 10  # LSTM epochs without a better network (paper)
@@ -128,7 +131,9 @@ class Schedule:
     max_candidates: int | None = None
     baseline_epochs: int | None = None
     recovery_epochs: int | None = None
-    recovery_steps: int | None = None  # instead of epochs, about
+    # Takes the place of `recovery_epochs`: as many epochs as come nearest to so many steps. An
+    # epoch of a large data set ends after so many steps.
+    recovery_steps: int | None = None
     final_epochs: int | None = None
     max_images: int | None = None  # that train; as many test
     # ours: on the user's own images, which may be few, no training has fewer steps than this.
@@ -171,8 +176,8 @@ SCHEDULES = {
 
 ScheduleName = StrEnum("ScheduleName", list(SCHEDULES))
 MethodName = StrEnum("MethodName", ["uniform", "lstm", "sep", "static", "random"])
-# The rows of a table, in the order in which they are shown.
-LARGE_SIZE = 224  # pixels, of photographs for torchvision's nets
+# The rows of a table, in the order in which they are shown; controller.METHODS has the order in
+# which they are made.
 SHOWN_ROWS = ("baseline", "uniform", "random", "lstm", "sep", "static")
 DEFAULT_METHODS = ("uniform", "lstm", "sep")
 
@@ -274,8 +279,10 @@ def estimate_epochs(
     """
     from controller import BATCH_SIZE, VALIDATION_SHARE
 
-    max_steps = settings.recovery.max_steps or images
-    recovery = settings.recovery.epochs * min(1, max_steps * BATCH_SIZE / images)
+    share_of_epoch = 1.0
+    if settings.recovery.max_steps:
+        share_of_epoch = min(1.0, settings.recovery.max_steps * BATCH_SIZE / images)
+    recovery = settings.recovery.epochs * share_of_epoch
     final = settings.final.epochs / (1 - VALIDATION_SHARE)  # on all images
     total = settings.baseline.epochs if trains_baseline else 0
     for method in methods:
@@ -290,12 +297,15 @@ def estimate_epochs(
 
 
 def estimate_gate_trials(settings, images: int) -> float:
-    """How many epochs `sep` may spend on where to put gates."""
+    """How many epochs `sep` may spend on where to put gates: one trial without, and at most six
+    with gates, in 1, 2, 4, 8, 16 and all of ResNet-56's 27 layers."""
     from controller import plan_gate_trial, split_epochs
 
     plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final, images))
-    # A trial without gates, and 3 with gates where 3 layers have room, 5 where 16 have.
-    return 2 * len(plain_epochs) + 6 * len(gated_epochs)
+    trial_without = len(plain_epochs) + len(gated_epochs)
+    # The trials with gates begin with one net, so they share its epochs without gates.
+    trials_with_gates = len(plain_epochs) + 6 * len(gated_epochs)
+    return trial_without + trials_with_gates
 
 
 def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
@@ -367,8 +377,9 @@ class ScreenReporter:
 
         self.console = make_console(is_stderr=True)
         self.planned_epochs = 0.0
-        self.steps_per_epoch = 1  # of a whole epoch
-        self.epoch_share = 1.0  # that an epoch of the training under way is of a whole one
+        self.steps_per_epoch = 1  # of an epoch that shows all training images
+        # What an epoch of the current training is of that: a recovery's may be shorter.
+        self.epoch_share = 1.0
         self.has_finished_epoch = False
         self.has_estimated = False
         self.bars = progress.Progress(
@@ -410,8 +421,9 @@ class ScreenReporter:
         self.training_bar = self.bars.add_task(title, unit="steps", total=None)
         self.epochs = epochs
         self.epochs_done = first_epoch
-        self.planned_epochs = max(0, self.planned_epochs - first_epoch)
         if first_epoch:
+            self.planned_epochs = max(0, self.planned_epochs - first_epoch)
+            self.bars.update(self.run_bar, total=self.planned_epochs)
             self.say(f"{title}: goes on after epoch {first_epoch} of {epochs}")
 
     def wrap_steps(self, steps):
@@ -580,7 +592,8 @@ def summarise_search(results: dict, method: str) -> tuple[str, list, list]:
     def shares(candidate):
         if log["rule"] == "reinforce":
             return candidate["actions"]
-        # On a whole walk nearly every layer loses something: how much says more.
+        # A candidate of a search by regression took many steps and has lost something in nearly
+        # every layer, so how much it lost says more.
         return [1 - width / whole for width, whole in zip(candidate["structure"], whole_widths)]
 
     middle = len(candidates) // 2
@@ -886,8 +899,8 @@ PhotographSize = Annotated[
     typer.Option(
         "--size",
         min=1,
-        help="pixels of a side that photographs are brought to, where a state dict of others does "
-        "not say it; default: 32, or 224 for a ResNet as torchvision's",
+        help="pixels of a side that photographs are brought to, where a state dict from elsewhere "
+        "does not say it; default: 32, or 224 for a ResNet as torchvision's",
         show_default=False,
     ),
 ]
@@ -895,8 +908,8 @@ Activation = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="of a state dict of others, where the tool's own reading is less accurate than the "
-        "net: relu, tanh, sigmoid, elu, gelu, silu, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2",
+        help="of a net from elsewhere, if it is not relu: weights do not tell it. tanh, sigmoid, "
+        "elu, gelu, silu, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2",
         show_default=False,
     ),
 ]
@@ -935,7 +948,7 @@ Target = Annotated[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """The options that all commands with a run folder have, and those that some have."""
 
@@ -958,17 +971,17 @@ class RunOptions:
 class UserNet:
     """A net of the user's, from a checkpoint, and the facts in it.
 
-    A stranger's state dict has `readings`, all that it may be. `net` is the likeliest of them until
-    images tell which it is.
+    A foreign state dict, which this tool has not written, may be several nets: its `readings`.
+    `net` is the likeliest of them until images tell which it is.
     """
 
     path: Path
-    net: object
+    net: object  # models.Net
     facts: dict
-    readings: list
-    photograph_size: int | None = None  # to which the user wants photographs to be brought
-    activation: str | None = None  # that the user says it has
-    # On validation images, where they had to tell how the net is to be read.
+    readings: list  # of models.Reading, the likeliest first; none for a file of this tool
+    photograph_size: int | None = None  # pixels; the user's --size
+    activation: str | None = None  # the user's --activation
+    # In [0, 1], of the chosen reading on the images that chose it; None where no image had to.
     accuracy: float | None = None
 
     def fit_size(self, size: int) -> None:
@@ -998,7 +1011,7 @@ class UserNet:
 def load_user_net(
     path: Path, *, photograph_size: int | None = None, activation: str | None = None
 ) -> UserNet:
-    """A user's checkpoint; the options say what a state dict of others does not.
+    """A user's checkpoint; the options say what a foreign state dict does not.
 
     Raises UserError.
     """
@@ -1129,9 +1142,15 @@ def load_experiment_images(
     brought to `size`, and the user is told so with `size_advice`. Raises UserError."""
     from controller import load_data
 
-    augmentation = {"crop": experiment.crop, "flip": experiment.flip}
-    sizes = {"size": size, "size_advice": size_advice}
-    return load_data(experiment.data, data_dir, **augmentation, **sizes, say=say)
+    return load_data(
+        experiment.data,
+        data_dir,
+        crop=experiment.crop,
+        flip=experiment.flip,
+        size=size,
+        size_advice=size_advice,
+        say=say,
+    )
 
 
 def say_where_size_is_unused(size: int | None, images, say) -> None:
@@ -1148,9 +1167,9 @@ def load_images_for_user_net(
 ):
     """(training images, test images, what they are) for a user's net, on the device.
 
-    They are normalised as the net is used to. A state dict of others becomes the net that they tell
-    it is: `user_net` changes.
-    Raises UserError where it cannot read the images or has other classes.
+    They are normalised as the net is used to. Of a foreign state dict `user_net.net` becomes the
+    reading that gets the most of them right. Raises UserError where the net cannot read the images
+    or has other classes.
     """
     from models import UserError
 
@@ -1182,8 +1201,8 @@ def load_images_for_user_net(
 def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     """(mean, std) for the images of a user's net: what its facts name, else what validates best.
 
-    Of a stranger's state dict all readings are tried, and `user_net.net` becomes the best. `say`
-    tells the user.
+    Of a foreign state dict all readings are tried, and `user_net.net` becomes the best. `say` tells
+    the user.
     """
     from controller import KnownNet, find_reading, stored_normalisation
 
@@ -1309,7 +1328,8 @@ def check_target(net, methods, target: float | None, round_to: int | None) -> No
 
 
 def split_seed_for(user_net: UserNet | None, description: str, seed: int) -> int:
-    """The seed of the split: what validated a baseline validates it again."""
+    """The seed that splits the images: that of the user's net, if it was trained on the same
+    images. Else images that trained it would validate it."""
     if user_net is not None and user_net.facts.get("data") == description:
         given_seed = user_net.facts.get("split")
         if isinstance(given_seed, int):
@@ -1424,6 +1444,7 @@ def build_untrained(experiment: Experiment, run):
 
     torch.manual_seed(seed_for(run.settings.seed, "net"))
     has_own_images = run.results["data"] != experiment.data
+    # Of MNIST and CIFAR the classes are known; `smoke` takes so few images that one may be missing.
     classes = run.data.all.classes if has_own_images else experiment.classes
     return build_net(experiment, classes=classes, size=run.data.all.size)
 
@@ -1453,8 +1474,8 @@ def check_output(
 ) -> None:
     """Raise UserError (status 2) unless a new file can be written at `path`.
 
-    It must not lie over another, unless it may replace a file, nor be taken for a run's own file:
-    in `run_folder`, where a run will work, or in another's.
+    Refused are an existing file, unless `may_replace`, and a name that a run gives its own files:
+    in `run_folder`, where a run will work, or in any folder with a results.json.
     """
     from controller import ROWS, RUN_FILES
     from models import UserError, refuse_existing
@@ -1588,7 +1609,15 @@ def reproduce(
         raise UserError("--time is for the list of experiments: reproduce --time", 2)
     user_net = load_user_net(baseline) if baseline else None
     data_dir = find_data_dir(data_dir, user_net.facts if user_net else {}, experiment)
-    options = RunOptions(schedule, data_dir, out, device, seed, fresh, round_to=round_to)
+    options = RunOptions(
+        schedule=schedule,
+        data_dir=data_dir,
+        out=out,
+        device=device,
+        seed=seed,
+        fresh=fresh,
+        round_to=round_to,
+    )
     methods = order_methods(method or DEFAULT_METHODS)
     run_experiment(experiment, methods, options, user_net, target)
 
@@ -1598,6 +1627,11 @@ def order_methods(methods) -> list[str]:
     from controller import METHODS
 
     return [method for method in METHODS if method in methods]
+
+
+def list_rows_to_make(methods) -> list[str]:
+    """The rows that `methods` need, in the order of the work: `static` is made of `sep`'s net."""
+    return order_methods([*methods, "sep"] if "static" in methods else methods)
 
 
 def run_experiment(
@@ -1610,23 +1644,15 @@ def run_experiment(
     experiment = find_experiment(name)
     if user_net is not None:
         check_is_whole(user_net, name)
-    run_name = name
     if target is not None:
         experiment = replace(experiment, target=target)
-        run_name += f"-target{target:g}"
     check_target(build_net(experiment), methods, experiment.target, options.round_to)
-    folder_name = run_name + own_images_suffix(options.data_dir)
-    folder = options.folder(folder_name)
-    if user_net is not None:
-        folder = folder.with_name(f"{folder.name}-from-{user_net.path.stem}")
-    if options.round_to:
-        folder = folder.with_name(f"{folder.name}-round{options.round_to}")
+    folder = folder_of_experiment(name, target, options, user_net)
     if methods == ["uniform"] and experiment.target is None:
         check_has_row(folder, options)
     reporter = ScreenReporter()
     run = open_run(folder, name, experiment, options, reporter, user_net)
-    work = methods if "static" not in methods else order_methods([*methods, "sep"])
-    announce(run, reporter, work, is_given=user_net is not None)
+    announce(run, reporter, list_rows_to_make(methods), is_given=user_net is not None)
     with resumable(reporter):
         if user_net is not None:
             run.make_baseline(user_net.net, is_trained=True)
@@ -1636,6 +1662,20 @@ def run_experiment(
         for method in methods:
             run.make_row(method, run.goal_for(method))
     finish_run(run)
+
+
+def folder_of_experiment(
+    name: str, target: float | None, options: RunOptions, user_net: UserNet | None
+) -> Path:
+    """The run folder of an experiment; it says what was asked for beyond the defaults."""
+    if target is not None:
+        name += f"-target{target:g}"
+    folder_name = options.folder(name + own_images_suffix(options.data_dir)).name
+    if user_net is not None:
+        folder_name += f"-from-{user_net.path.stem}"
+    if options.round_to:
+        folder_name += f"-round{options.round_to}"
+    return options.out / folder_name
 
 
 def check_is_whole(user_net: UserNet, name: str) -> None:
@@ -1734,7 +1774,15 @@ def train(
 ):
     """A baseline alone, to a checkpoint: an experiment's, or any net on any images."""
     data_dir = find_data_dir(data_dir, {}, experiment)
-    options = RunOptions(schedule, data_dir, out, device, seed, fresh, force=force)
+    options = RunOptions(
+        schedule=schedule,
+        data_dir=data_dir,
+        out=out,
+        device=device,
+        seed=seed,
+        fresh=fresh,
+        force=force,
+    )
     name, chosen = choose_training(experiment, arch, size, data_dir)
     train_baseline(name, chosen, options, output, size)
 
@@ -1846,7 +1894,17 @@ def prune(
     data_dir = find_data_dir(data_dir, user_net.facts)
     if schedule is None:
         schedule = ScheduleName.published if target is None else ScheduleName.fast
-    options = RunOptions(schedule, data_dir, out, device, seed, fresh, rate, round_to, force)
+    options = RunOptions(
+        schedule=schedule,
+        data_dir=data_dir,
+        out=out,
+        device=device,
+        seed=seed,
+        fresh=fresh,
+        pruning_rate=rate,
+        round_to=round_to,
+        force=force,
+    )
     output = output or ckpt.with_name(f"{ckpt.stem}-pruned.pt")
     prune_user_net(user_net, row, target, options, output)
 
@@ -1896,8 +1954,7 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     if is_done:
         show_delivered(run, output)
         return
-    methods = ["sep", "static"] if row == "static" else [row]
-    announce(run, reporter, methods, is_given=True)
+    announce(run, reporter, list_rows_to_make([row]), is_given=True)
     with resumable(reporter):
         run.make_baseline(user_net.net, is_trained=True)
         if not options.force:
@@ -1910,8 +1967,11 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
 
 
 def adopt_reading(user_net: UserNet, folder: Path) -> None:
-    """Read a stranger's state dict as the run folder does that has begun with it: on another
-    machine another reading may come out ahead by an image."""
+    """Take the reading of a foreign state dict that this run folder chose when it began.
+
+    A run that goes on has to keep its net. On another machine another reading might come out ahead,
+    by one image. Changes `user_net`: of its facts only mean and std stay.
+    """
     import sep
     from controller import read_results
     from models import UserError
@@ -1925,7 +1985,7 @@ def adopt_reading(user_net: UserNet, folder: Path) -> None:
             return
         user_net.net, facts = sep.load(baseline)
     except UserError:
-        return  # it is said where the run is opened
+        return  # `open_run` will say what is wrong with the folder
     user_net.readings = []
     user_net.facts = {"mean": facts.get("mean"), "std": facts.get("std")}
 
@@ -1980,14 +2040,6 @@ def evaluate(
         accuracy = measure_accuracy(net, test, in_float32=True)
     whole_net = build_whole_net(user_net, device)
     baseline = known_baseline(user_net.facts, whole_net, len(test), description)
-    if (
-        "test_accuracy" in (user_net.facts.get("baseline") or {})
-        and "test_accuracy" not in baseline
-    ):
-        print_note(
-            "the baseline's accuracy is not shown: it was measured on "
-            f"{user_net.facts.get('test_images')} test images of {user_net.facts.get('data')}"
-        )
     own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
     print_note("measures how long one image takes, and 128 at once: minutes for a large net")
     add_latencies(own, baseline, net, whole_net, test)
@@ -2020,10 +2072,18 @@ def build_whole_net(user_net: UserNet, device):
 
 
 def known_baseline(facts: dict, whole_net, test_images: int, description: str) -> dict:
-    """What a pruned net's facts say of its baseline, and what the whole net's size tells."""
+    """What a pruned net's facts say of its baseline, and what the whole net's size tells.
+
+    Without its test accuracy where that was measured on other images; the user is told so.
+    """
     baseline = dict(facts.get("baseline") or {})
-    if (facts.get("data"), facts.get("test_images")) != (description, test_images):
-        baseline.pop("test_accuracy", None)  # measured on other images
+    has_same_images = (facts.get("data"), facts.get("test_images")) == (description, test_images)
+    if "test_accuracy" in baseline and not has_same_images:
+        del baseline["test_accuracy"]
+        print_note(
+            "the baseline's accuracy is not shown: it was measured on "
+            f"{facts.get('test_images')} test images of {facts.get('data')}"
+        )
     if whole_net is not None:
         baseline["bytes"] = measure_size(whole_net)["bytes"]
     return baseline
@@ -2054,21 +2114,18 @@ def add_latencies(own: dict, baseline: dict, net, whole_net, images) -> None:
     import sep
     from controller import measure_latencies
 
-    nets, tables = [net], [own]
+    nets = [(own, net)]
     if whole_net is not None:
-        nets, tables = [whole_net, net], [baseline, own]
-    measured = {"latency_1": (nets, 1), "latency_128": (nets, 128)}
+        nets.insert(0, (baseline, whole_net))
+    # (where the seconds go, under which name, the net) of all nets that are measured in turns.
+    single = [(facts, "latency_1", each) for facts, each in nets]
     if images.device.type == "cpu":
-        tuned_nets = [sep.tune(each) for each in nets]
-        # With the untuned ones: all single images in turns.
-        seconds = measure_latencies([*nets, *tuned_nets], images, 1)
-        for i, table in enumerate(tables):
-            table["latency_1"] = seconds[i]
-            table["latency_1_tuned"] = seconds[len(nets) + i]
-        del measured["latency_1"]
-    for key, (each_net, batch_size) in measured.items():
-        for table, seconds in zip(tables, measure_latencies(each_net, images, batch_size)):
-            table[key] = seconds
+        single += [(facts, "latency_1_tuned", sep.tune(each)) for facts, each in nets]
+    batched = [(facts, "latency_128", each) for facts, each in nets]
+    for measured, batch_size in ((single, 1), (batched, 128)):
+        latencies = measure_latencies([each for *_, each in measured], images, batch_size)
+        for (facts, key, _), seconds in zip(measured, latencies):
+            facts[key] = seconds
 
 
 def evaluation_table(title: str, own: dict, baseline: dict):
@@ -2205,6 +2262,9 @@ def export(
 
     user_net = load_user_net(ckpt, activation=activation)
     if user_net.readings:
+        # Only of a foreign state dict is the size of the exported net's images also the one to
+        # which photographs are brought, when they are read to find out what the weights do not
+        # tell.
         user_net.photograph_size = size
     data_dir = find_data_dir(data_dir, user_net.facts)
     check_export(user_net, file, is_static=static, may_replace=force)
@@ -2260,7 +2320,7 @@ def prepare_export(
     try:
         experiment = find_experiment_for(user_net, data_dir)
         train, _, _ = load_images_for_user_net(
-            user_net, experiment, data_dir, device, 0, print_line
+            user_net, experiment, data_dir, device, 0, print_note
         )
         net = user_net.net  # images may have told what the weights did not
     except UserError as error:
@@ -2291,7 +2351,7 @@ def make_static_for_export(gated, train):
     schedule = SCHEDULES["fast"]
     steps = max(1, min(schedule.recovery_steps, len(train) // BATCH_SIZE))
     plan = TrainingPlan(1, schedule.lr, is_one_cycle=True, max_steps=steps)
-    print_line(
+    print_note(
         f"reads {len(train):,} training images, to see how often each group of kernels is chosen, "
         "and to compare: up to some minutes on a CPU"
     )

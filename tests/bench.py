@@ -903,7 +903,7 @@ def describe_choice(shares, images_of_class):
 
 
 def signals(folder, checkpoint, cut, count):
-    """Do the validation images, which a stranger's baseline has mostly seen, rank structures as
+    """Do the validation images, which a public baseline has mostly seen, rank structures as
     images do that no training saw? As many test images, after `fast`'s 50 steps."""
     baseline = load_baseline(folder, checkpoint)
     test = baseline.test.select(torch.arange(len(baseline.validation)))

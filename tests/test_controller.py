@@ -150,7 +150,7 @@ def test_images_in_files_are_what_they_are_in_memory(tmp_path, zooms):
     paths, pixels = save_noise(tmp_path)
     options = {"mean": (0.4,) * 3, "std": (0.2,) * 3, "crop": 2, "zooms": zooms, "flip": True}
     in_memory = Images(pixels, torch.arange(10), **options)
-    files = controller.ImageFiles(paths, 20, None, is_gray=False)
+    files = controller.PixelsInFiles(paths, 20, None, is_gray=False)
     in_files = controller.ImagesInFiles(files, torch.arange(10), **options)
     chunks = torch.tensor([3, 1, 9, 0, 4]).split(2)
 
@@ -172,7 +172,7 @@ def test_images_in_files_are_what_they_are_in_memory(tmp_path, zooms):
 
 def test_a_damaged_image_that_is_met_in_training_is_named(tmp_path):
     paths, _ = save_noise(tmp_path)
-    files = controller.ImageFiles(paths, 20, None, is_gray=False)
+    files = controller.PixelsInFiles(paths, 20, None, is_gray=False)
     images = controller.ImagesInFiles(files, torch.zeros(10), mean=(0.5,) * 3, std=(0.2,) * 3)
     mark = controller.fingerprint(images)
     paths[6].write_bytes(paths[6].read_bytes()[:500])
@@ -1267,7 +1267,7 @@ def test_images_in_files_are_another_data_set_at_another_size(tmp_path):
     statistics = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     prints = set()
     for size, is_gray in ((20, False), (16, False), (16, True)):
-        files = controller.ImageFiles(paths, size, size, is_gray)
+        files = controller.PixelsInFiles(paths, size, size, is_gray)
         images = controller.ImagesInFiles(files, torch.zeros(10), **statistics)
         prints.add(controller.fingerprint(images))
     assert len(prints) == 3
@@ -1528,7 +1528,7 @@ def make_foreign(kind, path, folder):
     if kind == "another row's":
         shutil.copy(folder / "lstm.pt", path)
         return
-    if kind == "a stranger's":
+    if kind == "a foreign state dict":
         torch.save(net.state_dict(), path)
         return
     if kind == "another net":
@@ -1553,7 +1553,7 @@ def make_foreign(kind, path, folder):
         "another seed's",
         "another baseline's",
         "another net",
-        "a stranger's",
+        "a foreign state dict",
         "less",
         "another target's",
         "another rounding's",

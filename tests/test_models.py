@@ -363,7 +363,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("arch", NETS)
-def test_a_strangers_state_dict_is_recognised(tmp_path, arch):
+def test_a_foreign_state_dict_is_recognised(tmp_path, arch):
     net, x = make_lively_net(arch)
     small = prune_channels(net, smaller_structure(net)).eval()
 

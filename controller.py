@@ -1572,11 +1572,12 @@ def measure_training_speed(net: Net, device: torch.device) -> float:
 
 # ---- structures --------------------------------------------------------------------------------
 #
-# A structure is a tuple with the number of channels that each prunable layer uses. The widths of a
-# net are the channels that its layers have: the same as its structure, but for a gated net, which
-# has all channels of the baseline and uses some of them for each image.
+# A structure is a tuple with the number of channels that each prunable layer uses for an image. The
+# widths of a net are the channels that its layers have. In a plain net both are the same. A gated
+# layer has the kernels of all its groups, and uses those of one group.
 #
-# `reduction_of(structure)` is the share of the baseline's MACs that a structure removes.
+# In this section `widths` are the baseline's, and `reduction_of(structure)` is the share of the
+# baseline's MACs that a structure removes.
 
 
 def structure_name(structure) -> str:
@@ -1601,6 +1602,11 @@ def shrink(structure, actions, rate: float) -> tuple[int, ...]:
     )
 
 
+def actions_between(parent, child) -> tuple[int, ...]:
+    """1 for each layer that is narrower in `child` than in `parent`, 0 for the others."""
+    return tuple(int(after < before) for before, after in zip(parent, child))
+
+
 def shrink_all(structure, rate: float) -> tuple[int, ...]:
     """The structure after one step in every layer."""
     return shrink(structure, [1] * len(structure), rate)
@@ -1610,7 +1616,7 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     """The first structure on the way from `parent` to `child` that removes at least `target`.
 
     Channels go one at a time, each layer at an even pace, so that all reach `child` together. Then
-    every channel without which the target is still reached is put back. Returns `child` where even
+    channels come back wherever the target is reached with them, too. Returns `child` where even
     that does not reach the target.
     """
     removals = [
@@ -1620,18 +1626,21 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     ]
     order = [layer for _, layer in sorted(removals)]
 
-    def remove_first(count):
+    def remove_first(count: int) -> tuple[int, ...]:
         removed = Counter(order[:count])
         return tuple(width - removed[layer] for layer, width in enumerate(parent))
 
-    count = bisect_left(
-        range(len(order)), target, key=lambda count: reduction_of(remove_first(count))
-    )
-    structure = remove_first(count)
+    def reduction_after(count: int) -> float:
+        return reduction_of(remove_first(count))
+
+    # The search by halves takes it that each removal saves MACs. With gates that is nearly so: a
+    # narrower layer may get room for one.
+    removed_count = bisect_left(range(len(order)), target, key=reduction_after)
+    structure = remove_first(removed_count)
     if reduction_of(structure) < target:
         return structure
     # The last channel may have removed much: what it makes up for comes back.
-    for layer in dict.fromkeys(reversed(order[:count])):
+    for layer in dict.fromkeys(reversed(order[:removed_count])):
         while structure[layer] < parent[layer]:
             wider = add_at(structure, layer)
             if reduction_of(wider) < target:
@@ -1643,15 +1652,15 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
 def prune_further(structure, widths, reduction_of, target: float, rate: float) -> tuple[int, ...]:
     """The structure, made smaller until it reaches the target; unchanged where it does already.
 
-    Where one layer that is pruned already can pay for it alone, it does. Else all of them lose
-    channels, and then the others. Raises UserError where no structure reaches the target.
+    First one layer that is pruned already is narrowed, if that alone reaches the target. Else all
+    pruned layers are narrowed, step by step, and, where each of them has one channel left, all
+    layers. Raises UserError where no structure reaches the target.
     """
     check_reachable(widths, reduction_of, target)
     if reduction_of(structure) < target:
         structure = narrow_one_layer(structure, widths, reduction_of, target) or structure
     while reduction_of(structure) < target:
-        is_pruned = [width < whole for width, whole in zip(structure, widths)]
-        smaller = shrink(structure, is_pruned, rate)
+        smaller = shrink(structure, actions_between(widths, structure), rate)
         if smaller == structure:
             smaller = shrink_all(structure, rate)
         structure = prune_to_target(structure, smaller, reduction_of, target)
@@ -1661,31 +1670,36 @@ def prune_further(structure, widths, reduction_of, target: float, rate: float) -
 def narrow_one_layer(structure, widths, reduction_of, target: float) -> tuple[int, ...] | None:
     """The structure with one pruned layer narrower, so that it reaches the target: the layer that
     loses the smallest share of its channels, at most half. None where no layer can do that."""
-    best, best_rank = None, (0.5, 0.0)  # (share lost, surplus over the target)
-    for layer, (width, whole) in enumerate(zip(structure, widths)):
-        if width == whole:
+    options = []  # (share lost, surplus over the target, structure), one per layer
+    for layer, is_pruned in enumerate(actions_between(widths, structure)):
+        if not is_pruned:
             continue
-        for lost in range(1, int(best_rank[0] * width) + 1):
+        width = structure[layer]
+        for lost in range(1, width // 2 + 1):
             narrower = add_at(structure, layer, -lost)
             surplus = reduction_of(narrower) - target
             if surplus >= 0:
-                rank = (lost / width, surplus)
-                if best is None or rank < best_rank:
-                    best, best_rank = narrower, rank
+                options.append((lost / width, surplus, narrower))
                 break
-    return best
+    return min(options)[2] if options else None
 
 
-# ours: a layer of a uniform structure may keep this share of its channels more than the others, or
-# one channel, for the structure to come nearer to its target.
+# ours: for a uniform structure to come nearer to its target, a layer may get this share of its
+# channels back, and one more, which rounding took.
 UNIFORM_TOLERANCE = 0.03
+# ours: the first structure that removes so much more than the target ends the search for a uniform
+# one, for smaller shares only lead further away.
+UNIFORM_EXCESS = 0.05
 
 
 def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
-    """The structure that keeps the same share of channels in every layer and comes nearest to
-    removing `target`. Layers may differ by UNIFORM_TOLERANCE."""
+    """The structure that keeps the same share of channels in every layer, removes at least `target`
+    and as little more as possible. Layers may differ by UNIFORM_TOLERANCE.
+
+    The target has to be in reach (`check_reachable`); `widths` where it is not.
+    """
     best = tuple(widths)
-    # A channel of some layers is worth many of others: these are adjusted first.
+    # Layers whose channels cost the most MACs get theirs back first.
     costliest_first = sorted(
         range(len(widths)), key=lambda layer: -reduction_of(add_at(widths, layer, -1))
     )
@@ -1700,8 +1714,8 @@ def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
                     break
                 structure = wider
         best = min(best, structure, key=lambda candidate: abs(reduction_of(candidate) - target))
-        if reduction_of(structure) - target > 0.05:
-            break  # smaller shares only lead further away
+        if reduction_of(structure) - target > UNIFORM_EXCESS:
+            break
     return best
 
 
@@ -1741,7 +1755,9 @@ def check_reachable(widths, reduction_of, target: float | None, multiple: int = 
     )
 
 
-def round_structure(structure, widths, reduction_of, target: float | None, multiple: int):
+def round_structure(
+    structure, widths, reduction_of, target: float | None, multiple: int
+) -> tuple[int, ...]:
     """The structure at multiples of `multiple` that is nearest to `structure`.
 
     A layer may also keep all its channels. With a `target` the structure still reaches it. Raises
@@ -1759,27 +1775,28 @@ def round_structure(structure, widths, reduction_of, target: float | None, multi
     def widths_at(positions) -> tuple[int, ...]:
         return tuple(choice[n] for choice, n in zip(choices, positions))
 
-    def excess(layer) -> float:
+    def ratio_to_wanted(layer: int) -> float:
+        """The layer's width at the present `positions`, over what `structure` wants."""
         return choices[layer][positions[layer]] / structure[layer]
 
     if target is None:
         return widths_at(positions)
-    # Down where rounding added the most.
+    # Narrow the layer that rounding widened the most, until the target is reached.
     while reduction_of(widths_at(positions)) < target:
-        layer = max((layer for layer in layers if positions[layer]), key=excess)
+        layer = max((layer for layer in layers if positions[layer]), key=ratio_to_wanted)
         positions = add_at(positions, layer, -1)
-    # And up where it took the most, while that layer has less than it should.
+    # Then widen the layer that rounding narrowed the most, while the target is still reached.
     while True:
         larger = [
             layer
             for layer in layers
             if positions[layer] + 1 < len(choices[layer])
-            and excess(layer) < 1
+            and ratio_to_wanted(layer) < 1
             and reduction_of(widths_at(add_at(positions, layer))) >= target
         ]
         if not larger:
             return widths_at(positions)
-        positions = add_at(positions, min(larger, key=excess))
+        positions = add_at(positions, min(larger, key=ratio_to_wanted))
 
 
 # ---- the LSTM ----------------------------------------------------------------------------------
@@ -1843,9 +1860,12 @@ def sample_actions(policy: Policy, features: torch.Tensor, seed: int, *, is_rand
     return logits, torch.multinomial(probabilities, 1)[:, 0]
 
 
-def reinforce(policy: Policy, optimizer, logits, actions, advantage: float) -> None:
-    """One REINFORCE step: logits (L, 2), actions (L,); the advantage is the child's reward less its
-    parent's (paper)."""
+def take_reinforce_step(optimizer, logits, actions, advantage: float) -> None:
+    """One REINFORCE step of the policy whose weights `optimizer` has.
+
+    logits (L, 2) of that policy, with their graph; actions (L,) sampled from them; the advantage is
+    the child's reward less its parent's (paper).
+    """
     log_probs = F.log_softmax(logits, 1).gather(1, actions[:, None])
     optimizer.zero_grad()
     (-ADVANTAGE_SCALE * advantage * log_probs.mean()).backward()
@@ -1865,17 +1885,19 @@ class Settings:
     pruning_rate: float  # share of a layer's channels that one step removes
     target: float | None  # the MACs reduction that the user or the paper asks for
     candidates_per_lstm_epoch: int
-    # Idle LSTM epochs that end a search. Idle is without a larger reward in a ReinforceSearch, and
-    # without a new structure in a RegressionSearch (whose `idle_walks_per_patience` lengthens it).
+    # A ReinforceSearch ends after so many LSTM epochs in a row without a larger reward. A
+    # RegressionSearch ends after `idle_walks_per_patience` times as many walks in a row that led to
+    # known structures.
     patience: int
-    # That end a RegressionSearch. None: every search is a ReinforceSearch, which has no such end.
+    # A RegressionSearch ends after so many candidates. None: every search is a ReinforceSearch.
     max_candidates: int | None
     seed: int
 
     def searches_by_regression(self, target: float | None) -> bool:
         """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch.
 
-        Its walks need somewhere to go: a cut of 0 is none.
+        A walk needs a target above 0 to go to. So without a target the first row's search may be by
+        REINFORCE, and that of a later one, which has the first one's cut as target, by regression.
         """
         return bool(self.max_candidates and target)
 
@@ -1928,7 +1950,8 @@ def rank_by_reward(scored: Iterable[ScoredStructure], count: int) -> list[Scored
 
 
 def choose_best(scored: Iterable[ScoredStructure], target: float | None) -> ScoredStructure:
-    """The largest reward, at or past the target where one got there; else the largest reduction."""
+    """The structure of the largest reward among those that reach the target; where none does, the
+    one that removes the most."""
     scored = list(scored)
     reached = [item for item in scored if target is None or item.macs_reduction >= target]
     if reached:
@@ -1947,9 +1970,9 @@ class Search:
     With `is_random` chance decides instead of the LSTM, and nothing is learned.
     """
 
-    rule = ""  # its name in results.json
+    rule = ""  # how it searches, in results.json
     policy_lr = POLICY_LR
-    layer_score = ""  # what `score_layers` says of each layer
+    layer_score_label = ""  # what the numbers of `score_layers` are, for the report
     state_keys = ("lstm_epoch", "layer_scores")  # of the state, beside policy and candidates
 
     def __init__(
@@ -1960,7 +1983,7 @@ class Search:
         target,
         reduction_of,
         *,
-        name,
+        method,
         is_random=False,
     ):
         self.net = net
@@ -1968,9 +1991,9 @@ class Search:
         self.settings = settings
         self.target = target
         self.reduction_of = reduction_of
-        self.name = name
+        self.method = method
         self.is_random = is_random
-        torch.manual_seed(seed_for(settings.seed, name, "policy"))
+        torch.manual_seed(seed_for(settings.seed, method, "policy"))
         self.policy = self.make_policy()
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.policy_lr)
         self.candidates: dict[tuple, Candidate] = {}
@@ -1988,7 +2011,7 @@ class Search:
         raise NotImplementedError
 
     def score_layers(self) -> list[float]:
-        """What the LSTM thinks of each layer of the baseline, see `layer_score`."""
+        """What the LSTM thinks of each layer of the baseline, (L,); see `layer_score_label`."""
         raise NotImplementedError
 
     def structures_in_use(self) -> set:
@@ -2006,9 +2029,11 @@ class Search:
 
     @property
     def best(self) -> ScoredStructure:
+        """What the search would end with now; see `choose_best`."""
         return choose_best(self.known.values(), self.target)
 
     def add_candidate(self, score: ScoredStructure) -> None:
+        """Keep a Candidate; the baseline, which may be proposed too, is none."""
         if score.structure != self.baseline_score.structure:
             self.candidates[score.structure] = score
 
@@ -2043,13 +2068,13 @@ class ReinforceSearch(Search):
     rewards, and learns from its reward. It ends after some epochs without a better net."""
 
     rule = "reinforce"
-    layer_score = "probability of pruning"
-    state_keys = (*Search.state_keys, "waiting_parents", "best_reward", "idle_epochs")
+    layer_score_label = "probability of pruning"
+    state_keys = (*Search.state_keys, "waiting_parents", "reward_to_beat", "idle_epochs")
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.waiting_parents = []  # whose children this LSTM epoch still has to try
-        self.best_reward = self.baseline_score.reward  # before this LSTM epoch
+        self.reward_to_beat = self.baseline_score.reward  # the largest before this LSTM epoch
         self.idle_epochs = 0
 
     def propose(self) -> Proposal | None:
@@ -2061,7 +2086,7 @@ class ReinforceSearch(Search):
         logits, actions = sample_actions(
             self.policy,
             layer_features(self.net, parent),
-            seed_for(self.settings.seed, self.name, "decisions", self.lstm_epoch, parent),
+            seed_for(self.settings.seed, self.method, "decisions", self.lstm_epoch, parent),
             is_random=self.is_random,
         )
         actions = tuple(actions.tolist())
@@ -2071,17 +2096,17 @@ class ReinforceSearch(Search):
     def start_lstm_epoch(self) -> None:
         parents = self.rank_parents()
         self.waiting_parents = [parent.structure for parent in parents]
-        self.best_reward = parents[0].reward
+        self.reward_to_beat = parents[0].reward
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
         self.add_candidate(score)
         if not self.is_random:
             actions = torch.tensor(proposal.actions)
             advantage = score.reward - self.known[proposal.parent].reward
-            reinforce(self.policy, self.optimizer, proposal.logits, actions, advantage)
+            take_reinforce_step(self.optimizer, proposal.logits, actions, advantage)
         self.waiting_parents.remove(proposal.parent)
         if not self.waiting_parents:
-            is_better = max(item.reward for item in self.known.values()) > self.best_reward
+            is_better = max(item.reward for item in self.known.values()) > self.reward_to_beat
             self.idle_epochs = 0 if is_better else self.idle_epochs + 1
             self.finish_lstm_epoch()
 
@@ -2108,25 +2133,30 @@ class ReinforceSearch(Search):
 
 
 class RegressionSearch(Search):
-    """ours, for `fast`: the LSTM learns from every candidate so far, and every candidate is a whole
-    walk from the baseline to the target.
+    """ours, for `fast`: the LSTM learns from every candidate so far, and every candidate is the end
+    of a walk from the baseline to the target.
 
-    For a structure the LSTM predicts what a step costs in each layer. The steps of all layers
-    together should cost the accuracy that was lost: on this it is trained again after each LSTM
-    epoch, on all candidates, so each layer gets its share of the credit. The first candidate has
-    the same share of every layer. On a walk, layers whose cost is small beside the MACs that they
-    save are pruned, with odds that sharpen as the search goes on.
+    A *step* of a layer takes `pruning_rate` of its channels. For a structure the LSTM predicts, for
+    each layer, how much accuracy such a step costs. After each LSTM epoch it is trained again on
+    all candidates: over all layers, the predicted cost of a step times the number of steps is to be
+    the accuracy that the candidate lost. So it takes the cost of a step as the same on the whole
+    way to a structure.
+
+    A walk goes in *moves*, each a step of a few layers at once. Layers that save many MACs for
+    little predicted cost are likely to take part, and the likelier the later in the search. The
+    first candidate has the same share of every layer.
     """
 
     rule = "regression"
-    layer_score = "predicted cost of a step"
+    layer_score_label = "predicted cost of a step"
     state_keys = (*Search.state_keys, "walks", "idle_walks")
 
     policy_lr = 0.003  # of Adam
     adam_steps = 60  # after each LSTM epoch
-    # First and last: a layer that is twice as good has 2^(1 / temperature) times the odds.
+    # At the start and at the end of a search. A layer that saves twice the MACs for its predicted
+    # cost has 2^(1 / temperature) times the odds to be pruned in a move.
     odds_temperatures = (0.5, 0.1)
-    step_share = 0.25  # of the layers a step of a walk prunes, about
+    share_of_layers = 0.25  # that a move prunes, about
     idle_walks_per_patience = 5  # a walk is cheap where its structure is known already
 
     def __init__(self, *arguments, **keywords):
@@ -2144,12 +2174,13 @@ class RegressionSearch(Search):
         return torch.cat([layer_features(self.net, structure), which_layer], 1)
 
     def count_steps(self, structure) -> torch.Tensor:
-        """(L,): how many pruning steps lead from the baseline to the structure, in each layer."""
+        """(L,): how many steps each layer has taken from the baseline to the structure; a fraction
+        where rounding took more or less than the pruning rate."""
         ratio = torch.tensor(self.net.widths) / torch.tensor(structure)
         return ratio.log() / -math.log1p(-self.settings.pruning_rate)
 
     def predict_costs(self, features: torch.Tensor) -> torch.Tensor:
-        """What a step costs in each layer: (L, 4 + L) -> (L,), or (L, B, 4 + L) -> (L, B)."""
+        """What a step of each layer costs: (L, 4 + L) -> (L,), or (L, B, 4 + L) -> (L, B)."""
         return F.softplus(self.policy(features)[..., 0])
 
     def propose(self) -> Proposal | None:
@@ -2157,24 +2188,23 @@ class RegressionSearch(Search):
             return None
         if self.idle_walks >= self.idle_walks_per_patience * self.settings.patience:
             return None
-        seed = seed_for(self.settings.seed, self.name, "decisions", self.walks)
+        seed = seed_for(self.settings.seed, self.method, "decisions", self.walks)
         generator = torch.Generator().manual_seed(seed)
         structure = self.baseline_score.structure
         if self.walks == 0:
             structure = uniform_structure(self.net.widths, self.reduction_of, self.target)
         while self.reduction_of(structure) < self.target:
-            smaller = self.take_step(structure, generator)
+            smaller = self.take_move(structure, generator)
             if smaller is None:
                 break
             structure = smaller
         parent = self.baseline_score.structure
-        actions = tuple(int(width < whole) for width, whole in zip(structure, parent))
-        return Proposal(parent, actions, structure)
+        return Proposal(parent, actions_between(parent, structure), structure)
 
-    def take_step(self, structure, generator) -> tuple[int, ...] | None:
+    def take_move(self, structure, generator) -> tuple[int, ...] | None:
         """A smaller structure on the walk to the target; None where no step removes MACs.
 
-        The random numbers may choose no layer: then the structure stays, and the next step draws
+        The random numbers may choose no layer: then the structure stays, and the next move draws
         again.
         """
         rate = self.settings.pruning_rate
@@ -2186,26 +2216,27 @@ class RegressionSearch(Search):
         saved = reductions - self.reduction_of(structure)
         if not (saved > 0).any():
             return None
-        probabilities = self.step_probabilities(structure, smaller, saved)
+        probabilities = self.move_probabilities(structure, smaller, saved)
         actions = torch.bernoulli(probabilities, generator=generator).tolist()
         child = shrink(structure, actions, rate)
         return prune_to_target(structure, child, self.reduction_of, self.target)
 
-    def step_probabilities(self, structure, smaller, saved: torch.Tensor) -> torch.Tensor:
-        """(L,): how likely each layer is pruned in a step that would save `saved` (L,) in each."""
-        with torch.no_grad():
-            costs = self.predict_costs(self.read_layers(structure)).clamp_min(1e-3)
-            steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
-            costs = costs * steps
-        worth = saved.clamp_min(1e-9).log() - costs.log()
-        threshold = worth[saved > 0].quantile(1 - self.step_share)
+    @torch.no_grad()
+    def move_probabilities(self, structure, smaller, saved: torch.Tensor) -> torch.Tensor:
+        """(L,): how likely each layer goes from `structure` to `smaller` in a move, which would
+        save it `saved` (L,), as a share of the baseline's MACs."""
+        # The smallest values keep logarithms finite.
+        cost_per_step = self.predict_costs(self.read_layers(structure)).clamp_min(1e-3)
+        steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
+        log_saved_per_cost = saved.clamp_min(1e-9).log() - (cost_per_step * steps).log()
+        threshold = log_saved_per_cost[saved > 0].quantile(1 - self.share_of_layers)
         if self.is_random:
-            probabilities = torch.full_like(worth, self.step_share)
+            probabilities = torch.full_like(saved, self.share_of_layers)
         else:
             first, last = self.odds_temperatures
             share_done = min(1, (len(self.candidates) + 1) / self.settings.max_candidates)
             temperature = first * (last / first) ** share_done
-            probabilities = torch.sigmoid((worth - threshold) / temperature)
+            probabilities = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
         return torch.where(saved > 0, probabilities, 0)
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
@@ -2224,28 +2255,28 @@ class RegressionSearch(Search):
         features = torch.stack([self.read_layers(c.structure) for c in candidates], 1)
         steps = torch.stack([self.count_steps(c.structure) for c in candidates], 1)  # (L, B)
         accuracies = torch.tensor([c.validation_accuracy for c in candidates])
-        losses = self.accuracy_losses(accuracies)
+        lost = self.lost_accuracies(accuracies)
         # An untrained LSTM predicts softplus(0) = log 2 for a step, so a candidate's cost is about
-        # log 2 times its steps. The losses are scaled to that mean.
-        mean_loss = losses.mean().clamp_min(1e-6)
-        losses = losses / mean_loss * steps.sum(0).mean() * math.log(2)
+        # log 2 times its steps. What was lost is scaled to that mean.
+        lost = lost / lost.mean().clamp_min(1e-6) * steps.sum(0).mean() * math.log(2)
+        variance = lost.var(correction=0).clamp_min(1e-3)
         for _ in range(self.adam_steps):
             predicted = (self.predict_costs(features) * steps).sum(0)
-            error = (predicted - losses).square().mean() / losses.var(correction=0).clamp_min(1e-3)
+            loss = (predicted - lost).square().mean() / variance
             self.optimizer.zero_grad()
-            error.backward()
+            loss.backward()
             self.optimizer.step()
 
-    def accuracy_losses(self, accuracies: torch.Tensor) -> torch.Tensor:
-        """What the steps of each candidate cost it, (B,), from validation accuracies (B,).
+    def lost_accuracies(self, accuracies: torch.Tensor) -> torch.Tensor:
+        """How much accuracy each candidate lost, (B,), from validation accuracies (B,).
 
-        Its distance from the best candidate, plus what the best one lost against the baseline. The
-        second part is at least the candidates' standard deviation: where the best one is as good
-        as the baseline, pruning it was still not free.
+        How far it is below the best candidate, plus what the best one lost against the baseline.
+        The second part is at least the candidates' standard deviation: where the best one is as
+        good as the baseline, pruning it was still not free.
         """
-        distances = accuracies.max() - accuracies
-        loss_of_best = self.baseline_score.validation_accuracy - accuracies.max()
-        return distances + torch.maximum(loss_of_best, distances.std(correction=0))
+        below_best = accuracies.max() - accuracies
+        lost_by_best = self.baseline_score.validation_accuracy - accuracies.max()
+        return below_best + torch.maximum(lost_by_best, below_best.std(correction=0))
 
     @torch.no_grad()
     def score_layers(self) -> list[float]:
@@ -2289,10 +2320,10 @@ def count_macs_by(method: str, net: Net, structure) -> int:
 def make_reduction_of(method: str, net: Net) -> Callable:
     """reduction_of(structure): the share of `net`'s MACs that a structure of it removes by a
     method."""
-    whole = models.count_macs(net)
+    macs_before = models.count_macs(net)
 
     def reduction_of(structure) -> float:
-        return 1 - count_macs_by(method, net, structure) / whole
+        return 1 - count_macs_by(method, net, structure) / macs_before
 
     return reduction_of
 
@@ -2301,16 +2332,16 @@ def make_reduction_of(method: str, net: Net) -> Callable:
 class Goal:
     """The MACs reduction that a row aims at; None: as far as the reward finds worth it.
 
-    `is_required`: the user or the paper asks for it, so a row that cannot get there is an error.
-    Otherwise it is only the cut of another row, to compare at; a row that cannot get there goes as
-    far as it can.
+    `is_required`: the user or the paper asks for it, and it is an error where no structure of the
+    net gets there. Otherwise it is only the cut of another row, to compare at, and a row that
+    cannot get there goes as far as it can (`lower_goal`, `round_widths`).
     """
 
-    macs_reduction: float | None
+    target: float | None
     is_required: bool = False
 
 
-# ---- the run: its folder -----------------------------------------------------------------------
+# ---- the run: what it reports ------------------------------------------------------------------
 
 
 class Reporter:
@@ -2326,9 +2357,12 @@ class Reporter:
         """The steps of an epoch, shown as they are taken."""
         return steps
 
-    def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds) -> None:
-        """An epoch is done; `accuracy` is None where it is not measured."""
+    def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds_per_epoch) -> None:
+        """The epoch of that number, from 0 on, is done; `accuracy` is None where it is not
+        measured. `seconds_per_epoch`: the mean so far."""
 
+
+# ---- the run: its folder -----------------------------------------------------------------------
 
 # The rows of results.json; each has a checkpoint ROW.pt.
 ROWS = ("baseline", *METHODS)
@@ -2440,8 +2474,8 @@ class RunFolder:
 
     def check_identity(self, results: dict, description: dict) -> None:
         """Raise UserError (status 2) where `results` are of a run with another description."""
-        ours = json.loads(json.dumps(description))
-        different = [key for key in IDENTITY if results[key] != ours[key]]
+        expected = json.loads(json.dumps(description))  # as JSON reads it back: lists for tuples
+        different = [key for key in IDENTITY if results[key] != expected[key]]
         if different:
             if "source" in different:
                 # Another net may be for other images: no differences of their own.
@@ -2597,11 +2631,17 @@ def has_valid_rows(results: dict) -> bool:
     return (
         isinstance(rows, list)
         and set(names) <= set(ROWS)
-        and (rows or not results["search"])
+        and (bool(rows) or not results["search"])  # a search comes after the baseline's row
         and all(are_numbers(row[key] for key in ROW_NUMBERS) for row in rows)
-        and all(is_structure(row["widths"], results["layers"]) for row in rows)
-        and all(len(point) == 2 and are_numbers(v or 0 for v in point) for point in points)
+        and all(has_number_per_layer(row["widths"], results["layers"]) for row in rows)
+        and all(is_valid_point(point) for point in points)
     )
+
+
+def is_valid_point(point: list) -> bool:
+    """Whether it is [loss, validation accuracy or None] of an epoch."""
+    loss, accuracy = point
+    return are_numbers([loss]) and (accuracy is None or are_numbers([accuracy]))
 
 
 def is_valid_search(log: dict, layers: list) -> bool:
@@ -2609,13 +2649,13 @@ def is_valid_search(log: dict, layers: list) -> bool:
     return (
         isinstance(log["rule"], str)
         and (log["target"] is None or are_numbers([log["target"]]))
-        and all(is_structure(candidate.structure, layers) for candidate in candidates)
-        and all(is_structure(candidate.actions, layers) for candidate in candidates)
+        and all(has_number_per_layer(candidate.structure, layers) for candidate in candidates)
+        and all(has_number_per_layer(candidate.actions, layers) for candidate in candidates)
         and all(
             are_numbers([item.validation_accuracy, item.macs_reduction, item.reward, item.seconds])
             for item in candidates
         )
-        and all(is_structure(scores, layers) for scores in log.get("layer_scores", []))
+        and all(has_number_per_layer(scores, layers) for scores in log.get("layer_scores", []))
         and all(
             are_numbers([trial["gates"], trial["validation_loss"] or 0.0])
             for trial in log.get("gate_trials", [])
@@ -2624,12 +2664,12 @@ def is_valid_search(log: dict, layers: list) -> bool:
 
 
 def is_valid_rounding(side: dict) -> bool:
-    numbers = [side["validation_accuracy"], side["macs_reduction"], *side["latencies"]]
-    return len(numbers) == 4 and are_numbers([*numbers, *side["widths"]])
+    numbers = [side["validation_accuracy"], side["macs_reduction"], *side["widths"]]
+    latencies = side["latencies"]
+    return are_numbers(numbers) and len(latencies) == 2 and are_numbers(latencies)
 
 
-def is_structure(numbers, layers: list) -> bool:
-    """Whether there is a number for each layer."""
+def has_number_per_layer(numbers, layers: list) -> bool:
     return len(numbers) == len(layers) and are_numbers(numbers)
 
 
@@ -2737,13 +2777,16 @@ class Trainer:
         keeps_best: bool = False,
         epochs: range | None = None,
     ) -> TrainedNet:
-        """Train `net` to the end of its plan, going on where an earlier process was stopped in it.
+        """Train `net` in place, going on where an earlier process was stopped in this training.
 
-        `epochs` are those of the plan to train, by default all of them. With `validation` the
-        accuracy on these images is measured after each epoch. With `keeps_best` the weights are
-        those of the best epoch by that accuracy, else of the last one. Trainings are told apart by
-        `title`. A training that diverges ends: with `keeps_best` by the weights from before, else
-        by a UserError.
+        `title` tells trainings apart. `epochs` are those of the plan to train, by default all of
+        them. With `validation` the accuracy on these images is measured after each epoch. With
+        `keeps_best`, which needs `validation`, the weights are those of the best epoch by that
+        accuracy, else of the last one.
+
+        A training diverges where its loss is no longer a number. With `keeps_best` it then ends
+        with its best weights so far, or with those that it began with. Else it raises
+        DivergenceError.
         """
         net = net.to(self.device).to(memory_format=torch.channels_last)
         first_weights = deepcopy(net.state_dict()) if keeps_best else None
@@ -2764,24 +2807,24 @@ class Trainer:
             wrap_steps=self.reporter.wrap_steps,
         )
         for epoch, loss in losses:
-            if not math.isfinite(loss) and keeps_best:
-                if state.best_weights is None:
-                    net.load_state_dict(first_weights)
-                    state.accuracy = measure_accuracy(net, validation)
-                break
             if not math.isfinite(loss):
-                raise DivergenceError(explain_divergence(title, epoch, plan))
+                if not keeps_best:
+                    raise DivergenceError(explain_divergence(title, epoch, plan))
+                break
             accuracy = None if validation is None else measure_accuracy(net, validation)
             state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
             state.seconds = time.time() - start
             self.save_progress(title, state, net, optimizer)
             self.folder.save_results()  # the seconds so far
             seconds_per_epoch = state.seconds / state.epochs
-            number = epoch - epochs.start
+            epoch_of_part = epoch - epochs.start
             self.reporter.finish_epoch(
-                title, number, len(epochs), loss, accuracy, seconds_per_epoch
+                title, epoch_of_part, len(epochs), loss, accuracy, seconds_per_epoch
             )
-        if state.best_weights is not None:
+        if keeps_best and state.best_weights is None:  # it diverged in its first epoch
+            net.load_state_dict(first_weights)
+            state.accuracy = measure_accuracy(net, validation)
+        elif keeps_best:
             net.load_state_dict(state.best_weights)
         return TrainedNet(net, state.accuracy, time.time() - start, state.curve)
 
@@ -2833,13 +2876,12 @@ class Trainer:
             validation=self.data.validation,
             keeps_best=True,
         )
-        macs = count_macs_by(method, self.baseline, structure)
-        macs_reduction = 1 - macs / models.count_macs(self.baseline)
+        macs_reduction = self.make_reduction_of(method)(structure)
         accuracy = trained.validation_accuracy
         candidate = Candidate(
             structure=structure,
             validation_accuracy=accuracy,
-            macs=macs,
+            macs=count_macs_by(method, self.baseline, structure),
             macs_reduction=macs_reduction,
             reward=compute_reward(accuracy, macs_reduction, target),
             parent=parent_net.structure,
@@ -2862,14 +2904,11 @@ class Trainer:
     ) -> tuple[Net, Candidate]:
         """`make_candidate`, kept in a file of the pool: both come from there if it exists."""
         if not path.exists():
-            actions = tuple(
-                int(width != before) for width, before in zip(structure, parent_net.structure)
-            )
             net, candidate = self.make_candidate(
                 method,
                 parent_net,
                 structure,
-                actions=actions,
+                actions=actions_between(parent_net.structure, structure),
                 target=target,
                 lstm_epoch=lstm_epoch,
                 number=number,
@@ -2886,7 +2925,8 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     """The search for where to prune: (best net, its score).
 
     A structure that is proposed again is not trained again: its score is reused. Raises UserError
-    where the target is out of reach.
+    where no structure reaches the target. A ReinforceSearch that has run out of patience may still
+    end short of it.
     """
     folder = trainer.folder
     search = make_search(trainer, method, target)
@@ -2898,8 +2938,8 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
             return folder.checkpoint("baseline")
         return pool / f"{structure_name(structure)}.pt"
 
-    log_progress(search, folder)
-    best_said = None
+    log_search_state(search, folder)  # also where the search has ended already
+    reported_best = None
     while (proposal := search.propose()) is not None:
         score = search.known.get(proposal.structure)
         if score is None:
@@ -2913,14 +2953,16 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
                 number=len(search.candidates) + 1,
             )
             models.save_checkpoint(weights_of(proposal.structure), net, {})
-        lstm_epoch = search.lstm_epoch
+        epoch_before = search.lstm_epoch
         search.record(proposal, score)
-        if search.lstm_epoch > lstm_epoch and search.best is not best_said:
-            folder.say(describe_search(search, lstm_epoch))
-            best_said = search.best
+        has_finished_epoch = search.lstm_epoch > epoch_before
+        if has_finished_epoch and search.best is not reported_best:
+            folder.say(describe_search(search, epoch_before))
+            reported_best = search.best
         save_search(search, folder)
-        log_progress(search, folder)
+        log_search_state(search, folder)
         folder.save_results()
+        # Weights that nobody will ask for.
         in_use = {weights_of(structure) for structure in search.structures_in_use()}
         for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
             path.unlink()
@@ -2940,19 +2982,19 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
         trainer.settings,
         target,
         reduction_of,
-        name=method,
+        method=method,
         is_random=method == "random",
     )
 
 
 def title_of(search: Search) -> str:
     """Rewards depend on the target: a search for another one is another search."""
-    return f"{search.name}, target {search.target}"
+    return f"{search.method}, target {search.target}"
 
 
 def load_search(search: Search, folder: RunFolder) -> None:
     """Go on with what `save_search` kept of this search, if it did."""
-    path = folder.pool(search.name) / "search.pt"
+    path = folder.pool(search.method) / "search.pt"
     keys = search.state_dict().keys()
     state = models.read_unfinished_work(path, title_of(search), keys)
     if state:
@@ -2964,18 +3006,18 @@ def load_search(search: Search, folder: RunFolder) -> None:
 
 
 def save_search(search: Search, folder: RunFolder) -> None:
-    path = folder.pool(search.name) / "search.pt"
+    path = folder.pool(search.method) / "search.pt"
     models.write_tensors(path, search.state_dict() | {"title": title_of(search)})
 
 
-def log_progress(search: Search, folder: RunFolder) -> None:
+def log_search_state(search: Search, folder: RunFolder) -> None:
     """Put into the results how far a search is."""
     folder.log_search(
-        search.name,
+        search.method,
         search.rule,
         search.target,
         search.candidates.values(),
-        layer_score=search.layer_score,
+        layer_score=search.layer_score_label,
         layer_scores=search.layer_scores,
     )
 
@@ -2985,7 +3027,7 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
     best = search.best
     epoch = f"round {lstm_epoch}" if search.is_random else f"LSTM epoch {lstm_epoch}"
     return (
-        f"{search.name}: {epoch}, {len(search.candidates)} candidates, best by reward: accuracy "
+        f"{search.method}: {epoch}, {len(search.candidates)} candidates, the best so far: accuracy "
         f"{best.validation_accuracy:.2%}, cut {best.macs_reduction:.1%} "
         f"({structure_name(best.structure)}); {search.describe_end()}"
     )
@@ -3027,7 +3069,8 @@ SHARE_WITHOUT_GATES = 0.3
 GATE_TRIAL_SHARE = 0.1
 MAX_GATE_TRIAL_EPOCHS = 10
 MIN_GATE_TRIAL_STEPS = 400
-# ours: by so many images gates find their clusters; a few seconds, and hundreds for each group.
+# ours: gates find their clusters on so many training images. It takes a few seconds, and leaves
+# hundreds of images to each group.
 CLUSTERED_IMAGES = 5000
 
 
@@ -3038,8 +3081,8 @@ def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
 
 
 def plan_gate_trial(final: TrainingPlan, images: int) -> TrainingPlan:
-    """The short training that compares gates, of so many images: the final one in few epochs, no
-    more than it has."""
+    """The short training that compares gates, on so many images: the final training with a tenth of
+    its epochs, at most 10, but for at least 400 steps, and never more epochs than it has."""
     epochs = min(MAX_GATE_TRIAL_EPOCHS, round(GATE_TRIAL_SHARE * final.epochs))
     steps_per_epoch = max(1, images // BATCH_SIZE)
     fewest = max(2, math.ceil(MIN_GATE_TRIAL_STEPS / steps_per_epoch))
@@ -3202,8 +3245,9 @@ class Run:
         self.save_net(method, trained.net, accuracy, trained.seconds + seconds, trained.curve)
 
     def lower_goal(self, method: str, goal: Goal) -> float | None:
-        """The goal. Where it is only another row's cut, at most what this method can remove."""
-        target = goal.macs_reduction
+        """The goal's target. Where it is only another row's cut, at most what this method can
+        remove."""
+        target = goal.target
         if target is None or goal.is_required:
             return target
         widths = self.trainer.baseline.widths
@@ -3245,6 +3289,8 @@ class Run:
         end = uniform_structure(
             self.trainer.baseline.widths, self.trainer.make_reduction_of("uniform"), target
         )
+        # By the user's target, which the first row's search had; `target` may be only that row's
+        # cut.
         is_one_step = self.settings.searches_by_regression(self.settings.target)
         net = self.trainer.load_baseline()
         score = self.trainer.score_baseline(target)
@@ -3265,9 +3311,7 @@ class Run:
         self.folder.save_results()
         return net, score
 
-    def share_search(
-        self, target: float, *, pays_for_gates: bool = True
-    ) -> tuple[Net, ScoredStructure]:
+    def share_search(self, target: float, *, pays_for_gates: bool = True) -> tuple[Net, Candidate]:
         """ours, for `fast`: `sep` gates the structure that `lstm`'s search finds.
 
         Candidates of both are hard-pruned, so a search of its own would try the same again. Gates
@@ -3297,29 +3341,36 @@ class Run:
     def train_sep(
         self, net: Net, score: ScoredStructure, target: float | None
     ) -> tuple[TrainedNet, float, float]:
-        """(trained net, its validation accuracy before, seconds spent before): the final training
-        of `sep`, with gates where they help.
+        """The final training of `sep`, with gates where they help: (trained net, its validation
+        accuracy after the recovery, seconds spent before this training).
 
-        Where `sep` shares `lstm`'s search and no gate helps, it is `lstm`'s net: that has more
-        kernels than `net`, for no gate has to be paid for. Rounded widths stay as they are.
+        Two nets compete. `net` has room for its gates within the target. The ungated net has no
+        gates to pay for, and so may have more kernels: it is `lstm`'s. With rounded widths, or
+        where `sep` has searched by itself, `net` without gates takes its place.
         """
-        shares_net = self.settings.searches_by_regression(target) and not self.round_to
-        ungated_net, ungated_score = net, score
-        seconds = 0.0
-        if shares_net:
-            ungated_net, ungated_score = self.share_search(target, pays_for_gates=False)
-        if ungated_net.structure != net.structure:
-            seconds += ungated_score.seconds
-            self.folder.log_search("sep", "shared", target, [score, ungated_score])
-        gate_sizes, more_seconds = self.select_gated_layers(net, ungated_net)
-        seconds += more_seconds
+        may_be_lstm_net = self.settings.searches_by_regression(target) and not self.round_to
+        ungated_net, ungated_score, seconds = net, score, 0.0
+        if may_be_lstm_net:
+            ungated_net, ungated_score, seconds = self.make_ungated_net(score, target)
+        gate_sizes, trial_seconds = self.select_gated_layers(net, ungated_net)
+        seconds += trial_seconds
         if any(gate_sizes):
             return self.train_with_gates(net, gate_sizes), score.validation_accuracy, seconds
-        if shares_net and self.has_lstm_net_of(ungated_net.structure):
+        if may_be_lstm_net and self.has_lstm_net_of(ungated_net.structure):
             trained = self.take_lstm_net()
             return trained, trained.validation_accuracy, seconds
         trained = self.trainer.train("sep: final", ungated_net, self.data.all, self.settings.final)
         return trained, ungated_score.validation_accuracy, seconds
+
+    def make_ungated_net(self, gated_score, target: float) -> tuple[Net, Candidate, float]:
+        """(recovered net, its score, seconds spent) of `lstm`'s structure, which competes with the
+        one of `gated_score`."""
+        net, score = self.share_search(target, pays_for_gates=False)
+        if score.structure == gated_score.structure:
+            return net, score, 0.0
+        # This replaces what the results say of sep's search, so it comes before the gates' trials.
+        self.folder.log_search("sep", "shared", target, [gated_score, score])
+        return net, score, score.seconds
 
     def has_lstm_net_of(self, structure) -> bool:
         """Whether the folder has `lstm`'s trained net, of that structure."""
@@ -3388,7 +3439,11 @@ class Run:
 
     def try_gates(self, net: Net, ungated_net: Net, gate_sizes) -> tuple[list[dict], float]:
         """(how many gates and their validation loss for each trial, seconds spent). They train on
-        the images that do not validate. A trial whose training diverges has the loss None."""
+        the images that do not validate.
+
+        A trial with gates that diverges has the loss None, and its seconds are not counted. Raises
+        DivergenceError where the nets without gates diverge.
+        """
         images = self.data.train
         plan = plan_gate_trial(self.settings.final, len(images))
         plain_epochs, gated_epochs = split_epochs(plan)
@@ -3439,7 +3494,10 @@ class Run:
         self, title: str, structure, make_net: Callable, images, plan, epochs: range
     ) -> TrainedNet:
         """`Trainer.train` of what `make_net` makes, with its loss on the validation images. The
-        result is kept in `sep`'s pool, and comes from there the next time."""
+        result is kept in `sep`'s pool, and comes from there the next time.
+
+        `make_net` is called only where it has to be trained. What it returns is changed: a copy.
+        """
         name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
         path = self.folder.pool("sep") / f"{name}-{structure_name(structure)}.pt"
         if not path.exists():
@@ -3515,14 +3573,15 @@ class Run:
             )
             seconds = rounded_score.seconds
         self.results["rounded"][method] = {
-            "before": self.describe_rounding(net, score),
-            "after": self.describe_rounding(rounded_net, rounded_score),
+            "before": self.measure_rounding(net, score),
+            "after": self.measure_rounding(rounded_net, rounded_score),
         }
         self.folder.save_results()
         return rounded_net, rounded_score, seconds
 
-    def describe_rounding(self, net: Net, score: ScoredStructure) -> dict:
-        """What the report says of a net before or after rounding; latencies of 1 and 128 images."""
+    def measure_rounding(self, net: Net, score: ScoredStructure) -> dict:
+        """What the report says of a net before or after rounding; latencies in seconds, of 1 and of
+        128 images."""
         images = self.data.validation
         single = sep.tune(net) if self.trainer.device.type == "cpu" else net
         return {

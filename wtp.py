@@ -442,17 +442,17 @@ class ScreenReporter:
                 self.say_estimate(seconds / number * len(steps))
         self.epochs_done += 1
 
-    def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds) -> None:
+    def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds_per_epoch) -> None:
         self.bars.advance(self.run_bar, self.epoch_share)
         if not self.console.is_terminal:
             accuracy = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
             self.say(
                 f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{accuracy}, "
-                f"{seconds:.1f} s an epoch"
+                f"{seconds_per_epoch:.1f} s an epoch"
             )
         # The first of several short trainings has more to do than the others.
         if self.has_finished_epoch or self.epoch_share > LONG_EPOCH_SHARE:
-            self.say_estimate(seconds)
+            self.say_estimate(seconds_per_epoch)
         self.has_finished_epoch = True
 
     def say_estimate(self, seconds: float) -> None:

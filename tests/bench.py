@@ -471,7 +471,7 @@ def draw_structures(baseline, cut, count):
         settings,
         settings.target,
         baseline.reduction_of,
-        name="",
+        method="",
         is_random=True,
     )
     while (proposal := walks.propose()) is not None:

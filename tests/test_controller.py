@@ -859,7 +859,7 @@ def test_the_lstm_learns_which_layers_to_spare():
         logits = policy(features)
         actions = torch.multinomial(logits.detach().softmax(1), 1)[:, 0]
         advantage = -(costs * actions).sum().item()
-        controller.reinforce(policy, optimizer, logits, actions, advantage)
+        controller.take_reinforce_step(optimizer, logits, actions, advantage)
 
     policy.eval()
     probabilities = policy(features).softmax(1)[:, 1]
@@ -956,7 +956,7 @@ class MadeUpProblem:
             settings,
             self.target,
             self.reduction_of,
-            name="",
+            method="",
             is_random=is_random,
         )
 
@@ -1035,7 +1035,7 @@ def test_a_search_goes_on_as_if_never_stopped(search_class, max_candidates):
             search.settings,
             problem.target,
             problem.reduction_of,
-            name="",
+            method="",
         )
         search.load_state_dict(state)
 
@@ -1765,7 +1765,7 @@ def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_
     hard = tuple(run.row("lstm")["widths"])
     # A gate has MACs of its own, for which some more kernels go.
     reduction_of = run.trainer.make_reduction_of("sep")
-    cut = goal.macs_reduction
+    cut = goal.target
     soft = controller.prune_further(hard, baseline.widths, reduction_of, cut, TINY.pruning_rate)
     assert run.row("sep")["widths"] == list(soft)
 

@@ -64,9 +64,9 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def run_layer(layer, x: torch.Tensor, chosen_group=None) -> torch.Tensor:
-    """Run a convolution or linear layer: x (B, C, H, W) or (B, features).
+    """Run a convolution on x (B, C, H, W), or a linear layer on the same or on (B, features).
 
-    `chosen_group`: of a single image, what the gate of the layer before chose (sep.ChosenGroup).
+    `chosen_group` is None but in a net of `sep.tune` for single images; see Net.run_prunable.
     """
     if not isinstance(layer, nn.Module):
         # A single-image layer of sep.py, which selects its kernels itself.
@@ -78,15 +78,20 @@ def run_layer(layer, x: torch.Tensor, chosen_group=None) -> torch.Tensor:
     return layer(x)
 
 
+def group_by_input_channel(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """The weights of a layer by input channel.
+
+    A convolution (out, channels, k, k) -> (out, channels, k * k). A linear layer that reads p
+    places of each channel (out, channels * p) -> (out, channels, p).
+    """
+    return weight.reshape(weight.shape[0], channels, -1)
+
+
 def select_input_channels(weight: torch.Tensor, channels: int, index) -> torch.Tensor:
-    """The weights (out, channels x r, ...) of a layer on the input channels `index` alone."""
+    """The weights of a layer that reads so many `channels`, on those of `index` alone: as many
+    dimensions as before."""
     selected = group_by_input_channel(weight, channels)[:, index]
     return selected.reshape(len(weight), -1, *weight.shape[2:])
-
-
-def group_by_input_channel(weight: torch.Tensor, channels: int) -> torch.Tensor:
-    """The weights of a layer by input channel: (out, channels x r, ...) -> (out, channels, r')."""
-    return weight.reshape(weight.shape[0], channels, -1)
 
 
 def is_slow_in_bfloat16(layer: nn.Conv2d, x: torch.Tensor) -> bool:
@@ -154,14 +159,14 @@ class ChainArchitecture:
 
     @property
     def smallest_size(self) -> int:
-        """Of images of which something is left behind all convolutions."""
+        """The smallest side of images, in pixels, of which the convolutions leave anything."""
         size = 1
         while self.map_size(size) < 1:
             size += 1
         return size
 
     def map_size(self, size: int) -> int:
-        """The pixels of a side that are left of images of that size behind all convolutions."""
+        """The side of the last map, for images of that side, in pixels."""
         for convolution in self.convolutions:
             size = max(0, size + 2 * convolution.padding - convolution.kernel + 1)
             if convolution.pooling:
@@ -171,7 +176,7 @@ class ChainArchitecture:
     def in_words(self) -> str:
         """What weights do not tell of it, in words for the user."""
         poolings = [
-            f"{convolution.pooling} pooling behind convolution {number}"
+            f"{convolution.pooling} pooling after convolution {number}"
             for number, convolution in enumerate(self.convolutions, 1)
             if convolution.pooling
         ]
@@ -203,9 +208,9 @@ class Block:
     outputs: int
     stride: int = 1
     # Whether a 1 x 1 convolution and a batch norm bring its input into the shape of its output
-    # (option B of He et al. 2016); else zeros pad the channels where it gets wider (option A).
+    # (option B of He et al. 2016); else channels of zeros are added where it gets wider (option A).
     has_convolution: bool = False
-    # Of a pre-activated block, whether the shortcut begins behind the first norm and relu.
+    # Of a pre-activated block, whether the shortcut begins after the first norm and relu.
     is_shortcut_activated: bool = False
 
 
@@ -226,12 +231,12 @@ class ResNetArchitecture:
     has_stem_norm: bool = True
     has_stem_pooling: bool = False  # 3 x 3, stride 2 (ImageNet's nets)
     is_preactivated: bool = False  # batch norms and relus stand before the convolutions
-    has_last_norm: bool = False  # behind the blocks, of pre-activated nets
+    has_last_norm: bool = False  # after the blocks, of pre-activated nets
     strided_convolution: int = 0  # which of a block's convolutions has its stride
     activation: str = "relu"  # one of ACTIVATIONS
     # Option A: how places and channels are brought into shape.
     is_shortcut_averaged: bool = False  # the mean of 2 x 2 places; else every second place
-    has_zeros_behind: bool = False  # zeros behind the channels; else half of them before
+    has_zeros_behind: bool = False  # all zeros after the channels; else half of them before
 
     @property
     def prunable_count(self) -> int:
@@ -241,7 +246,7 @@ class ResNetArchitecture:
         """What weights do not tell of it, in words for the user."""
         words = [self.name]
         if self.has_stem_pooling:
-            words.append("a pooling behind its first convolution")
+            words.append("a pooling after its first convolution")
         if any(
             not block.has_convolution and block.stride > 1
             for stage in self.stages
@@ -253,11 +258,11 @@ class ResNetArchitecture:
         words.append(f"stride in convolution {self.strided_convolution + 1} of a block")
         if self.is_preactivated:
             activated = sum(block.is_shortcut_activated for stage in self.stages for block in stage)
-            words.append(f"{activated} shortcuts behind a norm")
+            words.append(f"{activated} shortcuts after a norm")
         return ", ".join([*words, self.activation])
 
     def split_zeros(self, count: int) -> tuple[int, int]:
-        """Option A: of so many channels of zeros, how many stand before and behind the others."""
+        """Option A: of so many channels of zeros, how many stand before and after the others."""
         before = 0 if self.has_zeros_behind else count // 2
         return before, count - before
 
@@ -294,8 +299,8 @@ ACTIVATIONS = {
 }
 # No usual net of the families here has them; they are found only where they do much better.
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
-# They fall somewhere, so it matters whether max-pooling comes before them.
-NOT_RISING = ("gelu", "silu")
+# They fall for some inputs, so max-pooling before them gives something else than after them.
+NOT_MONOTONIC = ("gelu", "silu")
 
 
 def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor:
@@ -307,9 +312,10 @@ def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor
 def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
     """The activation of a prunable layer, and its pooling where it has one.
 
-    Max-pooling and a rising activation commute; pooling first spares three quarters of the latter.
+    Max-pooling and a monotonic activation can change places; pooling first leaves the activation a
+    quarter of the work.
     """
-    is_pooled_last = prunable.activation in NOT_RISING
+    is_pooled_last = prunable.activation in NOT_MONOTONIC
     if prunable.pooling == "max" and not is_pooled_last:
         y = F.max_pool2d(y, 2)
     y = activate(y, prunable.activation, inplace=inplace)
@@ -353,10 +359,12 @@ class Net(nn.Module):
         return self.architecture.size
 
     def run_prunable(self, index: int, x: torch.Tensor, chosen_group=None):
-        """activation(norm(layer(x))) of a prunable layer, pooled where the net pools.
+        """(activation(norm(layer(x))) of a prunable layer, pooled where the net pools; None).
 
-        x (B, C_in, H, W). Returns y (B, C, H', W') and None; of single images, of which only the
-        chosen channels are computed, also what the gate chose (sep.ChosenGroup).
+        x (B, C_in, H, W) -> (B, C, H', W'); of a linear layer x may be (B, features), and y is
+        (B, C). In a net of `sep.tune` for single images (`layer_runners`) a gated layer computes
+        only the channels of the group that its gate chooses. It returns this sep.ChosenGroup in the
+        place of None, and the next layer takes it as `chosen_group`.
         """
         if self.layer_runners is not None:
             return self.layer_runners[index](x, chosen_group)
@@ -390,12 +398,14 @@ class Net(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def layers_and_norms(self) -> list[tuple[str, str]]:
-        """The names of each convolution or linear layer and the batch norm that follows it."""
+        """The names (layer, batch norm) where a norm reads just this layer, so that it can be
+        folded into it. Norms of a pre-activated net that read a sum of blocks are not among
+        them."""
         raise NotImplementedError
 
 
 class ChainNet(Net):
-    """Convolutions, then linear layers, an activation behind each but the last.
+    """Convolutions, then linear layers, an activation after each but the last.
 
     Keys as in torchvision's VGG, `features.N` and `classifier.N` (one linear layer is `classifier`
     itself), or as in Caffe's LeNet, `conv1`, ..., `fc1`, ...
@@ -453,8 +463,8 @@ class ChainNet(Net):
     def add_features(self) -> list[tuple[str, str | None]]:
         """Convolution, batch norm, relu and pooling in torchvision's order; returns the names.
 
-        Only the layers and norms are used, see run_prunable. Relus and poolings stand there for
-        torchvision's numbers; they may be other ones here.
+        Only the layers and norms are used, see run_prunable. What stands for the activation and
+        the pooling only keeps torchvision's numbers.
         """
         modules, names = [], []
         for convolution, layer, width in self.make_convolutions():
@@ -462,9 +472,9 @@ class ChainNet(Net):
             modules.append(layer)
             if convolution.has_norm:
                 modules.append(nn.BatchNorm2d(width))
-            modules.append(nn.ReLU())
+            modules.append(nn.Identity())  # the activation
             if convolution.pooling:
-                modules.append(nn.MaxPool2d(2))
+                modules.append(nn.Identity())
             norm = f"features.{place + 1}" if convolution.has_norm else None
             names.append((f"features.{place}", norm))
         self.features = nn.Sequential(*modules)
@@ -533,6 +543,7 @@ class ChainNet(Net):
 class ResidualBlock(nn.Module):
     """Two or three convolutions beside a shortcut. Only the inner widths can be pruned.
 
+    It has no forward: ResNet.run_block and run_preactivated_block run its modules.
     Modules: conv1, bn1, conv2, ...; downsample.0, downsample.1 of a shortcut with weights.
     """
 
@@ -594,7 +605,7 @@ class ResNet(Net):
         if architecture.has_last_norm:
             self.bn = nn.BatchNorm2d(outputs)
         self.linear = nn.Linear(outputs, self.classes)
-        # In a pre-activated block the norm behind conv1 is bn2, the next convolution's.
+        # In a pre-activated block the norm after conv1 is bn2, the next convolution's.
         shift = 1 if architecture.is_preactivated else 0
         self.prunable = [
             PrunableLayer(
@@ -675,7 +686,9 @@ class ResNet(Net):
 
     def layers_and_norms(self) -> list[tuple[str, str]]:
         if self.architecture.is_preactivated:
-            return [(prunable.layer_name, prunable.norm_name) for prunable in self.prunable]
+            names = [(prunable.layer_name, prunable.norm_name) for prunable in self.prunable]
+            has_stem_norm = self.architecture.has_stem_norm
+            return [("conv1", "bn1"), *names] if has_stem_norm else names
         modules = dict(self.named_modules())
         names = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
         return [(name, norm_name_of(name)) for name in names if norm_name_of(name) in modules]
@@ -736,11 +749,11 @@ def default_widths(arch: str) -> tuple[int, ...]:
 
 
 def lenet5_architecture(classes: int, channels: int, size: int) -> ChainArchitecture:
-    """Caffe's LeNet 20-50-500-10 (431,080 parameters at 28 x 28), a relu behind each hidden layer.
+    """Caffe's LeNet 20-50-500-10 (431,080 parameters at 28 x 28), a relu after each hidden layer.
 
     Raises UserError for images of fewer than 16 x 16 pixels.
     """
-    map_size = ((size - 4) // 2 - 4) // 2  # behind two convolutions of 5 x 5, each pooled
+    map_size = ((size - 4) // 2 - 4) // 2  # after two convolutions of 5 x 5, each pooled
     if map_size < 1:
         raise UserError(f"lenet5 needs images of at least 16 x 16 pixels, not {size} x {size}")
     convolution = Convolution(5, padding=0, has_bias=True, has_norm=False, pooling="max")
@@ -921,14 +934,18 @@ def compensate(net: Net, kept_channels) -> None:
 
 def remove_channels(net: Net, kept_channels) -> Net:
     """A new net with only the channels kept: their indices per prunable layer, in the order that
-    they will have. An index that comes twice makes two copies. Gates are left out."""
+    they will have. Gates are left out.
+
+    An index may come several times: then both the channel and the weights that read it are copied,
+    and the next layer counts it as often. sep.py does so where a gate lets one copy alone through.
+    """
     small = build_like(net, [len(kept) for kept in kept_channels])
     state = net.state_dict()
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
         for name in (prunable.layer_name, prunable.norm_name):
             keys = [key for key in state if name and key.rpartition(".")[0] == name]
             for key in keys:
-                if state[key].dim():
+                if state[key].dim():  # not num_batches_tracked, one number
                     state[key] = state[key][kept]
         key = prunable.next_layer_name + ".weight"
         state[key] = select_input_channels(state[key], width, kept)
@@ -951,10 +968,10 @@ def prune_channels(net: Net, structure) -> Net:
 
 
 @lru_cache
-def macs_per_kernel(architecture, layers: int) -> dict[str, int]:
+def macs_per_channel_pair(architecture) -> dict[str, int]:
     """For each convolution and linear layer, by name, the MACs between one input channel and one
     output channel: the kernel's area times the places where it is applied."""
-    net = build_net(architecture, [1] * layers).eval()
+    net = build_net(architecture, [1] * architecture.prunable_count).eval()
     macs = {}
 
     def make_hook(name):
@@ -983,16 +1000,17 @@ def count_macs(net: Net, structure=None) -> int:
     """
     structure = net.structure if structure is None else structure
     outputs_of = {p.layer_name: count for p, count in zip(net.prunable, structure)}
-    inputs_of = {
+    channels_before = {
         p.next_layer_name: (count, width)
         for p, count, width in zip(net.prunable, structure, net.widths)
     }
     total = 0
-    kernels = macs_per_kernel(net.architecture, len(net.widths))
-    for name, macs in kernels.items():
+    for name, macs in macs_per_channel_pair(net.architecture).items():
         outputs, inputs = attrgetter(name)(net).weight.shape[:2]
-        count, width = inputs_of.get(name, (1, 1))
-        total += macs * outputs_of.get(name, outputs) * (inputs * count // width)
+        if name in channels_before:
+            count, width = channels_before[name]
+            inputs = inputs // width * count  # a linear layer reads several places of a channel
+        total += macs * outputs_of.get(name, outputs) * inputs
     return total
 
 
@@ -1018,6 +1036,8 @@ def refuse_existing(path: Path, advice: str) -> None:
 def write_atomically(path: Path, write, temporary: Path | None = None, hint: str = "") -> None:
     """Make a file by `write(temporary)`; the old one stays until the new one is complete.
 
+    A file of the user's gets `temporary_path(path)` as `temporary`, so that two processes do not
+    share it. The files of a run folder, which one process has, get one fixed name.
     Raises UserError where that fails, with `hint` at the end of its line.
     """
     path = Path(path)
@@ -1157,10 +1177,14 @@ def suggest_file(path: Path) -> str:
 PICKLE_START = b"\x80"
 
 
-def starts_as_pickle(path: Path) -> bool:
+# And of zip files, as torch.save writes them; their table of contents stands at their end.
+ZIP_START = b"PK\x03\x04"
+
+
+def starts_with(path: Path, start: bytes) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(1) == PICKLE_START
+            return file.read(len(start)) == start
     except OSError:
         return False
 
@@ -1211,31 +1235,25 @@ def read_tensors(path: Path):
     return content
 
 
-def starts_as_zip(path: Path) -> bool:
-    """As a file of torch.save does; its table of contents stands at its end."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def explain_unreadable_file(path: Path, error: Exception) -> str:
     """Why torch.load could not read a file, and what to do."""
     saves = f"torch.save(net.state_dict(), '{path.stem}-state.pt')"
     if is_torchscript(path):
         return f"{path} is a TorchScript program; run: net = torch.jit.load('{path}'); {saves}"
-    is_pickle = zipfile.is_zipfile(path) or starts_as_pickle(path)
-    if is_pickle and "weights_only" in str(error):
+    is_torch_file = zipfile.is_zipfile(path) or starts_with(path, PICKLE_START)
+    if is_torch_file and "weights_only" in str(error):
         return (
             f"{path} is not a file of weights alone (reading it could run code); if you trust it "
             f"and it holds a module, run where its code is: net = torch.load('{path}', "
             f"weights_only=False); {saves}"
         )
-    state = ""
+    damage = ""
     if path.stat().st_size == 0:
-        state = " (it is empty)"
-    elif starts_as_zip(path) and not zipfile.is_zipfile(path):
-        state = " (its end is missing: was it copied or written to the end?)"
+        damage = " (it is empty)"
+    elif starts_with(path, ZIP_START) and not zipfile.is_zipfile(path):
+        damage = " (its end is missing: was it copied or written to the end?)"
     return (
-        f"{path} is not a checkpoint that torch can read{state}; "
+        f"{path} is not a checkpoint that torch can read{damage}; "
         "torch.save(net.state_dict(), FILE) makes one"
     )
 
@@ -1257,7 +1275,7 @@ def read_safetensors(path: Path) -> dict:
 
 def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors that a file lists by the alphabet in an order as modules have it, as far as names
-    tell: by their numbers, and linear layers behind the convolutions."""
+    tell: by their numbers, and linear layers after the convolutions."""
 
     def by_numbers(key: str) -> list:
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
@@ -1276,7 +1294,7 @@ def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def check_checkpoint(content: dict, path: Path) -> None:
     """Raise UserError unless `content` has all that a checkpoint has, each of its type."""
     version = content["format"]
-    if type(version) is not int or not 1 <= version <= CHECKPOINT_FORMAT:
+    if not 1 <= version <= CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} has another checkpoint format; this version reads 1 to {CHECKPOINT_FORMAT}"
         )
@@ -1514,13 +1532,13 @@ def recognise_state_dict(content, path: Path) -> dict:
 
 def read_first_net(content, path: Path) -> tuple[list[Reading], list[str]]:
     """(readings, notes) of the first state dict in a file that is a known net. Raises UserError."""
-    reasons = []
+    first_error = None
     for state, notes in find_state_dicts(content, path):
         try:
             return read_modules(list_modules(state)), notes
-        except UnreadableError as error:
-            reasons.append(str(error))
         except (
+            UnreadableError,
+            # Half a batch norm, tensors of odd kinds and the like.
             KeyError,
             IndexError,
             ValueError,
@@ -1528,9 +1546,11 @@ def read_first_net(content, path: Path) -> tuple[list[Reading], list[str]]:
             RuntimeError,
             ArithmeticError,
         ) as error:
-            # Half a batch norm, tensors of odd kinds and the like.
-            reasons.append(f"its tensors are of no net that this tool knows ({error!r})")
-    raise UserError(f"{path}: {reasons[0]}; known are {KNOWN_NETS}")
+            first_error = first_error or error
+    reason = str(first_error)
+    if not isinstance(first_error, UnreadableError):
+        reason = f"its tensors are of no net that this tool knows ({first_error!r})"
+    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from first_error
 
 
 # ---- checkpoints: finding the weights in a file
@@ -1628,27 +1648,35 @@ def strip_wrappers(state: dict) -> dict:
     lie in the net, as a loss's, are left out with the first part.
     """
     parts = {key: [part for part in key.split(".") if part not in WRAPPER_PARTS] for key in state}
-    while (first := find_common_part(state, parts)) is not None:
+    while (first := find_first_part(state, parts)) is not None:
         parts = {key: names[1:] for key, names in parts.items() if names[0] == first}
     return {".".join(names): state[key] for key, names in parts.items()}
 
 
-def find_common_part(state: dict, parts: dict[str, list[str]]) -> str | None:
-    """The part with which the names of all weights begin, or of the averaged copy's; None if there
-    is none, or where it is a layer's own name."""
-    shapes_of: dict[str, list] = {}
-    for key, names in parts.items():
-        if state[key].dim() > 1:
-            shapes_of.setdefault(names[0], []).append(state[key].shape)
-    first = next(iter(shapes_of))
-    if len(shapes_of) > 1:
-        first = next((part for part in shapes_of if AVERAGE_WORDS.search(part.lower())), None)
-        if first is None or list(shapes_of.values()).count(shapes_of[first]) < 2:
-            return None
-    lengths = [
-        len(names) for key, names in parts.items() if names[0] == first and state[key].dim() > 1
-    ]
-    return first if min(lengths) > 2 else None
+def find_first_part(state: dict, parts: dict[str, list[str]]) -> str | None:
+    """The first part to strip from the names, whose `parts` are given by key; None where nothing is
+    to be stripped, as of fc.weight.
+
+    It is the part with which the names of all weights begin, or that of an averaged copy.
+    """
+    weight_keys = [key for key in parts if state[key].dim() > 1]
+    shapes_of: dict[str, list] = {}  # by first part, the shapes of its weights
+    for key in weight_keys:
+        shapes_of.setdefault(parts[key][0], []).append(state[key].shape)
+    first = find_averaged_copy(shapes_of) if len(shapes_of) > 1 else next(iter(shapes_of))
+    if first is None:
+        return None
+    shortest = min(len(parts[key]) for key in weight_keys if parts[key][0] == first)
+    return first if shortest > 2 else None  # PART.LAYER.weight, not LAYER.weight
+
+
+def find_averaged_copy(shapes_of: dict[str, list]) -> str | None:
+    """The part that is named as an average, and has weights of the same shapes as another part."""
+    all_shapes = list(shapes_of.values())
+    for part, shapes in shapes_of.items():
+        if AVERAGE_WORDS.search(part.lower()):
+            return part if all_shapes.count(shapes) > 1 else None
+    return None
 
 
 # ---- checkpoints: modules and what they are
@@ -1683,7 +1711,7 @@ def list_modules(state: dict) -> list[FoundModule]:
 
 
 def spread_selections(found: dict[str, FoundModule]) -> None:
-    """Let layers behind a channel selection (network slimming) read all channels, those that it
+    """Let layers after a channel selection (network slimming) read all channels, those that it
     leaves out with zeros. A selection is a module with `indexes` (C,) of 0 and 1."""
     selection = None
     for module in found.values():
@@ -1710,7 +1738,7 @@ def check_kernels(modules: list[FoundModule]) -> None:
 def refuse_other_norms(found: dict[str, FoundModule], modules: list[FoundModule]) -> None:
     """Raise UnreadableError where something between the layers has weights and is no batch norm.
 
-    Counters, the weights of losses and the like stand before or behind the layers, and do no harm.
+    Counters, the weights of losses and the like stand before or after the layers, and do no harm.
     """
     names = list(found)
     first, last = names.index(modules[0].name), names.index(modules[-1].name)
@@ -1773,7 +1801,7 @@ def read_chain(modules: list[FoundModule]) -> list[Reading]:
     norm_of = match_norms(modules)
     if linear_layers[-1].name in norm_of:
         raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
-    fold_norms_behind_activations(linear_layers, norm_of)
+    fold_norms_after_activations(linear_layers, norm_of)
     channels, head_size = find_inputs(convolutions, linear_layers)
     layers = [*convolutions, *linear_layers]
     architectures = list_chains(
@@ -1872,21 +1900,19 @@ def are_in_one_sequence(first: FoundModule, second: FoundModule) -> bool:
     return len(parents) == 1 and None not in (sequence_number(first), sequence_number(second))
 
 
-def is_behind_activation(norm: FoundModule, layer: FoundModule) -> bool:
+def is_after_activation(norm: FoundModule, layer: FoundModule) -> bool:
     """Whether numbers leave room for an activation between a layer and its norm."""
     if not are_in_one_sequence(layer, norm):
         return False
     return sequence_number(norm) - sequence_number(layer) > 1
 
 
-def fold_norms_behind_activations(linear_layers, norm_of: dict[str, FoundModule]) -> None:
-    """Multiply norms that stand behind the activation of a linear layer into the next one.
-
-    Raises UnreadableError where one stands so behind a convolution.
-    """
+def fold_norms_after_activations(linear_layers, norm_of: dict[str, FoundModule]) -> None:
+    """Fold norms that stand after the activation of a linear layer into the next linear layer: the
+    scale into its weights, the shift into its bias. Changes the layers and `norm_of` in place."""
     for layer, after in pairwise(linear_layers):
         norm = norm_of.get(layer.name)
-        if norm is None or not is_behind_activation(norm, layer):
+        if norm is None or not is_after_activation(norm, layer):
             continue
         tensors = {}
         put_norm(tensors, "norm", norm)
@@ -1902,8 +1928,12 @@ def fold_norms_behind_activations(linear_layers, norm_of: dict[str, FoundModule]
 
 
 def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
-    """The batch norm of each layer by its name: the one right behind it or, where norms are listed
-    by themselves, the first that has its width. Raises UnreadableError where one is left over."""
+    """The batch norm of each layer by its name: the one right after it or, where norms are listed
+    by themselves, the first that has its width.
+
+    Raises UnreadableError where a norm is left over, or stands after the activation of a
+    convolution.
+    """
     norm_of = {}
     loose = []
     for before, module in zip([None, *modules], modules):
@@ -1913,8 +1943,8 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
             loose.append(module)
         else:
             norm_of[before.name] = module
-            if before.is_convolution and is_behind_activation(module, before):
-                raise UnreadableError(f"{module.name} stands behind an activation, not before it")
+            if before.is_convolution and is_after_activation(module, before):
+                raise UnreadableError(f"{module.name} stands after an activation, not before it")
     for norm in loose:
         for layer in modules:
             if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
@@ -1926,8 +1956,10 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
 
 
 def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
-    """(channels of the images, places of each channel that the first linear layer reads, of a
-    side). Raises UnreadableError."""
+    """(channels of the images, side of the map that the first linear layer reads).
+
+    Raises UnreadableError where it reads no square map.
+    """
     features = linear_layers[0].inputs
     if convolutions:
         channels, width = convolutions[0].inputs, convolutions[-1].outputs
@@ -1956,33 +1988,24 @@ def list_chains(
     convolutions, linear_layers, norm_of, *, channels: int, head_size: int
 ) -> list[ChainArchitecture]:
     """The architectures that fit, the likeliest first. Raises UnreadableError where none does."""
-    has_norm = [module.name in norm_of for module in convolutions]
     hidden_norms = tuple(module.name in norm_of for module in linear_layers[:-1])
     is_vgg = len(convolutions) >= VGG_CONVOLUTIONS
     sizes = GRAY_SIZES if channels == 1 else COLOUR_SIZES
-    averaging = (True,) if is_vgg else (False,)
-    if not is_vgg and head_size == 1 and len(convolutions) > 2:
+    averaging = (False,)
+    if is_vgg:
+        averaging = (True,)
+    elif head_size == 1 and len(convolutions) > 2:
         averaging = (False, True)
     architectures = []
     for is_averaged, poolings, paddings in product(
         averaging, list_poolings(convolutions, norm_of), list_paddings(convolutions)
     ):
-        layers = tuple(
-            Convolution(
-                module.kernel,
-                padding,
-                has_bias=module.bias is not None and not normed,
-                has_norm=normed,
-                pooling=pooling,
-            )
-            for module, padding, normed, pooling in zip(convolutions, paddings, has_norm, poolings)
-        )
         architecture = ChainArchitecture(
             name_chain(convolutions),
             linear_layers[-1].outputs,
             channels,
-            sizes[0],
-            convolutions=layers,
+            sizes[0],  # until `fit_size` finds one that fits
+            convolutions=describe_convolutions(convolutions, norm_of, poolings, paddings),
             hidden_norms=hidden_norms,
             head_size=head_size,
             is_averaged=is_averaged,
@@ -2004,6 +2027,17 @@ def list_chains(
     return with_relu + others
 
 
+def describe_convolutions(convolutions, norm_of, poolings, paddings) -> tuple[Convolution, ...]:
+    """The convolutions of a chain, with that pooling and padding of each."""
+    described = []
+    for module, pooling, padding in zip(convolutions, poolings, paddings):
+        has_norm = module.name in norm_of
+        # A norm takes the bias in.
+        has_bias = module.bias is not None and not has_norm
+        described.append(Convolution(module.kernel, padding, has_bias, has_norm, pooling))
+    return tuple(described)
+
+
 def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None:
     """The architecture for the first of these sizes of images that it can take."""
     for size in sizes:
@@ -2013,8 +2047,12 @@ def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None
 
 
 def list_paddings(convolutions) -> list[tuple[int, ...]]:
-    """How convolutions may be padded: so that maps keep their size, or not at all, or of a few each
-    its own way; the first by two more, which brings MNIST's images to 32 x 32."""
+    """How convolutions may be padded, a number for each; the likeliest first.
+
+    Up to three are padded each its own way: not at all, or so that maps keep their size (`same`).
+    More are all padded alike; of a VGG the last one may be without. With each way the first one may
+    have two pixels more: nets made for 32 x 32 pixels read MNIST's 28 x 28 so.
+    """
     same = [module.kernel // 2 if module.kernel % 2 else 0 for module in convolutions]
     if not convolutions:
         return [()]
@@ -2027,7 +2065,8 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
 
 
 def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
-    """What may follow each convolution: "max", "average" or nothing; the likeliest first.
+    """What may follow each convolution: "max", "average" (not in a VGG) or nothing; the likeliest
+    first.
 
     In small nets most often every convolution is pooled, then at least the last one.
     """
@@ -2040,13 +2079,11 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
         with_max = [tuple("max" if i in ends else "" for i in range(count)) for ends in places]
         # The last one is often an average over all that is left.
         return [*with_max, *((*poolings[:-1], "") for poolings in with_max)]
-    choices = [
-        choice
-        for choice in product(
-            *((True, False) if is_poolable else (False,) for is_poolable in poolable)
-        )
-    ]
-    choices.sort(key=lambda choice: (not all(choice), not choice[-1], -sum(choice)))
+    options = [(True, False) if is_poolable else (False,) for is_poolable in poolable]
+    # All pooled, then those with the last one pooled, then those with the more poolings.
+    choices = sorted(
+        product(*options), key=lambda choice: (not all(choice), not choice[-1], -sum(choice))
+    )
     return [
         tuple(kind if is_pooled else "" for is_pooled in choice)
         for choice in choices
@@ -2055,11 +2092,11 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
 
 
 def may_be_pooled(convolutions, norm_of) -> list[bool]:
-    """Of each convolution whether the numbers of modules leave room for a pooling behind it.
+    """Of each convolution whether the numbers of modules leave room for a pooling after it.
 
     Of two convolutions in one nn.Sequential the numbers between are a norm, an activation, perhaps
     a pooling. In an nn.ModuleList none are left anywhere, and nothing is known. Raises
-    UnreadableError where there is no room for an activation in one place alone.
+    UnreadableError where two convolutions leave no room for an activation, while others do.
     """
     modules_between = []  # None: not known
     for before, after in pairwise(convolutions):
@@ -2074,8 +2111,8 @@ def may_be_pooled(convolutions, norm_of) -> list[bool]:
     is_sequential = any(modules_between)
     if is_sequential and 0 in modules_between:
         name = convolutions[modules_between.index(0)].name
-        raise UnreadableError(f"no activation stands behind {name}")
-    # A single module is the activation. Behind the last convolution no number tells.
+        raise UnreadableError(f"no activation stands after {name}")
+    # A single module is the activation. After the last convolution no number tells.
     return [count != 1 for count in modules_between] + [True]
 
 
@@ -2110,7 +2147,7 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
 
 def name_as_lenet5(architecture: ChainArchitecture) -> ChainArchitecture:
     """The architecture under the name lenet5 where it is that one."""
-    size = max(16, architecture.size)
+    size = max(16, architecture.size)  # lenet5 takes no smaller images
     lenet5 = lenet5_architecture(architecture.classes, architecture.channels, size)
     return lenet5 if replace(architecture, name=lenet5.name) == lenet5 else architecture
 
@@ -2118,7 +2155,7 @@ def name_as_lenet5(architecture: ChainArchitecture) -> ChainArchitecture:
 def name_chain(convolutions) -> str:
     count = len(convolutions)
     if count >= VGG_CONVOLUTIONS:
-        return f"vgg{count + 3}"
+        return f"vgg{count + 3}"  # the original VGGs have three linear layers, which count
     return "lenet" if count else "perceptron"
 
 
@@ -2134,16 +2171,18 @@ class ModuleGroup:
 
 
 def group_blocks(modules: list[FoundModule]) -> list[ModuleGroup] | None:
-    """The modules of each residual block, by how deep names are alike; None for a chain.
+    """The modules of each residual block; None for a chain.
 
-    In a residual net the first convolution stands alone. All others stand in blocks of two to four.
+    All names are cut after the same number of parts, the largest first. It is a residual net if the
+    first convolution then is alone under its name, and every other name has two to four
+    convolutions: these names are the blocks.
     """
     convolutions = [module for module in modules if module.is_convolution]
     deepest = max(module.name.count(".") for module in modules)
     for depth in range(deepest, 0, -1):
         names = [tuple(module.name.split(".")[:depth]) for module in convolutions]
         counts = Counter(names)
-        block_names = list(dict.fromkeys(names))[1:]
+        block_names = list(dict.fromkeys(names))[1:]  # without the first convolution
         if len(block_names) < 2 or counts[names[0]] != 1:
             continue
         if all(2 <= counts[name] <= 4 for name in block_names):
@@ -2203,9 +2242,10 @@ def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
         path = [module for module in convolutions if module is not shortcut]
         widths = [inputs, *(module.outputs for module in path)]
         reads = [module.inputs for module in path]
-        fits = shortcut is None or (
-            (shortcut.inputs, shortcut.outputs, shortcut.kernel) == (inputs, widths[-1], 1)
-        )
+        if shortcut is None:
+            fits = widths[-1] >= inputs  # zeros can make the input wider, nothing narrower
+        else:
+            fits = (shortcut.inputs, shortcut.outputs, shortcut.kernel) == (inputs, widths[-1], 1)
         if len(path) in (2, 3) and reads == widths[:-1] and fits:
             block = FoundBlock(path, norms, shortcut)
             break
@@ -2226,25 +2266,32 @@ def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
 
 
 def list_shortcuts(convolutions: list[FoundModule]) -> list[FoundModule | None]:
-    """What may be the shortcut of a block: by its name, then 1 x 1 ones from behind, then none."""
-    named = [module for module in convolutions if SHORTCUT_WORDS.search(module.name.lower())]
-    small = [module for module in reversed(convolutions) if module.kernel == 1]
+    """Which convolution of a block may be its shortcut, the likeliest first; None: it has none.
+
+    Two convolutions are the main path. Of four, one is most likely the shortcut. Of three, a
+    bottleneck without one is likelier than a basic block with one that has no telling name.
+    """
     if len(convolutions) == 2:
         return [None]
-    return [*named, *small, None] if len(convolutions) == 4 else [*named, None, *small]
+    named = [module for module in convolutions if SHORTCUT_WORDS.search(module.name.lower())]
+    one_by_one = [module for module in reversed(convolutions) if module.kernel == 1]
+    if len(convolutions) == 4:
+        return [*named, *one_by_one, None]
+    return [*named, None, *one_by_one]
 
 
 def find_shortcut_norm(modules: list[FoundModule], block: FoundBlock) -> FoundModule:
-    """The norm that shares the shortcut's parent, else the one behind it."""
+    """The norm that is alone with the shortcut in a module; else one that is named as a shortcut;
+    else the next one after it; else the last norm."""
     parent = block.shortcut.name.rpartition(".")[0]
-    others = {module.name.rpartition(".")[0] for module in block.convolutions}
-    position = modules.index(block.shortcut)
-    behind = [module for module in modules[position:] if module.is_norm]
+    parents_of_others = {module.name.rpartition(".")[0] for module in block.convolutions}
     beside = [norm for norm in block.norms if norm.name.rpartition(".")[0] == parent]
-    named = [norm for norm in block.norms if SHORTCUT_WORDS.search(norm.name.lower())]
-    if beside and parent not in others:
+    if beside and parent not in parents_of_others:
         return beside[0]
-    return (named or behind or block.norms[-1:])[0]
+    named = [norm for norm in block.norms if SHORTCUT_WORDS.search(norm.name.lower())]
+    position = modules.index(block.shortcut)
+    after = [module for module in modules[position:] if module.is_norm]
+    return (named or after or block.norms[-1:])[0]
 
 
 def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> list[Reading]:
@@ -2293,7 +2340,7 @@ def read_with_norm_order(
     *,
     is_preactivated: bool,
 ) -> list[Reading]:
-    """The readings in which norms stand before the convolutions, or behind them."""
+    """The readings in which norms stand before the convolutions, or after them."""
     stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, blocks[-1].outputs)
     architectures = list_residual_architectures(
         stem,
@@ -2338,7 +2385,7 @@ def list_norm_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
 
 
 def place_outer_norms(norms, stem, is_preactivated: bool, outputs: int):
-    """(the norm behind the first convolution or None, the one behind the blocks or None)."""
+    """(the norm after the first convolution or None, the one after the blocks or None)."""
     if len(norms) > 2:
         raise UnreadableError(f"it has {len(norms)} batch norms outside its blocks")
     if len(norms) == 2:
@@ -2405,8 +2452,19 @@ def list_residual_architectures(
 def list_stages(
     blocks: list[FoundBlock], names: list[tuple[str, ...]], is_preactivated: bool
 ) -> list[tuple]:
-    """How blocks may be grouped into stages, whose first blocks (but the net's) have stride 2, and
-    which shortcuts of pre-activated ones begin behind the first norm and relu."""
+    """How blocks may be grouped into stages, and which shortcuts of pre-activated ones begin after
+    the first norm and relu."""
+    return list(
+        dict.fromkeys(
+            group_into_stages(blocks, starts, activated)
+            for starts in list_stage_starts(blocks, names)
+            for activated in list_activated_shortcuts(blocks, starts, is_preactivated)
+        )
+    )
+
+
+def list_stage_starts(blocks: list[FoundBlock], names: list[tuple[str, ...]]) -> list[list[bool]]:
+    """Guesses of which blocks begin a stage with stride 2; the net's first block never does."""
     parents = [name[:-1] for name in names]
     by_name = [i > 0 and parents[i] != parents[i - 1] for i in range(len(blocks))]
     by_width = [i > 0 and block.inputs != block.outputs for i, block in enumerate(blocks)]
@@ -2416,26 +2474,32 @@ def list_stages(
         stage_starts.remove(by_name)  # names that number the blocks, not the stages
     if any(any(starts) for starts in stage_starts):
         stage_starts = [starts for starts in stage_starts if any(starts)]
-    found = []
-    for starts in stage_starts:
-        for activated in list_activated_shortcuts(blocks, starts, is_preactivated):
-            stages = []
-            for is_start, block, is_activated in zip(starts, blocks, activated):
-                if is_start or not stages:
-                    stages.append([])
-                spec = Block(
-                    block.outputs, 2 if is_start else 1, block.shortcut is not None, is_activated
-                )
-                stages[-1].append(spec)
-            found.append(tuple(tuple(stage) for stage in stages))
-    return list(dict.fromkeys(found))
+    return stage_starts
+
+
+def group_into_stages(
+    blocks: list[FoundBlock], starts: list[bool], activated: list[bool]
+) -> tuple[tuple[Block, ...], ...]:
+    """The stages, where blocks of `starts` begin one; `activated`: Block.is_shortcut_activated."""
+    stages = []
+    for block, is_start, is_activated in zip(blocks, starts, activated):
+        if is_start or not stages:
+            stages.append([])
+        described = Block(
+            block.outputs,
+            stride=2 if is_start else 1,
+            has_convolution=block.shortcut is not None,
+            is_shortcut_activated=is_activated,
+        )
+        stages[-1].append(described)
+    return tuple(tuple(stage) for stage in stages)
 
 
 def list_activated_shortcuts(
     blocks: list[FoundBlock], starts: list[bool], is_preactivated: bool
 ) -> list[list[bool]]:
-    """Of each block whether its shortcut begins behind the first norm and relu: nowhere, where it
-    is a convolution, in the first block of each stage, or in the net's first block."""
+    """Guesses of which blocks' shortcuts begin after the first norm and relu, the likeliest first:
+    none; those that are convolutions; that of each stage's first block; that of the net's."""
     nowhere = [False] * len(blocks)
     if not is_preactivated:
         return [nowhere]
@@ -2456,10 +2520,10 @@ def translate_residual_state(
 ) -> dict[str, torch.Tensor]:
     """The tensors under our names, without the biases of convolutions.
 
-    A norm behind a convolution takes its bias in. In a pre-activated net no norm follows a block's
-    last convolution, so its bias goes on to the blocks behind. Without it their inputs are smaller
-    by `missing_bias`, a constant per channel: each norm that reads them has that subtracted from
-    its running mean.
+    Where a norm reads a convolution, the bias is subtracted from the norm's running mean. In a
+    pre-activated net the last convolution of a block has no such norm: its bias goes into the sum
+    that all later blocks read. `missing_bias` (C,) is what this sum lacks so far. Each norm that
+    reads the sum has it subtracted from its running mean.
     """
     state = {}
     put_layer(state, "conv1", stem, "bn1", stem_norm)
@@ -2499,12 +2563,13 @@ def put_block(state: dict, name: str, block: FoundBlock) -> None:
 
 def put_preactivated_block(state: dict, name: str, block: FoundBlock, missing_bias) -> None:
     """`missing_bias` (C,): see translate_residual_state; of what the block reads."""
-    shifts = [missing_bias, *(convolution.bias for convolution in block.convolutions[:-1])]
-    for number, (convolution, norm, shift) in enumerate(
-        zip(block.convolutions, block.norms, shifts), 1
+    # Of what each norm reads.
+    missing = [missing_bias, *(convolution.bias for convolution in block.convolutions[:-1])]
+    for number, (convolution, norm, bias) in enumerate(
+        zip(block.convolutions, block.norms, missing), 1
     ):
         state[f"{name}.conv{number}.weight"] = convolution.weight
-        put_norm(state, f"{name}.bn{number}", norm, shift)
+        put_norm(state, f"{name}.bn{number}", norm, bias)
     if block.shortcut_norm is not None:
         raise UnreadableError(
             f"{block.shortcut_norm.name} is a batch norm in the shortcut of a pre-activated block"
@@ -2557,7 +2622,8 @@ class NormalisedNet(nn.Module):
 
 @torch.no_grad()
 def fold_batch_norms(net: Net) -> Net:
-    """A copy of `net` for inference, each batch norm folded into the layer before it."""
+    """A copy of `net` for inference, with the batch norms of `layers_and_norms` folded into their
+    layers."""
     net = deepcopy(net).eval()
     for layer_name, norm_name in net.layers_and_norms():
         layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
@@ -2579,6 +2645,12 @@ def check_image_size(net: Net, size: int) -> None:
         ) from error
 
 
+def prepare_for_export(net: Net, mean, std) -> NormalisedNet:
+    """`net` itself, on the CPU for inference, with its normalisation."""
+    net = net.cpu().to(memory_format=torch.channels_last)
+    return NormalisedNet(net, mean, std).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def export_net(net: Net, path: Path, mean, std, size: int, *, may_replace: bool = False) -> float:
     """Write `net` for inference without this project: .pt2 (torch.export) or .onnx.
@@ -2591,12 +2663,8 @@ def export_net(net: Net, path: Path, mean, std, size: int, *, may_replace: bool 
     path = Path(path)
     temporary = temporary_path(path)
     check_image_size(net, size)
-    plain, folded = (
-        NormalisedNet(copy(net).cpu().to(memory_format=torch.channels_last), mean, std)
-        .eval()
-        .requires_grad_(False)
-        for copy in (deepcopy, fold_batch_norms)
-    )
+    plain = prepare_for_export(deepcopy(net), mean, std)
+    folded = prepare_for_export(fold_batch_norms(net), mean, std)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, net.channels, size, size, generator=generator)
     expected = plain(images)
@@ -2605,7 +2673,7 @@ def export_net(net: Net, path: Path, mean, std, size: int, *, may_replace: bool 
         found = torch.cat([run_file(images[:1]), run_file(images[1:])])
         largest_logit = expected.abs().max().clamp_min(1e-9)
         difference = ((found - expected).abs().max() / largest_logit).item()
-        if not difference < EXPORT_TOLERANCE:
+        if not difference < EXPORT_TOLERANCE:  # also where it is no number
             raise UserError(
                 f"the exported net differs from the original, by {difference:.1e} of the largest "
                 "logit; nothing was written"

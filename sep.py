@@ -5,7 +5,7 @@ gated nets            where gates have room, putting them on, what they choose a
 loading               any checkpoint as a net, plain or gated
 fast single images    `tune`: a copy of a net that is quick at one image at a time on a CPU
 
-A gated layer has kernels that are always on, and behind them groups of kernels, all groups of one
+A gated layer has kernels that are always on, and after them groups of kernels, all groups of one
 size. Its gate reads what the layer reads, and chooses one group for each image. The always-on
 kernels and that group are k kernels, as many as the structure says. In a batch all kernels are
 computed, and those not chosen for an image are set to 0; `tune` computes the chosen ones only. What

@@ -690,7 +690,16 @@ def test_the_first_state_dict_that_is_a_net_is_taken(tmp_path):
         assert torch.equal(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x))
 
 
-def test_a_net_of_one_width_may_have_its_norms_before_or_behind():
+def test_a_block_that_gets_narrower_without_a_convolution_in_its_shortcut_is_refused(tmp_path):
+    net = zoo.make_resnet((16, 16, 8), stem=16, shortcut="downsample")
+    state = {key: value for key, value in net.state_dict().items() if "downsample" not in key}
+    torch.save(state, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match="do not chain from 16 channels"):
+        models.read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_net_of_one_width_may_have_its_norms_before_or_after():
     net = zoo.make_resnet((8, 8, 8), shortcut="downsample")
 
     readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]

@@ -104,7 +104,7 @@ def make_named_lenet():
 
 
 def make_normed_lenet():
-    """Batch norms behind convolutions and the hidden linear layer."""
+    """Batch norms after convolutions and the hidden linear layer."""
 
     def run(net, x):
         x = F.max_pool2d(F.relu(net.bn1(net.conv1(x))), 2)
@@ -470,7 +470,7 @@ def make_convolutional_head():
 
 
 def make_averaged_cnn():
-    """Five convolutions, a pooling behind each but the last, then an average."""
+    """Five convolutions, a pooling after each but the last, then an average."""
     widths = (8, 12, 16, 20, 20)
     modules, inputs = [], 3
     for number, width in enumerate(widths):

@@ -1756,7 +1756,10 @@ def train(
     ] = "",
     arch: Annotated[
         str | None,
-        typer.Option(help="another net, as resnet20; without an experiment for images of your own"),
+        typer.Option(
+            help="another net: lenet5, vgg11, 13, 16 or 19, resnet18, 34, 50 or 101, or a CIFAR "
+            "ResNet of depth 6n + 2, as resnet20; without an experiment for images of your own"
+        ),
     ] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="pixels of a side that photographs are brought to")

@@ -1287,6 +1287,11 @@ def fit(
         yield epoch, total_loss.item() / steps
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch says that a CPU or a GPU has no memory left: on a CPU by a RuntimeError."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
 # ---- training: what weights do not tell --------------------------------------------------------
 #
 # A foreign state dict, which this tool has not written, does not say how images were normalised,
@@ -1504,10 +1509,10 @@ def measure_if_fitting(net: Net, images: Images) -> tuple[float, float]:
             logits, labels = net(x), images.labels[index]
             right += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # strides and poolings leave nothing of the map
-        return 0.0, math.inf
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return 0.0, math.inf  # strides and poolings leave nothing of the map
     return right / len(images), loss if math.isfinite(loss) else math.inf
 
 
@@ -1693,11 +1698,9 @@ UNIFORM_EXCESS = 0.05
 
 
 def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
-    """The structure that keeps the same share of channels in every layer, removes at least `target`
-    and as little more as possible. Layers may differ by UNIFORM_TOLERANCE.
-
-    The target has to be in reach (`check_reachable`); `widths` where it is not.
-    """
+    """The structure that keeps the same share of channels in every layer and comes nearest to
+    removing `target`: `widths` themselves where that is nearest. Layers may differ by
+    UNIFORM_TOLERANCE."""
     best = tuple(widths)
     # Layers whose channels cost the most MACs get theirs back first.
     costliest_first = sorted(
@@ -2069,12 +2072,12 @@ class ReinforceSearch(Search):
 
     rule = "reinforce"
     layer_score_label = "probability of pruning"
-    state_keys = (*Search.state_keys, "waiting_parents", "reward_to_beat", "idle_epochs")
+    state_keys = (*Search.state_keys, "waiting_parents", "best_reward", "idle_epochs")
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.waiting_parents = []  # whose children this LSTM epoch still has to try
-        self.reward_to_beat = self.baseline_score.reward  # the largest before this LSTM epoch
+        self.best_reward = self.baseline_score.reward  # the largest one before this LSTM epoch
         self.idle_epochs = 0
 
     def propose(self) -> Proposal | None:
@@ -2096,7 +2099,7 @@ class ReinforceSearch(Search):
     def start_lstm_epoch(self) -> None:
         parents = self.rank_parents()
         self.waiting_parents = [parent.structure for parent in parents]
-        self.reward_to_beat = parents[0].reward
+        self.best_reward = parents[0].reward
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
         self.add_candidate(score)
@@ -2106,7 +2109,7 @@ class ReinforceSearch(Search):
             take_reinforce_step(self.optimizer, proposal.logits, actions, advantage)
         self.waiting_parents.remove(proposal.parent)
         if not self.waiting_parents:
-            is_better = max(item.reward for item in self.known.values()) > self.reward_to_beat
+            is_better = max(item.reward for item in self.known.values()) > self.best_reward
             self.idle_epochs = 0 if is_better else self.idle_epochs + 1
             self.finish_lstm_epoch()
 
@@ -3026,8 +3029,10 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
     """How far a search is, in one line for the user."""
     best = search.best
     epoch = f"round {lstm_epoch}" if search.is_random else f"LSTM epoch {lstm_epoch}"
+    has_reached_target = search.target is None or best.macs_reduction >= search.target
+    criterion = "largest reward" if has_reached_target else "largest cut"
     return (
-        f"{search.method}: {epoch}, {len(search.candidates)} candidates, the best so far: accuracy "
+        f"{search.method}: {epoch}, {len(search.candidates)} candidates, {criterion}: accuracy "
         f"{best.validation_accuracy:.2%}, cut {best.macs_reduction:.1%} "
         f"({structure_name(best.structure)}); {search.describe_end()}"
     )

@@ -253,8 +253,8 @@ class ResNetArchitecture:
             for block in stage
         ):
             places = "averaged" if self.is_shortcut_averaged else "every second place"
-            zeros = "behind" if self.has_zeros_behind else "around"
-            words.append(f"shortcuts of {places} with zeros {zeros}")
+            zeros = "after" if self.has_zeros_behind else "around"
+            words.append(f"shortcuts of {places} with zeros {zeros} the channels")
         words.append(f"stride in convolution {self.strided_convolution + 1} of a block")
         if self.is_preactivated:
             activated = sum(block.is_shortcut_activated for stage in self.stages for block in stage)
@@ -300,7 +300,7 @@ ACTIVATIONS = {
 # No usual net of the families here has them; they are found only where they do much better.
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
 # They fall for some inputs, so max-pooling before them gives something else than after them.
-NOT_MONOTONIC = ("gelu", "silu")
+FALLING_ACTIVATIONS = ("gelu", "silu")
 
 
 def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor:
@@ -312,10 +312,10 @@ def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor
 def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
     """The activation of a prunable layer, and its pooling where it has one.
 
-    Max-pooling and a monotonic activation can change places; pooling first leaves the activation a
-    quarter of the work.
+    Max-pooling and an activation that never falls can change places; pooling first leaves the
+    activation a quarter of the work.
     """
-    is_pooled_last = prunable.activation in NOT_MONOTONIC
+    is_pooled_last = prunable.activation in FALLING_ACTIVATIONS
     if prunable.pooling == "max" and not is_pooled_last:
         y = F.max_pool2d(y, 2)
     y = activate(y, prunable.activation, inplace=inplace)
@@ -2249,6 +2249,11 @@ def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
         if len(path) in (2, 3) and reads == widths[:-1] and fits:
             block = FoundBlock(path, norms, shortcut)
             break
+    if block is None and len(convolutions) == 2 and convolutions[-1].outputs < inputs:
+        raise UnreadableError(
+            f"the block of {name} goes from {inputs} to {convolutions[-1].outputs} channels "
+            "without a convolution in its shortcut"
+        )
     if block is None:
         raise UnreadableError(
             f"the convolutions of the block of {name} do not chain from {inputs} channels to a "

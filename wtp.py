@@ -297,8 +297,8 @@ def estimate_epochs(
 
 
 def estimate_gate_trials(settings, images: int) -> float:
-    """How many epochs `sep` may spend on where to put gates: one trial without, and at most six
-    with gates, in 1, 2, 4, 8, 16 and all of ResNet-56's 27 layers."""
+    """How many epochs `sep` may spend on where to put gates: one trial without and six with gates,
+    as for ResNet-56, in 1, 2, 4, 8, 16 and all 27 layers. Deeper nets have one or two more."""
     from controller import plan_gate_trial, split_epochs
 
     plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final, images))
@@ -410,7 +410,7 @@ class ScreenReporter:
         self.console.print(text, markup=False)
 
     def plan(self, epochs: float, steps_per_epoch: int) -> None:
-        """The run may take so many epochs, of so many steps each."""
+        """The run may take up to so many epochs, of so many steps each."""
         self.planned_epochs = epochs
         self.steps_per_epoch = max(1, steps_per_epoch)
         self.bars.update(self.run_bar, total=epochs)
@@ -900,7 +900,8 @@ PhotographSize = Annotated[
         "--size",
         min=1,
         help="pixels of a side that photographs are brought to, where a state dict from elsewhere "
-        "does not say it; default: 32, or 224 for a ResNet as torchvision's",
+        "does not say it; default: 224 for a ResNet as torchvision's, else the first usual size "
+        "that its weights fit, as 28 or 32",
         show_default=False,
     ),
 ]
@@ -908,8 +909,8 @@ Activation = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="of a net from elsewhere, if it is not relu: weights do not tell it. tanh, sigmoid, "
-        "elu, gelu, silu, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2",
+        help="of a net from elsewhere, for its weights do not tell it: relu, tanh, sigmoid, elu, "
+        "gelu, silu, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2; default: what the tool finds",
         show_default=False,
     ),
 ]
@@ -2284,7 +2285,7 @@ def export(
         )
     original = "the plain net" if static else ckpt
     if user_net.readings:
-        original = f"{ckpt}, read as said above"
+        original = f"{ckpt}, read as {user_net.net.architecture.in_words()}"
     print_line(
         f"wrote {file}: images (batch, {net.channels}, {size}, {size}) in [0, 1] to logits "
         f"(batch, {net.classes}); run and compared with {original}: largest difference "
@@ -2439,9 +2440,13 @@ def explain(error: Exception) -> tuple[str, int]:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
             return f"cannot write the output: {error.strerror}", 1  # of a stream: files have names
         return " ".join(str(error).split()), 1
-    is_out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or is_out_of_memory:
+    if isinstance(error, MemoryError):
         return "out of memory", 1
+    if isinstance(error, RuntimeError):  # as PyTorch's
+        from controller import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return "out of memory", 1
     raise error
 
 

@@ -154,7 +154,7 @@ def speed(folder):
         dataset, images = load_speed_data(test.data, folder)
         say(
             f"{test.arch} recovery on {type(dataset).__name__}, batch 128, {test.steps} steps, "
-            f"{controller.describe_device(DEVICE)}, median of {test.rounds} rounds in turns"
+            f"{controller.describe_machine(DEVICE)['device']}, median of {test.rounds} rounds in turns"
         )
         options = {"channels": 1, "size": 28} if test.data == "mnist" else {}
         teacher_net, plain_student, student = (

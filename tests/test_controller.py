@@ -145,6 +145,34 @@ def save_noise(folder, count=10, size=20):
     return paths, pixels
 
 
+def test_a_sample_without_its_last_class_has_as_many_classes_as_the_user_named():
+    options = {"mean": (0.5,), "std": (0.2,)}
+    pixels = torch.zeros(2, 8, 8, 1, dtype=torch.uint8)
+
+    named = Images(pixels, torch.tensor([0, 1]), class_names=["a", "b", "c"], **options)
+    unnamed = Images(pixels, torch.tensor([0, 1]), **options)
+
+    assert (named.classes, named.select([0]).classes) == (3, 3)
+    assert unnamed.classes == 2
+
+
+def test_a_net_that_needs_too_much_memory_is_not_taken_for_one_that_does_not_fit():
+    class Net(torch.nn.Module):
+        def __init__(self, message):
+            super().__init__()
+            self.message = message
+
+        def forward(self, x):
+            raise RuntimeError(self.message)
+
+    images = Images(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.zeros(4), mean=(0,), std=(1,))
+
+    assert controller.measure_if_fitting(Net("size mismatch"), images) == (0.0, math.inf)
+    for message in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"):
+        with pytest.raises(RuntimeError, match=message):
+            controller.measure_if_fitting(Net(message), images)
+
+
 @pytest.mark.parametrize("zooms", [False, True])
 def test_images_in_files_are_what_they_are_in_memory(tmp_path, zooms):
     paths, pixels = save_noise(tmp_path)
@@ -1018,6 +1046,19 @@ SEARCHES = [
     (controller.RegressionSearch, 9),
     (controller.ReinforceSearch, None),
 ]
+
+
+def test_the_files_of_unfinished_searches_keep_their_keys():
+    # With other keys the searches of users would begin anew, after days.
+    common = {"lstm_epoch", "layer_scores", "policy", "optimizer", "candidates"}
+    own_keys = {
+        controller.ReinforceSearch: {"waiting_parents", "best_reward", "idle_epochs"},
+        controller.RegressionSearch: {"walks", "idle_walks"},
+    }
+
+    for search_class, keys in own_keys.items():
+        search = MadeUpProblem(0).make_search(5, search_class=search_class)
+        assert search.state_dict().keys() == common | keys
 
 
 @pytest.mark.parametrize(("search_class", "max_candidates"), SEARCHES)

@@ -499,6 +499,12 @@ def test_a_foreign_net_that_only_guesses_is_exported_by_force_alone(capsys, tmp_
     assert "--force to export it all the same" in err
     assert not (tmp_path / "net.pt2").exists()
 
+    force = [*folder, "--force"]
+    status, out, err = call(capsys, "export", tmp_path / "net.pt", tmp_path / "net.pt2", *force)
+    assert status == 0, err
+    assert "tries what is usual on some of the training images" in err
+    assert re.fullmatch(r"wrote .* read as lenet5?, .*\n", out)  # results alone
+
     status, _, err = call(capsys, "evaluate", tmp_path / "net.pt", *folder)
     assert status == 0, err
     assert "hardly more than guessing" in err
@@ -873,6 +879,16 @@ def test_a_long_epoch_says_before_its_end_how_long_a_run_may_take(capsys, monkey
     list(steps)
     list(reporter.wrap_steps(range(4)))
     assert not capsys.readouterr().err  # once
+
+
+def test_the_bar_of_a_run_leaves_out_the_epochs_that_an_earlier_process_trained(capsys):
+    reporter = wtp.ScreenReporter()
+    reporter.plan(10, 4)
+
+    reporter.start_training("a", 6, 4)
+
+    assert reporter.bars.tasks[reporter.run_bar].total == 6
+    assert "a: goes on after epoch 4 of 6" in capsys.readouterr().err
 
 
 def test_the_first_of_many_short_trainings_is_no_measure(capsys):

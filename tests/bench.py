@@ -152,9 +152,10 @@ def speed(folder):
         if DEVICE.type == "cuda":
             test = replace(test, **GPU_STEPS)
         dataset, images = load_speed_data(test.data, folder)
+        device = controller.describe_machine(DEVICE)["device"]
         say(
             f"{test.arch} recovery on {type(dataset).__name__}, batch 128, {test.steps} steps, "
-            f"{controller.describe_machine(DEVICE)['device']}, median of {test.rounds} rounds in turns"
+            f"{device}, median of {test.rounds} rounds in turns"
         )
         options = {"channels": 1, "size": 28} if test.data == "mnist" else {}
         teacher_net, plain_student, student = (

@@ -241,6 +241,21 @@ def test_every_measurement_of_results_is_one_of_the_bench():
     assert {name for _, name, *_ in commands} == measures.keys()
 
 
+def test_the_bench_uses_only_what_the_modules_have():
+    # Most of its measurements take too long for a test.
+    modules = {"controller": controller, "models": models, "sep": sep}
+    tree = ast.parse((ROOT / "tests" / "bench.py").read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    used = {
+        (node.value.id, node.attr)
+        for node in nodes
+        if isinstance(node.value, ast.Name) and node.value.id in modules
+    }
+
+    assert len(used) > 20
+    assert [name for name in sorted(used) if not hasattr(modules[name[0]], name[1])] == []
+
+
 def test_the_readmes_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = sep.prune_softly(models.build("resnet8"), (8, 16, 32), [torch.randn(8, 3, 32, 32)])

@@ -1896,6 +1896,11 @@ def prune(
     row = row_to_prune(method, is_static=static, target=target)
     user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, user_net.facts)
+    if schedule is None and target is None:
+        print_note(
+            "without --target the papers' schedule runs, as far as its reward rises; with one, as "
+            "--target 0.5, a quicker one would run"
+        )
     if schedule is None:
         schedule = ScheduleName.published if target is None else ScheduleName.fast
     options = RunOptions(

@@ -414,7 +414,10 @@ def test_prune_with_a_target_is_fast_and_without_one_the_papers(capsys, smoke, m
     net = smoke[0] / "baseline.pt"
 
     for options in (["--target", "0.5"], ["--rate", "0.3"], ["--target", "0.5", "--rate", "0.3"]):
-        assert call(capsys, "prune", net, *options)[0] == 0
+        status, _, err = call(capsys, "prune", net, *options)
+        assert status == 0
+        # Who did not ask for the long schedule is told of it.
+        assert ("without --target the papers' schedule runs" in err) == ("--target" not in options)
     assert call(capsys, "prune", net, "--target", "0.5", "--schedule", "published")[0] == 0
 
     assert seen == ["fast", "published", "fast", "published"]

@@ -363,7 +363,7 @@ class Net(nn.Module):
 
         x (B, C_in, H, W) -> (B, C, H', W'); of a linear layer x may be (B, features), and y is
         (B, C). In a net of `sep.tune` for single images (`layer_runners`) a gated layer computes
-        only the channels of the group that its gate chooses. It returns this sep.ChosenGroup in the
+        only the channels of the group that its gate chooses. It returns this sep.KernelGroup in the
         place of None, and the next layer takes it as `chosen_group`.
         """
         if self.layer_runners is not None:

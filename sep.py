@@ -24,16 +24,18 @@ from torch.nn import functional as F
 import models
 from models import Net, PrunableLayer, UserError
 
-# ours: a layer gets at most so many groups, for each of them learns from its own images alone.
+# ours: the most groups of a layer. Each of them learns from its own images alone: with more, it
+# would see too few.
 MAX_GROUPS = 8
 # ours: no gate where more than this share of the k kernels would be always on: it would have
 # little to choose.
 MAX_ALWAYS_ON_SHARE = 0.75
-# ours: k-means ends where it happens to begin, so it begins a few times; it moves little after
-# some twenty iterations.
+# ours: the clusters that k-means finds depend on its start, so it starts a few times, and the best
+# ones are kept. After some twenty iterations they move little.
 CLUSTERING_RESTARTS = 4
 CLUSTERING_ITERATIONS = 25
-# ours: of a linear layer with thousands of inputs fewer images are clustered, for it takes long.
+# ours: k-means reads no more numbers (images times inputs) than this, for with thousands of inputs
+# it would take long; but never fewer images than MIN_CLUSTERED_IMAGES.
 MAX_CLUSTERED_NUMBERS = 5_000_000
 MIN_CLUSTERED_IMAGES = 500
 
@@ -59,37 +61,37 @@ class SEGate(nn.Module):
     below hard pruning (RESULTS.md, section 6).
     """
 
-    def __init__(self, inputs: int, k: int, always_on: int, groups: int):
-        """`inputs`: how many numbers `squeeze` gives. k kernels work for an image, `always_on` of
-        them for every image; besides these there are so many `groups`."""
+    def __init__(self, inputs: int, k: int, always_on_count: int, group_count: int):
+        """`inputs`: how many numbers `squeeze` gives. k kernels work for an image,
+        `always_on_count` of them for every image; besides these there are `group_count` groups."""
         super().__init__()
         self.k = k
-        self.always_on = always_on
-        self.groups = groups
+        self.always_on_count = always_on_count
+        self.group_count = group_count
         # ours: a choice passes no gradient on, so the scores stay as `fit_scores` finds them.
-        self.excite = nn.Linear(inputs, groups).requires_grad_(False)
-        masks = torch.stack([self.mask_of_group(group) for group in range(groups)])
+        self.excite = nn.Linear(inputs, group_count).requires_grad_(False)
+        masks = torch.stack([self.mask_of_group(group) for group in range(group_count)])
         self.register_buffer("masks", masks, persistent=False)  # (groups, C)
         self.usage: Usage | None = None  # while `record_usage` lasts
 
     @property
     def group_size(self) -> int:
-        return self.k - self.always_on
+        return self.k - self.always_on_count
 
     @property
     def width(self) -> int:
         """All kernels of the layer."""
-        return self.always_on + self.groups * self.group_size
+        return self.always_on_count + self.group_count * self.group_size
 
     @property
     def always_on_share(self) -> float:
         """Of the kernels that work for an image, in [0, 1)."""
-        return self.always_on / self.k
+        return self.always_on_count / self.k
 
     def channels_of_group(self, group: int) -> torch.Tensor:
         """The k channels (ascending indices) at work for an image that gets this group."""
-        start = self.always_on + group * self.group_size
-        always_on = torch.arange(self.always_on)
+        start = self.always_on_count + group * self.group_size
+        always_on = torch.arange(self.always_on_count)
         return torch.cat([always_on, torch.arange(start, start + self.group_size)])
 
     def mask_of_group(self, group: int) -> torch.Tensor:
@@ -97,7 +99,7 @@ class SEGate(nn.Module):
 
     def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """The group (B,) of each image; x is what the layer reads."""
-        # Means and scores in float32: bfloat16's three digits would tip many a choice.
+        # Not in autocast's bfloat16, whose three digits would change many choices.
         with torch.autocast(x.device.type, enabled=False):
             squeezed = squeeze(x, is_linear=isinstance(layer, nn.Linear))
             return self.excite(squeezed.to(self.excite.weight.dtype)).argmax(1)
@@ -105,10 +107,10 @@ class SEGate(nn.Module):
     def forward(self, x, layer: nn.Module, norm, prunable: PrunableLayer) -> torch.Tensor:
         """activation(norm(layer(x))), pooled where the net pools, and 0 where a kernel is not
         chosen for an image: (B, C_in, H, W) -> (B, C, H', W'), of a linear layer -> (B, C)."""
-        groups = self.choose_groups(x, layer)
+        chosen_groups = self.choose_groups(x, layer)
         if self.usage is not None:
-            self.usage.add(groups)
-        mask = self.masks.index_select(0, groups)  # (B, C)
+            self.usage.add(chosen_groups)
+        mask = self.masks.index_select(0, chosen_groups)  # (B, C)
         y = models.run_layer(layer, x)
         if norm is not None:
             y = masked_batch_norm(y, mask, norm)
@@ -119,24 +121,24 @@ class SEGate(nn.Module):
 
 
 @torch.no_grad()
-def fit_scores(squeezed: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ours: the (weight (groups, inputs), bias (groups,)) of scores that give each group a cluster
-    of images. squeezed (N, inputs), of N images.
+def fit_scores(squeezed: torch.Tensor, group_count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ours: (weight (groups, inputs), bias (groups,)), float64, of a linear layer whose largest
+    output names the cluster of images that is nearest. squeezed (N, inputs), of N images.
 
-    An image gets the group whose cluster has the nearest centre, where every input counts in its
-    own standard deviations.
+    The clusters are those of k-means, where every input counts in its own standard deviations.
     """
-    count = max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // squeezed.shape[1])
-    squeezed = squeezed[:count].double().nan_to_num(0.0, 0.0, 0.0)
+    image_count = max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // squeezed.shape[1])
+    squeezed = squeezed[:image_count].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     mean = squeezed.mean(0)
     deviation = squeezed.std(0, correction=0)
     # An input that hardly changes says nothing.
     deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
-    centres = find_clusters((squeezed - mean) / deviation, groups)
-    # The distance of a point z from a centre c, |z - c|^2, is smallest where 2 c z - |c|^2 is
-    # largest.
+    centres = find_clusters((squeezed - mean) / deviation, group_count)
+    # The nearest centre c of a point z has the smallest |z - c|^2, and so the largest
+    # 2 c z - |c|^2. With (squeezed - mean) / deviation as z, this is linear in `squeezed`:
     weight = 2 * centres / deviation
-    return weight, -centres.square().sum(1) - weight @ mean
+    bias = -centres.square().sum(1) - weight @ mean
+    return weight, bias
 
 
 @torch.no_grad()
@@ -175,7 +177,7 @@ class Usage:
     def __init__(self, gate: SEGate):
         self.masks = gate.masks
         device = gate.masks.device
-        self.images_of_group = torch.zeros(gate.groups, dtype=torch.long, device=device)
+        self.images_of_group = torch.zeros(gate.group_count, dtype=torch.long, device=device)
 
     def add(self, groups: torch.Tensor) -> None:
         """The groups (B,) of a batch's images."""
@@ -212,20 +214,20 @@ class Usage:
 def masked_batch_norm(y, mask, norm) -> torch.Tensor:
     """Batch norm whose statistics count only the images that use a channel.
 
-    y (B, C, H, W) or (B, C); mask (B, C), 0 where an image does not use a channel. These entries
-    count nowhere, but they are not 0 afterwards: the caller masks them.
+    y (B, C, H, W) or (B, C); mask (B, C) float32, 1 where an image uses a channel, else 0. Entries
+    with 0 count nowhere, but they are not 0 afterwards: the caller masks them.
     """
     if not norm.training:
         return norm(y)
     if y.dim() == 2:
         return masked_batch_norm(y[..., None, None], mask, norm)[..., 0, 0]
-    images = mask.sum(0)  # (C,) that use a channel
-    places = y.shape[2] * y.shape[3]
-    count = (images * places).clamp_min(1)
-    mean, var = masked_statistics(y, mask, places, count)
+    image_count = mask.sum(0)  # (C,), how many images use each channel
+    pixels = y.shape[2] * y.shape[3]
+    mean, var = masked_statistics(y, mask)
     with torch.no_grad():
-        has_variance = images * places > 1
-        unbiased_var = var * count / (count - 1).clamp_min(1)
+        number_count = image_count * pixels
+        has_variance = number_count > 1
+        unbiased_var = var * number_count / (number_count - 1).clamp_min(1)
         new_mean = norm.running_mean.lerp(mean, norm.momentum)
         new_var = norm.running_var.lerp(unbiased_var, norm.momentum)
         norm.running_mean.copy_(torch.where(has_variance, new_mean, norm.running_mean))
@@ -236,15 +238,16 @@ def masked_batch_norm(y, mask, norm) -> torch.Tensor:
     return torch.addcmul(shift[:, None, None], y, factor[:, None, None]).to(y.dtype)
 
 
-def masked_statistics(y, mask, places: int, count):
-    """(mean, biased variance), each (C,), of y (B, C, H, W) over the images with mask (B, C) 1.
-
-    `count` (C,) is how many numbers that are: images times places.
-    """
-    mean = (mask * y.mean((2, 3), dtype=torch.float)).sum(0) * places / count
+def masked_statistics(y, mask):
+    """(mean, biased variance), each (C,), of y (B, C, H, W) over the images with mask (B, C) 1; 0
+    where no image has it."""
+    pixels = y.shape[2] * y.shape[3]
+    image_count = mask.sum(0).clamp_min(1)
+    mean = (mask * y.mean((2, 3), dtype=torch.float)).sum(0) / image_count
+    # By the norm, for that makes no copy of y in float32.
     squares = torch.linalg.vector_norm(y, dim=(2, 3), dtype=torch.float).square()  # (B, C)
-    var = ((mask * squares).sum(0) / count - mean.square()).clamp_min(0)
-    return mean, var
+    mean_square = (mask * squares).sum(0) / (image_count * pixels)
+    return mean, (mean_square - mean.square()).clamp_min(0)
 
 
 # ---- gated nets --------------------------------------------------------------------------------
@@ -254,8 +257,8 @@ def masked_statistics(y, mask, places: int, count):
 class GateSize:
     """How many kernels a gated layer has always on, and how many groups besides."""
 
-    always_on: int
-    groups: int
+    always_on_count: int
+    group_count: int
 
 
 def largest_gate_size(width: int, k: int) -> GateSize | None:
@@ -264,13 +267,13 @@ def largest_gate_size(width: int, k: int) -> GateSize | None:
     As many whole groups of k kernels as there is room for. Where it is not even two, two groups
     that share always-on kernels. None where they would share nearly all.
     """
-    groups = min(MAX_GROUPS, width // k)
-    if groups >= 2:
-        return GateSize(0, groups)
-    always_on = 2 * k - width  # as always_on + 2 (k - always_on) = width
-    if always_on > MAX_ALWAYS_ON_SHARE * k:
+    group_count = min(MAX_GROUPS, width // k)
+    if group_count >= 2:
+        return GateSize(0, group_count)
+    always_on_count = 2 * k - width  # as always_on_count + 2 (k - always_on_count) = width
+    if always_on_count > MAX_ALWAYS_ON_SHARE * k:
         return None
-    return GateSize(always_on, 2)
+    return GateSize(always_on_count, 2)
 
 
 def largest_gate_sizes(widths, structure) -> list[GateSize | None]:
@@ -297,13 +300,15 @@ def attach_gates(net: Net, gate_sizes) -> None:
             gates.append(None)
             continue
         inputs = net.get_submodule(prunable.layer_name).weight.shape[1]
-        k = size.always_on + (width - size.always_on) // size.groups
-        gates.append(SEGate(inputs, k, size.always_on, size.groups).to(device))
+        k = size.always_on_count + (width - size.always_on_count) // size.group_count
+        gate = SEGate(inputs, k, size.always_on_count, size.group_count)
+        gates.append(gate.to(device))
     net.gates = nn.ModuleList(gates)
 
 
 def index_of_previous_layer(net: Net, index: int) -> int | None:
-    """Which prunable layer the prunable layer `index` reads; None where it reads another one."""
+    """The index of the prunable layer whose output the prunable layer `index` reads; None where it
+    reads something else, as the image or a sum of blocks."""
     name = net.prunable[index].layer_name
     for i, prunable in enumerate(net.prunable):
         if prunable.next_layer_name == name:
@@ -318,20 +323,25 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
     Its gated layers are wider than those of `net`, whose widths are the k's: kernels that are not
     always on come once for each group. At first both nets compute the same. `gate_sizes` holds a
     GateSize, or None, for each prunable layer. The gates divide the images in `batches`, each
-    (B, C, H, W), normalised, among their groups.
+    (B, C, H, W), normalised, among their groups. The copy is in training mode, and `net` is
+    left in evaluation mode.
     """
-    squeezed = collect_squeezed(net, gate_sizes, batches)
+    gated_layers = [
+        prunable.layer_name for prunable, size in zip(net.prunable, gate_sizes) if size is not None
+    ]
+    squeezed = collect_squeezed(net, gated_layers, batches)
     importance = models.channel_importance(net)
     copied_channels = [
         torch.arange(width) if size is None else index_copied_kernels(scores, size)
         for width, scores, size in zip(net.widths, importance, gate_sizes)
     ]
+    # It copies a channel as often as its index comes.
     gated = models.remove_channels(net, copied_channels).to(memory_format=torch.channels_last)
     attach_gates(gated, gate_sizes)
     for i, gate in enumerate(gates_of(gated)):
         if gate is None:
             continue
-        weight, bias = fit_scores(squeezed[net.prunable[i].layer_name], gate.groups)
+        weight, bias = fit_scores(squeezed[net.prunable[i].layer_name], gate.group_count)
         previous = index_of_previous_layer(net, i)
         if previous is not None:
             # In the gated net a channel of the layer before comes once for each group, and all but
@@ -346,7 +356,7 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
 
 def prune_softly(net: Net, structure, batches) -> Net:
     """A new net of that structure with all gates that have room: models.prune_channels, then
-    `add_gates`. A run does it in two steps, with training in between."""
+    `add_gates`. For tests and measurements: a run trains in between."""
     gate_sizes = largest_gate_sizes(net.widths, structure)
     return add_gates(models.prune_channels(net, structure), gate_sizes, batches)
 
@@ -355,17 +365,16 @@ def index_copied_kernels(importance: torch.Tensor, size: GateSize) -> torch.Tens
     """Which kernel of a plain layer each kernel of the gated one copies: the most important ones
     are always on, then come the others, once for each group. `importance` (C,)."""
     by_importance = importance.argsort(descending=True, stable=True)
-    always_on, others = by_importance[: size.always_on], by_importance[size.always_on :]
-    return torch.cat([always_on, others.repeat(size.groups)])
+    always_on = by_importance[: size.always_on_count]
+    others = by_importance[size.always_on_count :]
+    return torch.cat([always_on, others.repeat(size.group_count)])
 
 
-def collect_squeezed(net: Net, gate_sizes, batches) -> dict[str, torch.Tensor]:
-    """What gates on the plain `net` would read, (N, inputs) by the names of their layers."""
-    collected = {
-        prunable.layer_name: []
-        for prunable, size in zip(net.prunable, gate_sizes)
-        if size is not None
-    }
+@torch.no_grad()
+def collect_squeezed(net: Net, layer_names, batches) -> dict[str, torch.Tensor]:
+    """What gates on these layers of the plain `net` would read, (N, inputs) by the layers' names.
+    Leaves `net` in evaluation mode."""
+    collected = {name: [] for name in layer_names}
 
     def collect_input_of(name):
         def collect(layer, inputs):
@@ -390,7 +399,8 @@ def collect_squeezed(net: Net, gate_sizes, batches) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def record_usage(net: Net):
-    """Within it, per prunable layer the Usage of its gate, None where there is none."""
+    """Count what gates choose: `with record_usage(net) as usage:` fills one Usage per prunable
+    layer, None for a layer without a gate, with all that `net` reads in the block."""
     gates = gates_of(net)
     for gate in filter(None, gates):
         gate.usage = Usage(gate)
@@ -403,7 +413,8 @@ def record_usage(net: Net):
 
 @torch.no_grad()
 def measure_usage(net: Net, batches) -> list[Usage | None]:
-    """What `record_usage` says after the images in `batches`, each (B, C, H, W), normalised."""
+    """What `record_usage` says of the images in `batches`, each (B, C, H, W), normalised. Leaves
+    `net` in evaluation mode."""
     net.eval()
     with record_usage(net) as usage:
         for x in batches:
@@ -416,12 +427,14 @@ def to_static(net: Net, batches) -> Net:
     """ours: a gated net as a plain small one: of each gated layer the always-on kernels stay, and
     the mean of the groups, where a group counts by how many images choose it.
 
-    The images come in `batches`, each (B, C, H, W), normalised. Groups began as copies of one
-    another, and nets that part from one point can be averaged (Wortsman et al. 2022, "Model
-    soups"). The group that is chosen most often is worse: it has learnt from its own images alone.
+    The images come in `batches`, each (B, C, H, W), normalised; at least one. Groups began as
+    copies of one another, and nets that part from one point can be averaged (Wortsman et al. 2022,
+    "Model soups"). The group that is chosen most often is worse: it has learnt from its own images
+    alone.
     """
     usage = measure_usage(net, batches)
-    plain = models.remove_channels(net, [torch.arange(width) for width in net.widths])
+    every_channel = [torch.arange(width) for width in net.widths]
+    plain = models.remove_channels(net, every_channel)  # a copy without gates
     for index, (gate, layer_usage) in enumerate(zip(gates_of(net), usage)):
         if gate is None:
             continue
@@ -431,7 +444,11 @@ def to_static(net: Net, batches) -> Net:
 
 def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Tensor) -> Net:
     """`net` without gates, and with one group of kernels in the prunable layer `index`: the mean of
-    the groups that its `gate` chooses from, weighted by share_of_group (groups,)."""
+    the groups that its `gate` chooses from, weighted by share_of_group (groups,).
+
+    Whole nets with one group each are summed. All other weights are the same in each of them, and
+    the shares sum to 1, so these weights stay.
+    """
     mean = None
     for group, share in enumerate(share_of_group.tolist()):
         if share == 0:
@@ -450,22 +467,24 @@ def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Ten
 def count_macs(net: Net, structure=None) -> int:
     """The MACs of a net for one image, those of its gates included.
 
-    For a `structure` those of the plain `net` pruned to it, with all gates that have room: a net
-    may get fewer. Only chosen kernels count and, in the next layer and its gate, only the weights
-    on their channels.
+    With a `structure`: those that the plain `net` would have, pruned to it, with a gate in every
+    layer that has room; a run may put on fewer. Only chosen kernels count and, in the next layer
+    and its gate, only the weights on their channels.
     """
-    gates = gates_of(net) if structure is None else largest_gate_sizes(net.widths, structure)
-    structure = structure or net.structure
+    if structure is None:
+        structure, gates = net.structure, gates_of(net)
+    else:
+        gates = largest_gate_sizes(net.widths, structure)
     macs = models.count_macs(net, structure)
     for i, gate in enumerate(gates):
         if gate is not None:
-            macs += count_gate_macs(net, structure, i, gate.groups)
+            macs += count_gate_macs(net, structure, i, gate.group_count)
     return macs
 
 
 def count_gate_macs(net: Net, structure, index: int, outputs: int) -> int:
-    """The MACs of a linear layer that reads what the gate of a prunable layer reads, at that
-    structure: for a gate's scores `outputs` is the number of its groups."""
+    """The MACs of a gate's linear layer with so many `outputs`, one for each group, on the prunable
+    layer `index` of a net with that structure."""
     inputs = net.get_submodule(net.prunable[index].layer_name).weight.shape[1]
     previous = index_of_previous_layer(net, index)
     if previous is not None:
@@ -488,7 +507,7 @@ def load(path) -> tuple[Net, dict]:
 def load_checkpoint(path) -> tuple[Net, dict]:
     """(net, what models.read_checkpoint says). Raises UserError, naming the file.
 
-    Of a foreign state dict the net is the likeliest of all `readings`.
+    Of a foreign state dict the net is the likeliest; checkpoint["readings"] has all that it may be.
     """
     checkpoint = models.read_checkpoint(path)
     try:
@@ -506,23 +525,23 @@ def load_checkpoint(path) -> tuple[Net, dict]:
     return net, checkpoint
 
 
-def read_gate_sizes(net: Net, gates: list) -> list[GateSize | None]:
+def read_gate_sizes(net: Net, entries: list) -> list[GateSize | None]:
     """The GateSize of each prunable layer, None where it has no gate.
 
-    `gates` is what a checkpoint says of each: None, or how many kernels `k` work for an image, and
-    which share of these is always on. Raises UserError where that cannot be.
+    `entries` are what a checkpoint says of each: None, or how many kernels `k` work for an image,
+    and which share of these is always on. Raises UserError where that cannot be.
     """
-    if len(gates) != len(net.widths):
+    if len(entries) != len(net.widths):
         raise UserError(
-            f"its gates are {len(gates)}, but a {net.arch} has {len(net.widths)} prunable layers"
+            f"its gates are {len(entries)}, but a {net.arch} has {len(net.widths)} prunable layers"
         )
     sizes = []
-    for prunable, width, gate in zip(net.prunable, net.widths, gates):
-        if gate is None:
+    for prunable, width, entry in zip(net.prunable, net.widths, entries):
+        if entry is None:
             sizes.append(None)
             continue
         try:
-            sizes.append(read_gate_size(gate, width))
+            sizes.append(read_gate_size(entry, width))
         except UserError as error:
             raise UserError(
                 f"the gate of {prunable.layer_name} {error}; make the net anew from its baseline, "
@@ -531,25 +550,26 @@ def read_gate_sizes(net: Net, gates: list) -> list[GateSize | None]:
     return sizes
 
 
-def read_gate_size(gate, width: int) -> GateSize:
-    """`read_gate_sizes` of one layer, of `width` kernels. Raises UserError."""
-    if not isinstance(gate, dict) or not gate.keys() >= {"k", "always_on_share"}:
+def read_gate_size(entry, width: int) -> GateSize:
+    """`read_gate_sizes` of one layer, of `width` kernels. Raises UserError with the end of a
+    sentence that begins with the gate's name."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"k", "always_on_share"}:
         raise UserError("does not say its k and its always_on_share")
-    k = gate["k"]
-    share = gate["always_on_share"]
+    k = entry["k"]
+    share = entry["always_on_share"]
     if type(k) is not int or not 1 <= k <= width:
         raise UserError(f"has a k of {k!r}, not a whole number from 1 to {width}")
     if type(share) not in (int, float) or not 0 <= share <= 1:
         raise UserError(f"has an always-on share of {share!r}, not a number in [0, 1]")
-    always_on = round(share * k)
-    group_size = k - always_on
-    groups = (width - always_on) // max(1, group_size)
-    if always_on + groups * group_size != width or groups < 2:
+    always_on_count = round(share * k)
+    group_size = k - always_on_count
+    group_count = (width - always_on_count) // max(1, group_size)
+    if always_on_count + group_count * group_size != width or group_count < 2:
         raise UserError(
-            f"does not fit {width} kernels: {k} of them for an image, {always_on} always on, leave "
-            "no groups of one size"
+            f"does not fit {width} kernels: {k} of them for an image, {always_on_count} always on, "
+            "leave no two groups or more of one size"
         )
-    return GateSize(always_on, groups)
+    return GateSize(always_on_count, group_count)
 
 
 # ---- fast single images ------------------------------------------------------------------------
@@ -559,17 +579,17 @@ def read_gate_size(gate, width: int) -> GateSize:
 # once for each pair of groups, of the layer before and of their own, and kept.
 
 
-@dataclass(frozen=True, eq=False)
-class ChosenGroup:
-    """A group that a gate chose for an image."""
+@dataclass(frozen=True)
+class KernelGroup:
+    """One of the groups that a gate chooses from, and the channels at work with it."""
 
     number: int
-    channels: torch.Tensor  # at work with it, ascending indices
+    channels: torch.Tensor  # ascending indices
     layer_width: int
 
 
-def number_of(chosen: ChosenGroup | None) -> int | None:
-    return None if chosen is None else chosen.number
+def number_of(group: KernelGroup | None) -> int | None:
+    return None if group is None else group.number
 
 
 class GatheringLayer:
@@ -584,20 +604,20 @@ class GatheringLayer:
         # (weight, bias) by the groups (of the layer before, its own), None where there is no gate.
         self.gathered = {}
 
-    def __call__(self, x, previous: ChosenGroup | None = None, own: ChosenGroup | None = None):
+    def __call__(self, x, previous: KernelGroup | None = None, own: KernelGroup | None = None):
         """(1, C_in', H, W) -> (1, C', H', W'); of a linear layer (1, C_in', ...) -> (1, C').
 
         `previous` is the group that the layer before chose, `own` that of this layer.
         """
-        groups = (number_of(previous), number_of(own))
-        if groups not in self.gathered:
-            self.gathered[groups] = self.gather(previous, own)
-        weight, bias = self.gathered[groups]
+        pair = (number_of(previous), number_of(own))
+        if pair not in self.gathered:
+            self.gathered[pair] = self.gather(previous, own)
+        weight, bias = self.gathered[pair]
         if self.is_linear:
             return torch.addmv(bias, weight, x.flatten())[None]
         return torch.conv2d(x, weight, bias, self.stride, self.padding)
 
-    def gather(self, previous: ChosenGroup | None, own: ChosenGroup | None):
+    def gather(self, previous: KernelGroup | None, own: KernelGroup | None):
         """(weight, bias) between the channels at work, in the layout in which they run fastest."""
         weight, bias = self.weight, self.bias
         if own is not None:
@@ -617,9 +637,11 @@ class PlainRunner:
         self.layer = layer
         self.prunable = prunable
 
-    def __call__(self, x, previous: ChosenGroup | None):
-        """As Net.run_prunable, for a batch of one."""
-        return models.pool_and_activate(self.layer(x, previous), self.prunable), None
+    def __call__(self, x, previous: KernelGroup | None):
+        """As Net.run_prunable: x (1, C_in', H, W) -> (y (1, C', H', W'), the group that was chosen
+        or None). `previous` is the group that the layer before chose."""
+        y = models.pool_and_activate(self.layer(x, previous), self.prunable, inplace=True)
+        return y, None
 
 
 class GatedRunner:
@@ -628,23 +650,24 @@ class GatedRunner:
     def __init__(self, layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate):
         self.layer = layer
         self.prunable = prunable
-        self.groups = [
-            ChosenGroup(number, gate.channels_of_group(number), gate.width)
-            for number in range(gate.groups)
+        self.kernel_groups = [
+            KernelGroup(number, gate.channels_of_group(number), gate.width)
+            for number in range(gate.group_count)
         ]
         self.bias = gate.excite.bias.detach()
         self.weight = gate.excite.weight.detach()
         self.gathered = {None: self.weight}  # by the group of the layer before
 
-    def __call__(self, x, previous: ChosenGroup | None):
-        """As Net.run_prunable, for a batch of one."""
+    def __call__(self, x, previous: KernelGroup | None):
+        """As Net.run_prunable: x (1, C_in', H, W) -> (y (1, C', H', W'), the group that was chosen
+        or None). `previous` is the group that the layer before chose."""
         squeezed = squeeze(x, is_linear=self.layer.is_linear)[0].to(self.weight.dtype)
         scores = torch.addmv(self.bias, self.gather_weight(previous), squeezed)
-        chosen = self.groups[int(scores.argmax())]
+        chosen = self.kernel_groups[int(scores.argmax())]
         y = self.layer(x, previous, chosen)
         return models.pool_and_activate(y, self.prunable, inplace=True), chosen
 
-    def gather_weight(self, previous: ChosenGroup | None) -> torch.Tensor:
+    def gather_weight(self, previous: KernelGroup | None) -> torch.Tensor:
         """The gate's weight (groups, inputs') on the channels at work."""
         number = number_of(previous)
         if number not in self.gathered:
@@ -661,7 +684,8 @@ def return_unchanged(x):
 def make_single_image_net(net: Net) -> Net:
     """A copy of `net`, whose batch norms are folded, as it runs on single images: its layers are no
     modules any more. The weights are shared with `net`."""
-    # To deepcopy these are copied already.
+    # deepcopy takes what it finds in this dict, its memo, for copies that it has made already: so
+    # the new net holds the very tensors of `net`.
     shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     net = deepcopy(net, shared)
     gates = gates_of(net)
@@ -689,7 +713,7 @@ def make_runner(layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate | N
 
 class TunedNet:
     """A net for inference alone on a CPU, as `tune` makes it: normalised images (B, C, H, W) ->
-    logits (B, classes). It is no module: it has no other device, precision or weights."""
+    logits (B, classes). It is no nn.Module: it cannot be moved, cast or trained."""
 
     def __init__(self, net: Net):
         folded = models.fold_batch_norms(net).to(memory_format=torch.channels_last)

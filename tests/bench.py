@@ -653,17 +653,17 @@ def recipes(folder, checkpoint, cut, epochs, *names):
 # What is a choice by the image worth, and which gates keep it? One structure, one final training.
 
 
-class ScaleGate(nn.Module):
-    """Squeeze-and-excitation on a hard-pruned layer (Hu et al. 2018): scales, and no choice."""
+class ScoringGate(nn.Module):
+    """A squeeze-and-excitation block (Hu et al. 2018) that gives each of `width` kernels a score.
+    What comes of the scores say its subclasses."""
 
-    def __init__(self, inputs, hidden, k):
+    def __init__(self, inputs, hidden, width, k):
         super().__init__()
-        self.k = self.width = k
+        self.width = width
+        self.k = k  # kernels that work for an image
         self.is_used = None  # (B, C) by the images of the last batch
         self.reduce = nn.Linear(inputs, hidden)
-        self.excite = nn.Linear(hidden, k)
-        nn.init.zeros_(self.excite.weight)
-        nn.init.zeros_(self.excite.bias)
+        self.excite = nn.Linear(hidden, width)
 
     def standardise(self, squeezed):
         """Let the first layer read `squeezed` (N, inputs) in standard deviations from its mean."""
@@ -678,42 +678,60 @@ class ScaleGate(nn.Module):
             squeezed = sep.squeeze(x, is_linear=isinstance(layer, nn.Linear)).float()
             return self.excite(torch.relu(self.reduce(squeezed)))
 
-    def choose(self, scores, y, prunable):
-        """What the outputs y are multiplied with, (B, C)."""
-        return 2 * torch.sigmoid(scores)
+    def make_factors(self, scores, y):
+        """What the outputs y (B, C, H, W) are multiplied with, (B, C), by the scores (B, C)."""
+        raise NotImplementedError
 
     def forward(self, x, layer, norm, prunable):
         y = models.run_layer(layer, x)
         y = models.pool_and_activate(y if norm is None else norm(y), prunable)
-        factors = self.choose(self.score(x, layer), y, prunable)
+        factors = self.make_factors(self.score(x, layer), y)
         self.is_used = factors.detach() != 0
         return y * factors.reshape(*factors.shape, *[1] * (y.dim() - 2)).to(y.dtype)
 
 
-class KernelGate(ScaleGate):
+class ScaleGate(ScoringGate):
+    """Scales the kernels of a hard-pruned layer, and chooses none."""
+
+    def __init__(self, inputs, hidden, width, k):
+        super().__init__(inputs, hidden, width, k)
+        nn.init.zeros_(self.excite.weight)
+        nn.init.zeros_(self.excite.bias)
+
+    def make_factors(self, scores, y):
+        return 2 * torch.sigmoid(scores)
+
+
+class KernelGate(ScoringGate):
     """Chooses k single kernels of a layer that keeps all of them. It is taught to choose those that
     matter most to an image, and goes on learning by straight-through gradients."""
 
     def __init__(self, inputs, hidden, width, k):
-        super().__init__(inputs, hidden, width)
+        super().__init__(inputs, hidden, width, k)
         nn.init.kaiming_normal_(self.excite.weight)
-        self.k = k
-        self.next_weight = None  # of the layer that reads this one
+        # The layer that reads this one; in a tuple, for it is no part of the gate, and the gate's
+        # teaching must not train it.
+        self.next_layer = ()
         self.is_taught = False
         self.loss_of_imitation = None
+
+    def score(self, x, layer):
+        # Nor must the teaching train the layers before.
+        return super().score(x if self.is_taught else x.detach(), layer)
 
     def measure_strength(self, y):
         """How much each kernel matters to each image: its output's energy, times that of the
         weights that read it."""
         energy = y.detach().float().square()
         energy = energy.mean((2, 3)) if y.dim() == 4 else energy
-        by_channel = models.group_by_input_channel(self.next_weight.detach(), self.width)
+        (next_layer,) = self.next_layer
+        by_channel = models.group_by_input_channel(next_layer.weight.detach(), self.width)
         return energy * by_channel.square().sum((0, 2))
 
     def mask_of(self, scores):
         return torch.zeros_like(scores).scatter_(1, scores.topk(self.k, 1).indices, 1.0)
 
-    def choose(self, scores, y, prunable):
+    def make_factors(self, scores, y):
         if not self.is_taught:
             mask = self.mask_of(self.measure_strength(y))
             self.loss_of_imitation = F.binary_cross_entropy_with_logits(scores, mask)
@@ -722,7 +740,9 @@ class KernelGate(ScaleGate):
         if self.training and self.k < self.width:
             threshold = scores.topk(self.k, 1).values[:, -1:].detach()
             soft = torch.sigmoid(scores - threshold)
-            mask = mask + 0.1 * (soft - soft.detach())  # a tenth of the net's rate
+            # The value is the mask's. The gradient is a tenth of the sigmoid's, so that the scores
+            # learn more slowly than the net.
+            mask = mask + 0.1 * (soft - soft.detach())
         return mask
 
 
@@ -730,104 +750,117 @@ class StrongestGate(KernelGate):
     """Chooses the k kernels that matter most to an image. It computes all of them first, so it
     saves nothing, and no gate can know it better."""
 
-    def choose(self, scores, y, prunable):
+    def make_factors(self, scores, y):
         return self.mask_of(self.measure_strength(y))
 
 
 def put_gates(net, gate_class, ks, images):
     """`net` with a gate of that class in every layer with a k."""
-    sizes = [None if k is None else sep.GateSize(0, 2) for k in ks]
+    names = [prunable.layer_name for prunable, k in zip(net.prunable, ks) if k is not None]
     chunks = torch.arange(2000).split(500)
-    squeezed = sep.collect_squeezed(net, sizes, images.batches(chunks))
+    squeezed = sep.collect_squeezed(net, names, images.batches(chunks))
     gates = []
-    for prunable, width, k in zip(net.prunable, net.widths, ks):
+    for index, (prunable, width, k) in enumerate(zip(net.prunable, net.widths, ks)):
         if k is None:
             gates.append(None)
             continue
-        inputs = channels = squeezed[prunable.layer_name].shape[1]
-        for before, width_before in zip(net.prunable, net.widths):
-            if before.next_layer_name == prunable.layer_name:
-                channels = width_before  # of a linear layer fewer than its inputs
+        inputs = squeezed[prunable.layer_name].shape[1]
+        previous = sep.index_of_previous_layer(net, index)
+        # Of a linear layer after a convolution they are fewer than its inputs.
+        channels = inputs if previous is None else net.widths[previous]
         hidden = max(4, channels // 16)  # as in SENet, but no fewer than 4
-        sizes = (inputs, hidden, k) if gate_class is ScaleGate else (inputs, hidden, width, k)
-        gate = gate_class(*sizes)
+        gate = gate_class(inputs, hidden, width, k)
         gate.standardise(squeezed[prunable.layer_name])
-        gate.next_weight = net.get_submodule(prunable.next_layer_name).weight
+        gate.next_layer = (net.get_submodule(prunable.next_layer_name),)
         gates.append(gate.to(images.device))
     net.gates = nn.ModuleList(gates)
     return net
 
 
-def teach_gates(net, images, steps=300):
+TEACHING_STEPS = 300
+TEACHING_RATE = 0.01  # of Adam, at first; it falls to 0
+
+
+def teach_gates(net, images):
     """Let KernelGates imitate the strongest kernels of each image; the net stays as it is."""
     gates = [gate for gate in net.gates if gate is not None]
-    optimizer = torch.optim.Adam([p for gate in gates for p in gate.parameters()], 0.01)
-    order, crops = images.draw_epoch(99, 0)
+    parameters = [parameter for gate in gates for parameter in gate.parameters()]
+    optimizer = torch.optim.Adam(parameters, TEACHING_RATE)
+    order, crops = images.draw_epoch(seed=99, epoch=0)
     net.eval()
-    for step, index in zip(range(steps), order.repeat(steps).split(128)):
+    for step in range(TEACHING_STEPS):
+        index = order[torch.arange(step * 128, (step + 1) * 128) % len(order)]
         net(images.batch(index, crops))
         loss = sum(gate.loss_of_imitation for gate in gates)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = TEACHING_RATE * (1 - step / TEACHING_STEPS)
         optimizer.step()
     for gate in gates:
         gate.is_taught = True
 
 
 def make_gate_variant(name, baseline, structure):
-    """(net to train, the share of the training before its gates, how many groups of gates)."""
+    """(net to train, the GateSize of each layer that `add_gates` puts on later; None where the
+    variant has its gates already, or has none)."""
     net = models.prune_channels(baseline.net, structure)
     kind, _, option = name.partition("=")
     gate_sizes = sep.largest_gate_sizes(baseline.net.widths, structure)
-    places = [size is not None for size in gate_sizes]
+    has_room = [size is not None for size in gate_sizes]
+    ks = [k if has_gate else None for k, has_gate in zip(structure, has_room)]
     images = baseline.all
     if kind == "hard":
         return net, None
     if kind == "scales":
-        ks = [k if has_gate else None for k, has_gate in zip(structure, places)]
         return put_gates(net, ScaleGate, ks, images), None
     if kind in ("kernels", "strongest"):
         # Layers without room for a gate are hard-pruned; the others keep all their kernels.
         widths = baseline.net.widths
-        wide = [w if has_gate else k for w, k, has_gate in zip(widths, structure, places)]
+        wide = [w if has_gate else k for w, k, has_gate in zip(widths, structure, has_room)]
         net = models.prune_channels(baseline.net, wide)
-        ks = [k if has_gate else None for k, has_gate in zip(structure, places)]
         gate_class = KernelGate if kind == "kernels" else StrongestGate
         net = put_gates(net, gate_class, ks, images)
         if kind == "kernels":
             teach_gates(net, images)
         return net, None
     if kind in ("groups", "groups-at-once"):
-        count = int(option) if option else sum(places)
+        count = int(option) if option else sum(has_room)
         return net, controller.keep_last_gates(gate_sizes, count)
     sys.exit(f"no variant {name}: hard, scales, kernels, strongest, groups or groups-at-once[=N]")
 
 
 def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
-    """One structure (2-9-72) by several gates, each with the same final training: test accuracy,
-    MACs, kernels for no, some and all test images, and what a kernel's choice says of the class."""
+    """One structure, as 2-9-72, by several gates, each with the same final training: test accuracy,
+    MACs, kernels for no, some and all test images, and how many bits the use of a kernel tells of
+    the class."""
     baseline = load_baseline(folder, checkpoint)
     structure = tuple(map(int, structure.split("-")))
     plan = TrainingPlan(int(epochs), float(peak), is_one_cycle=True, temperature=4.0)
     teacher = Teacher(baseline.net, baseline.all, int(seed))
-    before, after = controller.split_epochs(plan)
+
+    def train_part(net, epochs):
+        net = net.to(DEVICE).to(memory_format=torch.channels_last)
+        options = {"optimizer": make_optimizer(net, plan.lr), "seed": int(seed)}
+        trainings = controller.fit(
+            net, baseline.all, plan, teacher=teacher, epochs=epochs, **options
+        )
+        for _ in trainings:
+            pass
+        return net
+
     for name in variants or ("hard", "scales", "groups", "groups-at-once", "kernels", "strongest"):
         torch.manual_seed(int(seed))
         net, gate_sizes = make_gate_variant(name, baseline, structure)
-        parts = [range(plan.epochs)] if gate_sizes is None else [before, after]
-        if name.startswith("groups-at-once"):
-            parts = [range(0), range(plan.epochs)]
-        for number, part in enumerate(parts):
-            if number == 1:
-                chunks = torch.arange(controller.CLUSTERED_IMAGES).split(500)
-                net = sep.add_gates(net, gate_sizes, baseline.all.batches(chunks))
-            net = net.to(DEVICE).to(memory_format=torch.channels_last)
-            options = {"optimizer": make_optimizer(net, plan.lr), "seed": int(seed)}
-            for _ in controller.fit(
-                net, baseline.all, plan, teacher=teacher, epochs=part, **options
-            ):
-                pass
+        if gate_sizes is None:
+            net = train_part(net, range(plan.epochs))
+        else:
+            ungated_epochs, gated_epochs = controller.split_epochs(plan)
+            if name.startswith("groups-at-once"):
+                ungated_epochs, gated_epochs = range(0), range(plan.epochs)
+            net = train_part(net, ungated_epochs)
+            chunks = torch.arange(controller.CLUSTERED_IMAGES).split(500)
+            net = sep.add_gates(net, gate_sizes, baseline.all.batches(chunks))
+            net = train_part(net, gated_epochs)
         say(f"{name}, seed {seed}: {describe_gated(net, baseline)}")
         if gate_sizes is not None:
             say(f"{name} made plain, seed {seed}: {describe_static(net, baseline, plan, teacher)}")
@@ -849,12 +882,14 @@ def describe_gated(net, baseline):
     macs = models.count_macs(net, net.structure)
     for i, gate in enumerate(sep.gates_of(net)):
         if isinstance(gate, sep.SEGate):
-            macs += sep.count_gate_macs(net, net.structure, i, gate.groups)
+            macs += sep.count_gate_macs(net, net.structure, i, gate.group_count)
         elif gate is not None:
             hidden = gate.reduce.out_features
             macs += sep.count_gate_macs(net, net.structure, i, hidden) + hidden * gate.width
     cut = 1 - macs / models.count_macs(baseline.net)
     text = f"test accuracy {accuracy:.2%}, cut {cut:.2%}"
+    if any(isinstance(gate, StrongestGate) for gate in sep.gates_of(net)):
+        text = f"test accuracy {accuracy:.2%}, no cut, for all kernels are computed"
     if net.gates is None:
         return text
     labels = baseline.test.labels.bincount().float()
@@ -885,8 +920,8 @@ def measure_shares(net, images):
 
 
 def describe_choice(shares, images_of_class):
-    """(kernels for no, for some, for all images, mean mutual information in bits of the choice of
-    one that serves some and the class) of shares (classes, C)."""
+    """(kernels for no, for some, for all images; of those for some, how many bits the use of one
+    tells of the class, in the mean) of shares (classes, C)."""
 
     def entropy(p):
         return -(p * p.clamp_min(1e-12).log2() + (1 - p) * (1 - p).clamp_min(1e-12).log2())

@@ -783,6 +783,25 @@ def test_a_file_whose_writing_is_cut_short_leaves_the_old_one_alone(tmp_path, er
     assert (tmp_path / "net.pt").read_text() == "whole"
 
 
+@pytest.mark.parametrize("arch", ["lenet5", "vgg11", "resnet8"])
+def test_a_plain_checkpoint_of_the_formats_before_comes_back(tmp_path, arch):
+    net, x = make_lively_net(arch)
+    models.save_checkpoint(tmp_path / "a.pt", net, {"seed": 3})
+    content = torch.load(tmp_path / "a.pt")
+    torch.save(content | {"format": 2}, tmp_path / "format2.pt")
+    # Format 1 knew fewer nets, and described them by these numbers.
+    sizes = {"classes": 10, "channels": net.channels, "size": net.size}
+    sizes["side"] = net.architecture.head_size if arch == "lenet5" else 1
+    del content["architecture"]
+    torch.save(content | sizes | {"format": 1, "arch": arch}, tmp_path / "format1.pt")
+
+    for name in ("format1.pt", "format2.pt"):
+        loaded_net, facts = sep.load(tmp_path / name)
+        assert torch.equal(loaded_net.eval()(x), net(x))
+        assert loaded_net.architecture == net.architecture
+        assert facts == {"seed": 3}
+
+
 # ---- export
 
 

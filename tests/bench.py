@@ -575,12 +575,13 @@ def mix(images):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A final training, by a name as 4:0.02:cosine:mixed:decay=0.0001:labels=0.5."""
+    """A final training, by a name as 4:0.02:cosine:mixed:decay=0.0001:labels=0.5:seed=1."""
 
     plan: TrainingPlan
     weight_decay: float
     label_weight: float  # of the cross-entropy beside the teacher's outputs
     is_mixed: bool
+    seed: int
 
 
 def parse_recipe(name, epochs):
@@ -595,10 +596,11 @@ def parse_recipe(name, epochs):
         float(options.get("decay", controller.WEIGHT_DECAY)),
         float(options.get("labels", controller.CROSS_ENTROPY_WEIGHT)),
         "mixed" in words,
+        int(options.get("seed", 0)),
     )
 
 
-def train_by_recipe(net, recipe, images, teacher, seed=0):
+def train_by_recipe(net, recipe, images, teacher):
     """Yield (a copy of `net`, the average of its weights or None) after each epoch."""
     copy = deepcopy(net).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(copy, recipe.plan.lr)
@@ -614,7 +616,7 @@ def train_by_recipe(net, recipe, images, teacher, seed=0):
             if is_averaging:
                 average.update_parameters(copy)
 
-    options = {"optimizer": optimizer, "seed": seed, "teacher": teacher}
+    options = {"optimizer": optimizer, "seed": recipe.seed, "teacher": teacher}
     epochs = controller.fit(copy, images, recipe.plan, wrap_steps=average_after_each, **options)
     for epoch, _ in epochs:
         yield copy, average.module if is_averaging else None
@@ -624,8 +626,8 @@ def train_by_recipe(net, recipe, images, teacher, seed=0):
 def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
     temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
-    it the average of the weights over the last third. Options: `cosine`, `mixed`, decay=W and
-    labels=W."""
+    it the average of the weights over the last third. Options: `cosine`, `mixed`, decay=W,
+    labels=W and seed=N."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
     logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
@@ -634,10 +636,10 @@ def recipes(folder, checkpoint, cut, epochs, *names):
     for name in names or DEFAULT_RECIPES:
         recipe = parse_recipe(name, int(epochs))
         controller.CROSS_ENTROPY_WEIGHT = recipe.label_weight
-        images, teacher = baseline.train, baseline.teacher
-        if recipe.is_mixed:
-            images = mix(images)
-            teacher = Teacher(baseline.net, images, 0)
+        images = mix(baseline.train) if recipe.is_mixed else baseline.train
+        teacher = baseline.teacher
+        if recipe.is_mixed or recipe.seed:
+            teacher = Teacher(baseline.net, images, recipe.seed)
         trainings = train_by_recipe(small, recipe, images, teacher)
         for epoch, (trained, average) in enumerate(trainings, 1):
             accuracy, loss = judge(trained, baseline.validation, teacher_probs)

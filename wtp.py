@@ -1896,11 +1896,6 @@ def prune(
     row = row_to_prune(method, is_static=static, target=target)
     user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, user_net.facts)
-    if schedule is None and target is None:
-        print_note(
-            "without --target the papers' schedule runs, as far as its reward rises; with one, as "
-            "--target 0.5, a quicker one would run"
-        )
     if schedule is None:
         schedule = ScheduleName.published if target is None else ScheduleName.fast
     options = RunOptions(
@@ -1963,6 +1958,11 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     if is_done:
         show_delivered(run, output)
         return
+    if target is None and options.schedule == "published":
+        reporter.say(
+            "without --target the papers' schedule runs, as far as its reward rises; with one, as "
+            "--target 0.5, the default is the quicker schedule fast"
+        )
     announce(run, reporter, list_rows_to_make([row]), is_given=True)
     with resumable(reporter):
         run.make_baseline(user_net.net, is_trained=True)

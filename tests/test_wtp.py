@@ -414,13 +414,25 @@ def test_prune_with_a_target_is_fast_and_without_one_the_papers(capsys, smoke, m
     net = smoke[0] / "baseline.pt"
 
     for options in (["--target", "0.5"], ["--rate", "0.3"], ["--target", "0.5", "--rate", "0.3"]):
-        status, _, err = call(capsys, "prune", net, *options)
-        assert status == 0
-        # Who did not ask for the long schedule is told of it.
-        assert ("without --target the papers' schedule runs" in err) == ("--target" not in options)
+        assert call(capsys, "prune", net, *options)[0] == 0
     assert call(capsys, "prune", net, "--target", "0.5", "--schedule", "published")[0] == 0
 
     assert seen == ["fast", "published", "fast", "published"]
+
+
+def test_prune_without_a_target_says_that_the_long_schedule_runs(
+    capsys, smoke, tmp_path, monkeypatch
+):
+    def stop_here(*arguments, **keywords):
+        raise UserError("stopped")
+
+    monkeypatch.setattr(wtp, "announce", stop_here)
+    command = ["prune", smoke[0] / "baseline.pt", "--out", tmp_path, "--output", tmp_path / "a.pt"]
+
+    for options, is_told in (([], True), (["--target", "0.5"], False)):
+        _, _, err = call(capsys, *command, *options)
+        assert "wtp: stopped" in err
+        assert ("without --target the papers' schedule runs" in err) == is_told
 
 
 def save_guessing_net(path):

@@ -2824,12 +2824,19 @@ class Trainer:
             self.reporter.finish_epoch(
                 title, epoch_of_part, len(epochs), loss, accuracy, seconds_per_epoch
             )
-        if keeps_best and state.best_weights is None:  # it diverged in its first epoch
-            net.load_state_dict(first_weights)
-            state.accuracy = measure_accuracy(net, validation)
-        elif keeps_best:
-            net.load_state_dict(state.best_weights)
+        if keeps_best:
+            self.load_best_weights(net, state, first_weights, validation)
         return TrainedNet(net, state.accuracy, time.time() - start, state.curve)
+
+    def load_best_weights(
+        self, net: Net, state: TrainingState, first_weights: dict, validation: Images
+    ) -> None:
+        """Give `net` the weights of its best epoch: its first weights where it diverged at once."""
+        if state.best_weights is not None:
+            net.load_state_dict(state.best_weights)
+            return
+        net.load_state_dict(first_weights)
+        state.accuracy = measure_accuracy(net, validation)
 
     def load_progress(self, title: str, net: Net, optimizer) -> TrainingState:
         """How far the training of that title is; `net` and `optimizer` go on from there."""
@@ -2879,12 +2886,13 @@ class Trainer:
             validation=self.data.validation,
             keeps_best=True,
         )
-        macs_reduction = self.make_reduction_of(method)(structure)
+        macs = count_macs_by(method, self.baseline, structure)
+        macs_reduction = 1 - macs / self.folder.row("baseline")["macs"]
         accuracy = trained.validation_accuracy
         candidate = Candidate(
             structure=structure,
             validation_accuracy=accuracy,
-            macs=count_macs_by(method, self.baseline, structure),
+            macs=macs,
             macs_reduction=macs_reduction,
             reward=compute_reward(accuracy, macs_reduction, target),
             parent=parent_net.structure,

@@ -535,8 +535,11 @@ def list_lenets(baseline, cut):
                 yield first, second, hidden_widths[-1]
 
 
+# `recipes` sets the engine's own weight anew for each recipe; this is the one that it began with.
+DEFAULT_LABEL_WEIGHT = controller.CROSS_ENTROPY_WEIGHT
 DEFAULT_RECIPES = ("0:0.1", "0:0.03", "4:0.06", "4:0.02", "4:0.006")
-# Of the weights that a final training averages over its last third, for each step.
+# Of the exponential average of the weights, for each step. It begins after two thirds of the
+# training; mostly the last three epochs are in it.
 AVERAGE_DECAY = 0.999
 
 
@@ -594,7 +597,7 @@ def parse_recipe(name, epochs):
     return Recipe(
         plan,
         float(options.get("decay", controller.WEIGHT_DECAY)),
-        float(options.get("labels", controller.CROSS_ENTROPY_WEIGHT)),
+        float(options.get("labels", DEFAULT_LABEL_WEIGHT)),
         "mixed" in words,
         int(options.get("seed", 0)),
     )
@@ -626,7 +629,7 @@ def train_by_recipe(net, recipe, images, teacher):
 def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
     temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
-    it the average of the weights over the last third. Options: `cosine`, `mixed`, decay=W,
+    it an exponential average of the weights, begun after two thirds. Options: `cosine`, `mixed`, decay=W,
     labels=W and seed=N."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))

@@ -629,8 +629,8 @@ def train_by_recipe(net, recipe, images, teacher):
 def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
     temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
-    it an exponential average of the weights, begun after two thirds. Options: `cosine`, `mixed`, decay=W,
-    labels=W and seed=N."""
+    it an exponential average of the weights, begun after two thirds. Options: `cosine`, `mixed`,
+    decay=W, labels=W and seed=N."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
     logits = compute_logits(baseline.net, baseline.validation, in_float32=True)

@@ -2713,6 +2713,14 @@ class TrainingState:
             self.accuracy = accuracy
             self.best_weights = deepcopy(net.state_dict())
 
+    def load_best_weights(self, net: Net, first_weights: dict, validation: Images) -> None:
+        """Give `net` the weights of its best epoch, or its first ones if it diverged at once."""
+        if self.best_weights is not None:
+            net.load_state_dict(self.best_weights)
+            return
+        net.load_state_dict(first_weights)
+        self.accuracy = measure_accuracy(net, validation)
+
 
 class DivergenceError(UserError):
     """The loss of a training is no longer a number."""
@@ -2825,18 +2833,8 @@ class Trainer:
                 title, epoch_of_part, len(epochs), loss, accuracy, seconds_per_epoch
             )
         if keeps_best:
-            self.load_best_weights(net, state, first_weights, validation)
+            state.load_best_weights(net, first_weights, validation)
         return TrainedNet(net, state.accuracy, time.time() - start, state.curve)
-
-    def load_best_weights(
-        self, net: Net, state: TrainingState, first_weights: dict, validation: Images
-    ) -> None:
-        """Give `net` the weights of its best epoch: its first weights where it diverged at once."""
-        if state.best_weights is not None:
-            net.load_state_dict(state.best_weights)
-            return
-        net.load_state_dict(first_weights)
-        state.accuracy = measure_accuracy(net, validation)
 
     def load_progress(self, title: str, net: Net, optimizer) -> TrainingState:
         """How far the training of that title is; `net` and `optimizer` go on from there."""

@@ -535,11 +535,11 @@ def list_lenets(baseline, cut):
                 yield first, second, hidden_widths[-1]
 
 
-# `recipes` sets the engine's own weight anew for each recipe; this is the one that it began with.
+# The engine's weight of the labels, read here because `recipes` overwrites it for each recipe.
 DEFAULT_LABEL_WEIGHT = controller.CROSS_ENTROPY_WEIGHT
 DEFAULT_RECIPES = ("0:0.1", "0:0.03", "4:0.06", "4:0.02", "4:0.006")
-# Of the exponential average of the weights, for each step. It begins after two thirds of the
-# training; mostly the last three epochs are in it.
+# Decay, for each step, of the exponential average of the weights. It begins after two thirds of
+# the training, and nearly all of it comes from the last few epochs.
 AVERAGE_DECAY = 0.999
 
 

@@ -2621,6 +2621,7 @@ def has_valid_facts(results: dict) -> bool:
     return (
         {*IDENTITY, "device", "versions", "seconds"} <= results.keys()
         and {"target", "candidates_per_lstm_epoch"} <= settings.keys()
+        and are_numbers([settings["final"]["epochs"]])
         and (settings["target"] is None or are_numbers([settings["target"]]))
         and are_numbers([results["seconds"], results["train_images"], results["test_images"]])
         and isinstance(results["layers"], list)

@@ -224,9 +224,13 @@ def settings_for(
     seed: int,
     *,
     pruning_rate: float | None = None,
+    final_epochs: int | None = None,
     train_images: int | None = None,
 ):
-    """The numbers of a run: the experiment's, where the schedule does not say otherwise."""
+    """The numbers of a run: the experiment's, where the schedule does not say otherwise.
+
+    The user's own are `pruning_rate` and `final_epochs`, and how many images there are to train.
+    """
     from controller import BATCH_SIZE, VALIDATION_SHARE, Settings, TrainingPlan
 
     images = train_images or experiment.train_images
@@ -247,6 +251,7 @@ def settings_for(
         )
     baseline_epochs = schedule.baseline_epochs or experiment.baseline_epochs
     final = plan_final_training(experiment, schedule)
+    final_epochs = final_epochs or lengthen(final.epochs, schedule.fewest_final_steps)
     return Settings(
         baseline=TrainingPlan(
             lengthen(baseline_epochs, schedule.fewest_baseline_steps),
@@ -259,7 +264,7 @@ def settings_for(
             is_one_cycle=schedule.is_one_cycle,
             max_steps=schedule.recovery_steps,
         ),
-        final=replace(final, epochs=lengthen(final.epochs, schedule.fewest_final_steps)),
+        final=replace(final, epochs=final_epochs),
         pruning_rate=pruning_rate or schedule.pruning_rate,
         target=experiment.target,
         candidates_per_lstm_epoch=schedule.candidates_per_lstm_epoch,
@@ -507,6 +512,10 @@ def describe_run(results: dict) -> str:
     )
 
 
+def describe_epochs(count: float) -> str:
+    return "1 epoch" if round(count) == 1 else f"{count:,.0f} epochs"
+
+
 def results_table(results: dict, rows: list[dict], *, is_wide: bool):
     columns = ("method", "test accuracy", "validation", "MACs", "cut", "parameters", "time")
     table = make_table(describe_run(results), columns, padding=(0, 1 if is_wide else 0))
@@ -530,7 +539,8 @@ def describe_results(results: dict, rows: list[dict]):
     if not rows:
         yield "no row is finished yet"
     if len(rows) > 1:
-        yield "validation: of what the search chose, before its final training"
+        final_epochs = describe_epochs(results["settings"]["final"]["epochs"])
+        yield f"validation: of what the search chose, before its final training of {final_epochs}"
     for row in rows[1:]:
         yield f"{row['method']} keeps {describe_widths(results, rows[0]['widths'], row['widths'])}"
     finished = {row["method"] for row in rows}
@@ -940,6 +950,10 @@ Rate = Annotated[
 RoundTo = Annotated[
     int | None, typer.Option(min=1, help="keep widths at multiples of this, as machines like them")
 ]
+FinalEpochs = Annotated[
+    int | None,
+    typer.Option(min=1, help="epochs of the final training, in place of the schedule's own"),
+]
 Target = Annotated[
     float | None,
     typer.Option(
@@ -960,6 +974,7 @@ class RunOptions:
     seed: int
     fresh: bool
     pruning_rate: float | None = None
+    final_epochs: int | None = None
     round_to: int | None = None
     force: bool = False
 
@@ -1381,6 +1396,7 @@ def open_run(
         schedule,
         options.seed,
         pruning_rate=options.pruning_rate,
+        final_epochs=options.final_epochs,
         train_images=len(data.all),
     )
     return Run(
@@ -1419,10 +1435,9 @@ def announce(run, reporter, methods, *, is_given: bool) -> None:
     final_trainings = len([method for method in methods if method != "static"])
     if final_trainings:
         final = f", {final_trainings} x {run.settings.final.epochs} of them final training"
-    total = "1 epoch" if round(epochs) == 1 else f"{epochs:,.0f} epochs"
     reporter.say(
-        f"{run.folder.path}: up to about {total}{final}; stop it when you like, the same command "
-        "goes on"
+        f"{run.folder.path}: up to about {describe_epochs(epochs)}{final}; stop it when you like, "
+        "the same command goes on"
     )
 
 
@@ -1583,6 +1598,7 @@ def reproduce(
             help="share of the MACs to remove, in place of the experiment's own",
         ),
     ] = None,
+    final_epochs: FinalEpochs = None,
     round_to: RoundTo = None,
     data_dir: DataDir = None,
     out: Out = Path("runs"),
@@ -1594,20 +1610,11 @@ def reproduce(
     ] = False,
 ):
     """All rows of an experiment's table."""
-    from models import UserError
-
+    has_options = bool(method or baseline or target or final_epochs or round_to or fresh)
+    check_names_experiment(experiment, has_options=has_options, is_timed=time)
     if not experiment:
-        if method or baseline or target or round_to or fresh:
-            names = ", ".join(EXPERIMENTS)
-            raise UserError(
-                f"name an experiment: {names}; `reproduce` alone lists them, and with --time how "
-                "long each takes",
-                2,
-            )
         show_experiments(select_device(device) if time else None)
         return
-    if time:
-        raise UserError("--time is for the list of experiments: reproduce --time", 2)
     user_net = load_user_net(baseline) if baseline else None
     data_dir = find_data_dir(data_dir, user_net.facts if user_net else {}, experiment)
     options = RunOptions(
@@ -1617,10 +1624,26 @@ def reproduce(
         device=device,
         seed=seed,
         fresh=fresh,
+        final_epochs=final_epochs,
         round_to=round_to,
     )
     methods = order_methods(method or DEFAULT_METHODS)
     run_experiment(experiment, methods, options, user_net, target)
+
+
+def check_names_experiment(name: str, *, has_options: bool, is_timed: bool) -> None:
+    """Raise UserError (status 2) where options of a run have no experiment, or --time has one."""
+    from models import UserError
+
+    if not name and has_options:
+        names = ", ".join(EXPERIMENTS)
+        raise UserError(
+            f"name an experiment: {names}; `reproduce` alone lists them, and with --time how "
+            "long each takes",
+            2,
+        )
+    if name and is_timed:
+        raise UserError("--time is for the list of experiments: reproduce --time", 2)
 
 
 def order_methods(methods) -> list[str]:
@@ -1671,6 +1694,8 @@ def folder_of_experiment(
     """The run folder of an experiment; it says what was asked for beyond the defaults."""
     if target is not None:
         name += f"-target{target:g}"
+    if options.final_epochs:
+        name += f"-epochs{options.final_epochs}"
     folder_name = options.folder(name + own_images_suffix(options.data_dir)).name
     if user_net is not None:
         folder_name += f"-from-{user_net.path.stem}"
@@ -1878,6 +1903,7 @@ def prune(
     target: Target = None,
     round_to: RoundTo = None,
     schedule: PruneScheduleOption = None,
+    final_epochs: FinalEpochs = None,
     output: Annotated[
         Path | None, typer.Option(help="default: CKPT with -pruned in its name")
     ] = None,
@@ -1906,6 +1932,7 @@ def prune(
         seed=seed,
         fresh=fresh,
         pruning_rate=rate,
+        final_epochs=final_epochs,
         round_to=round_to,
         force=force,
     )
@@ -2007,6 +2034,8 @@ def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) ->
         name += f"-target{target:g}"
     if options.pruning_rate != SCHEDULES[options.schedule].pruning_rate:
         name += f"-rate{options.pruning_rate:g}"
+    if options.final_epochs:
+        name += f"-epochs{options.final_epochs}"
     if options.round_to:
         name += f"-round{options.round_to:g}"
     if user_net.photograph_size is not None:

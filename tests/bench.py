@@ -17,6 +17,7 @@
     bench.py DATA_DIR signals BASELINE CUT COUNT   do images that the baseline saw rank alike?
     bench.py DATA_DIR budgets BASELINE CUT COUNT   which recovery ranks as final trainings do?
     bench.py DATA_DIR seeds RUN SEED [...]         a run's final trainings by other seeds
+    bench.py DATA_DIR leads GROUP GROUP [...]      how sure is the lead of the first group of nets?
     bench.py DATA_DIR rivals RUN                   a run's rows beside those of torch-pruning
 
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time
@@ -24,7 +25,8 @@
     bench.py DATA_DIR photographs FOLDER           a ResNet-18 on pictures in a folder, end to end
 
 DATA_DIR holds torchvision's MNIST and CIFAR-10, BASELINE is a checkpoint of `train` or `reproduce`,
-RUN a run folder. This file has the measurements in that order.
+RUN a run folder, GROUP one checkpoint or several with commas between. This file has the
+measurements in that order.
 """
 
 import io
@@ -426,13 +428,19 @@ class Baseline:
         return controller.uniform_structure(self.net.widths, self.reduction_of, float(cut))
 
 
-def load_baseline(folder, checkpoint):
+def load_net_and_images(folder, checkpoint):
+    """(net, images to train with, test images, facts); the images as the net reads them."""
     net, facts = sep.load(checkpoint)
     net = net.to(DEVICE)
     augmentation = {"crop": 4, "flip": True} if net.channels == 3 else {}
     loaded = controller.load_data(facts["data"], folder, **augmentation)[:2]
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     images, test = (each.to(DEVICE).normalised_by(mean, std) for each in loaded)
+    return net, images, test, facts
+
+
+def load_baseline(folder, checkpoint):
+    net, images, test, facts = load_net_and_images(folder, checkpoint)
     train, validation = controller.split_images(images, facts["split"])
     return Baseline(net, images, train, validation, test, Teacher(net, train, 0))
 
@@ -457,7 +465,9 @@ def judge(net, images, teacher_probs):
     """
     logits = compute_logits(net, images, in_float32=True)
     accuracy = (logits.argmax(1) == images.labels).float().mean().item()
-    loss = controller.distillation_loss(logits, images.labels, teacher_probs, 4.0)
+    # A recipe may have another weight of the labels; all are judged by one.
+    with mock.patch.object(controller, "CROSS_ENTROPY_WEIGHT", DEFAULT_LABEL_WEIGHT):
+        loss = controller.distillation_loss(logits, images.labels, teacher_probs, 4.0)
     return accuracy, loss.item()
 
 
@@ -1033,6 +1043,42 @@ def seeds(folder, run, *numbers):
             say(f"seed {seed}, {row['method']}: loss {loss:.4f}, test accuracy {accuracy:.2%}")
 
 
+def leads(folder, *groups):
+    """By how much is the first group of nets ahead of each other one, in test accuracy, and how
+    sure is that? A group is CHECKPOINT[,CHECKPOINT ...], as one of each seed.
+
+    Two standard errors of the mean lead: by the luck of the test images, which are the same for all
+    nets; and by the luck of the seeds, where the nets of one place in the groups are a pair.
+    """
+    answers = [
+        torch.stack([find_right_answers(folder, checkpoint) for checkpoint in group.split(",")])
+        for group in groups
+    ]
+    for group, is_right in zip(groups, answers):
+        say(f"{group}: " + ", ".join(f"{value:.2%}" for value in is_right.mean(1).tolist()))
+    for group, is_right in zip(groups[1:], answers[1:]):
+        if len(is_right) != len(answers[0]):
+            sys.exit(f"bench: {group} has another number of checkpoints than the first group")
+        differences = 100 * (answers[0] - is_right)  # (pairs, images), in points
+        line = f"ahead of {group} by {differences.mean():.2f} points; standard error "
+        line += f"{standard_error(differences.mean(0)):.2f} by the test images"
+        if len(is_right) > 1:
+            line += f", {standard_error(differences.mean(1)):.2f} by the seeds"
+        say(line)
+
+
+def find_right_answers(folder, checkpoint):
+    """(images,), 1 where a net is right about a test image, else 0."""
+    net, _, test, _ = load_net_and_images(folder, checkpoint)
+    logits = compute_logits(net, test, in_float32=True)
+    return (logits.argmax(1) == test.labels).float().cpu()
+
+
+def standard_error(values):
+    """That of the mean of independent values (N,)."""
+    return values.std() / math.sqrt(len(values))
+
+
 # ---- rivals ------------------------------------------------------------------------------------
 #
 # What a user would take instead: torch-pruning (Fang et al. 2023), here as its own script for CIFAR
@@ -1400,7 +1446,7 @@ def save_enlarged(data_folder, folder):
 
 USUAL = (exactness, speed, size, search)
 OTHERS = (
-    *(narrow, structures, recipes, gates, signals, budgets, seeds, rivals),
+    *(narrow, structures, recipes, gates, signals, budgets, seeds, leads, rivals),
     *(small, families, photographs),
 )
 

@@ -891,6 +891,15 @@ def test_few_images_of_ones_own_train_for_enough_steps():
     assert smoke == replace(settings_of("resnet56-cifar10", "smoke"), recovery=smoke.recovery)
 
 
+def test_the_users_own_final_epochs_take_the_place_of_the_schedules():
+    experiment = wtp.EXPERIMENTS["resnet56-cifar10"]
+
+    for name, schedule in wtp.SCHEDULES.items():
+        usual = settings_of("resnet56-cifar10", name)
+        own = wtp.settings_for(experiment, schedule, 0, final_epochs=7, train_images=240)
+        assert own.final == replace(usual.final, epochs=7)
+
+
 # ---- what a run says while it works
 
 
@@ -1130,6 +1139,7 @@ EDITS = {
     "all rows gone": lambda results: results["rows"].clear(),
     "no rule": lambda results: results["search"]["lstm"].pop("rule"),
     "a word for images": lambda results: results.update(test_images="x"),
+    "a word for epochs": lambda results: results["settings"]["final"].update(epochs="x"),
     "a word for a target": lambda results: results["settings"].update(target="x"),
     "no accuracy": lambda results: results["search"]["lstm"]["candidates"][0].update(
         validation_accuracy=None
@@ -1547,10 +1557,31 @@ def test_reproduce_makes_its_rows_at_another_cut(capsys, tmp_path):
     status, out, err = call(capsys, *command, "--target", "0.5", "--out", tmp_path)
 
     assert status == 0, err
-    results = json.loads((tmp_path / "digits-target0.5-smoke-s0/results.json").read_text())
+    results = read_results(tmp_path / "digits-target0.5-smoke-s0")
     assert [row["method"] for row in results["rows"]] == ["baseline", "uniform"]
     assert results["rows"][1]["macs_reduction"] == pytest.approx(0.5, abs=0.02)
     assert "uniform" in out
+    assert "before its final training of 1 epoch\n" in out
+
+
+@pytest.mark.parametrize("command", ["reproduce digits", "prune mine.pt"])
+def test_a_final_training_has_as_many_epochs_as_one_says(
+    capsys, smoke, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    baseline = copy_row(smoke, "baseline", tmp_path / "mine.pt")
+    options = ["--method", "uniform", "--target", "0.5", "--schedule", "smoke"]
+    if command.startswith("reproduce"):
+        options += ["--baseline", baseline]
+
+    status, out, err = call(capsys, *command.split(), *options, "--final-epochs", "3")
+
+    assert status == 0, err
+    assert "1 x 3 of them final training" in err
+    assert "before its final training of 3 epochs\n" in out
+    (folder,) = Path("runs").iterdir()
+    assert "-epochs3-" in folder.name
+    assert len(read_results(folder)["curves"]["uniform"]) == 3
 
 
 def test_reproduce_goes_on_from_a_given_baseline(capsys, smoke, tmp_path, monkeypatch):
@@ -1803,6 +1834,8 @@ WRONG_CALLS = [
     (2, "drawn.pt has no gates", "export drawn.pt a.pt2 --static"),
     (2, "lstm has no gates", "prune drawn.pt --static"),
     (2, "--round-to", "prune drawn.pt --round-to 0"),
+    (2, "--final-epochs", "prune drawn.pt --final-epochs 0"),
+    (2, "name an experiment", "reproduce --final-epochs 5"),
     (2, "folder is no run folder", "report folder"),
     (2, "gone is no run folder", "report gone"),
     (

@@ -820,26 +820,26 @@ def make_gate_variant(name, baseline, structure):
     variant has its gates already, or has none)."""
     net = models.prune_channels(baseline.net, structure)
     kind, _, option = name.partition("=")
-    gate_sizes = sep.largest_gate_sizes(baseline.net.widths, structure)
-    has_room = [size is not None for size in gate_sizes]
-    ks = [k if has_gate else None for k, has_gate in zip(structure, has_room)]
+    widths = baseline.net.widths
+    gate_sizes = sep.largest_gate_sizes(widths, structure)
     images = baseline.all
     if kind == "hard":
         return net, None
     if kind == "scales":
+        # In the layers where `groups` may have gates.
+        ks = [None if size is None else k for k, size in zip(structure, gate_sizes)]
         return put_gates(net, ScaleGate, ks, images), None
     if kind in ("kernels", "strongest"):
-        # Layers without room for a gate are hard-pruned; the others keep all their kernels.
-        widths = baseline.net.widths
-        wide = [w if has_gate else k for w, k, has_gate in zip(widths, structure, has_room)]
-        net = models.prune_channels(baseline.net, wide)
+        # They keep all kernels of the baseline, and choose in every layer that is pruned.
+        ks = [k if k < width else None for k, width in zip(structure, widths)]
+        net = models.prune_channels(baseline.net, widths)
         gate_class = KernelGate if kind == "kernels" else StrongestGate
         net = put_gates(net, gate_class, ks, images)
         if kind == "kernels":
             teach_gates(net, images)
         return net, None
     if kind in ("groups", "groups-at-once"):
-        count = int(option) if option else sum(has_room)
+        count = int(option) if option else sum(size is not None for size in gate_sizes)
         return net, controller.keep_last_gates(gate_sizes, count)
     sys.exit(f"no variant {name}: hard, scales, kernels, strongest, groups or groups-at-once[=N]")
 

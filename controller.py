@@ -8,7 +8,8 @@ timing        latency of a net, speed of a training
 structures    which widths reach a MACs reduction
 the LSTM      the policy, what it reads of a net
 searching     settings, candidates and rewards; by REINFORCE (the papers), by regression (`fast`)
-the run       its methods, its folder and files, its trainer, the search loop, its rows
+the run       its methods, its folder and files, its trainer, the search loop, the gates of `sep`,
+              its rows
 
 One `fit` serves the baseline (no teacher), every recovery and the final training. Every random
 stream has a seed of its own (`seed_for`), so that a run that was stopped goes on with the same
@@ -2299,6 +2300,7 @@ class RegressionSearch(Search):
 #   Run.make_baseline()         the teacher, trained or given
 #   Run.make_row(method, goal)  a row of the table: its structure, then the final training
 #   run_search()                proposes structures until the search ends, and scores each
+#   GatedTraining               of `sep`: where gates go, and the final training with them
 #   Trainer.make_candidate()    prunes a parent to a structure, and trains it a little
 #   Trainer.train()             any training, going on where it was stopped
 #
@@ -2828,14 +2830,18 @@ class Trainer:
             state.seconds = time.time() - start
             self.save_progress(title, state, net, optimizer)
             self.folder.save_results()  # the seconds so far
-            seconds_per_epoch = state.seconds / state.epochs
-            epoch_of_part = epoch - epochs.start
-            self.reporter.finish_epoch(
-                title, epoch_of_part, len(epochs), loss, accuracy, seconds_per_epoch
-            )
+            self.report_epoch(title, state, len(epochs))
         if keeps_best:
             state.load_best_weights(net, first_weights, validation)
         return TrainedNet(net, state.accuracy, time.time() - start, state.curve)
+
+    def report_epoch(self, title: str, state: TrainingState, epochs: int) -> None:
+        """Tell the user what the last epoch of `epochs` came to."""
+        loss, accuracy = state.curve[-1]
+        seconds_per_epoch = state.seconds / state.epochs
+        self.reporter.finish_epoch(
+            title, state.epochs - 1, epochs, loss, accuracy, seconds_per_epoch
+        )
 
     def load_progress(self, title: str, net: Net, optimizer) -> TrainingState:
         """How far the training of that title is; `net` and `optimizer` go on from there."""
@@ -3045,32 +3051,7 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
     )
 
 
-# ---- the run: its rows -------------------------------------------------------------------------
-
-
-def make_plain(gated: Net, images: Images) -> Net:
-    """ours: a plain small net of a gated one, of the mean of its groups of kernels.
-
-    `images` are those that the gates choose for. Callers train the net some more, and keep that
-    where it helps: where all images choose alike, the plain net computes what the gated one does,
-    and more training may only harm it.
-    """
-    if gated.gates is None:
-        return gated
-    batches = (images.batch(index) for index in split_into_chunks(images))
-    return sep.to_static(gated, batches)
-
-
-def describe_machine(device: torch.device) -> dict:
-    """What else numbers depend on: the device, with threads and precision, and the versions."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        threads = torch.get_num_threads()
-        name = "cpu, 1 thread" if threads == 1 else f"cpu, {threads} threads"
-        name += ", bfloat16" if has_bfloat16(device) else ", float32"
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return {"device": name, "versions": versions}
+# ---- the run: the gates of sep -----------------------------------------------------------------
 
 
 # ours: the share of a training that `sep` spends without gates (RESULTS.md, section 6).
@@ -3124,6 +3105,186 @@ def best_gate_count(trials: list[dict]) -> int:
     finished = [trial for trial in trials if trial["validation_loss"] is not None]
     best = min(finished, key=lambda trial: trial["validation_loss"], default={"gates": 0})
     return best["gates"]
+
+
+class GatedTraining:
+    """The final training of `sep`: which layers of a pruned net get gates, and then the training
+    with them."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.folder = trainer.folder
+        self.settings = trainer.settings
+        self.data = trainer.data
+        self.reporter = trainer.reporter
+
+    def select_layers(self, net: Net, ungated_net: Net) -> tuple[list[sep.GateSize | None], float]:
+        """(the size of each layer's gate, None for no gate; seconds spent): which layers of a
+        pruned net get gates.
+
+        A choice by the image pays most in the last layers, if at all. So a few short trainings
+        have gates in the last, the last two, four, ... of the layers with room for them, and one
+        trains the `ungated_net`, which may have more kernels instead. The one with the lowest loss
+        on the validation images wins.
+        """
+        gate_sizes = sep.largest_gate_sizes(self.trainer.baseline.widths, net.structure)
+        if not any(gate_sizes):
+            self.reporter.say("sep: no layer lost enough kernels to have room for a gate")
+            return gate_sizes, 0.0
+        trials, seconds = self.try_gates(net, ungated_net, gate_sizes)
+        self.folder.results["search"]["sep"]["gate_trials"] = trials
+        self.folder.save_results()
+        count = best_gate_count(trials)
+        text = "gates in the last layers do not help, so none is put on"
+        if count:
+            layers = "layer" if count == 1 else f"{count} layers"
+            text = f"gates go on the last {layers} of those that have room"
+        losses = ", ".join(
+            f"{trial['gates']}: {trial['validation_loss']:.4f}"
+            for trial in trials
+            if trial["validation_loss"] is not None
+        )
+        self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
+        return keep_last_gates(gate_sizes, count), seconds
+
+    def try_gates(self, net: Net, ungated_net: Net, gate_sizes) -> tuple[list[dict], float]:
+        """(how many gates and their validation loss for each trial, seconds spent). They train on
+        the images that do not validate.
+
+        A trial with gates that diverges has the loss None, and its seconds are not counted. Raises
+        DivergenceError where the nets without gates diverge.
+        """
+        images = self.data.train
+        plan = plan_gate_trial(self.settings.final, len(images))
+        plain_epochs, gated_epochs = split_epochs(plan)
+        ungated = self.train_or_load(
+            "sep: gates, trial without",
+            ungated_net.structure,
+            partial(deepcopy, ungated_net),
+            images,
+            plan,
+            range(plan.epochs),
+        )
+        structure = net.structure
+        plain = self.train_or_load(
+            "sep: gates, before the trials",
+            structure,
+            partial(deepcopy, net),
+            images,
+            plan,
+            plain_epochs,
+        )
+        seconds = ungated.seconds + plain.seconds
+        trials = [{"gates": 0, "validation_loss": ungated.validation_loss}]
+        for count in list_gate_counts(gate_sizes):
+            make_gated = partial(self.put_gates_on, plain.net, keep_last_gates(gate_sizes, count))
+            title = f"sep: gates, trial with {count}"
+            loss = None
+            try:
+                trained = self.train_or_load(
+                    title, structure, make_gated, images, plan, gated_epochs
+                )
+                seconds += trained.seconds
+                loss = trained.validation_loss
+            except DivergenceError:
+                pass
+            trials.append({"gates": count, "validation_loss": loss})
+        return trials, seconds
+
+    def train(self, net: Net, gate_sizes) -> TrainedNet:
+        """ours: the final training of `sep`, in two parts of one schedule. The first trains the
+        pruned net as it is; then come the gates that `gate_sizes` names.
+
+        Gates that come at the start leave each group too few images to learn from, and end below
+        hard pruning (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
+        """
+        plan = self.settings.final
+        plain_epochs, gated_epochs = split_epochs(plan)
+        images = self.data.all
+        title = "sep: final, without gates"
+        plain = self.train_or_load(
+            title, net.structure, partial(deepcopy, net), images, plan, plain_epochs
+        )
+        gated = self.put_gates_on(plain.net, gate_sizes)
+        trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
+        seconds = plain.seconds + trained.seconds
+        return TrainedNet(trained.net, None, seconds, plain.curve + trained.curve)
+
+    def put_gates_on(self, net: Net, gate_sizes) -> Net:
+        """A copy of `net` with these gates; they divide some of the training images among their
+        groups."""
+        images = self.data.train
+        generator = torch.Generator().manual_seed(seed_for(self.settings.seed, "clusters"))
+        order = torch.randperm(len(images), generator=generator)[:CLUSTERED_IMAGES]
+        chunks = order.to(images.device).split(chunk_size_for(images))
+        return sep.add_gates(net, gate_sizes, images.batches(chunks))
+
+    def train_or_load(
+        self, title: str, structure, make_net: Callable, images, plan, epochs: range
+    ) -> TrainedNet:
+        """`Trainer.train` of what `make_net` makes, with its loss on the validation images. The
+        result is kept in `sep`'s pool, and comes from there the next time.
+
+        `make_net` is called only where it has to be trained. What it returns is changed: a copy.
+        """
+        name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
+        path = self.folder.pool("sep") / f"{name}-{structure_name(structure)}.pt"
+        if not path.exists():
+            trained = self.trainer.train(title, make_net(), images, plan, epochs=epochs)
+            facts = {
+                "seconds": trained.seconds,
+                "curve": trained.curve,
+                "validation_loss": self.measure_validation_loss(trained.net),
+            }
+            models.save_checkpoint(path, trained.net, facts)
+        net, facts = self.trainer.load(path)
+        return TrainedNet(
+            net, None, facts["seconds"], facts["curve"], validation_loss=facts["validation_loss"]
+        )
+
+    @cached_property
+    def validation_probabilities(self) -> torch.Tensor:
+        """The baseline's softmax outputs (N, classes) for the validation images."""
+        return compute_logits(self.trainer.baseline, self.data.validation).softmax(1)
+
+    def measure_validation_loss(self, net: Net) -> float | None:
+        """What the final training minimises, of `net` on the validation images; None where it is
+        no number."""
+        images = self.data.validation
+        logits = compute_logits(net, images)
+        temperature = self.settings.final.temperature
+        loss = float(
+            distillation_loss(logits, images.labels, self.validation_probabilities, temperature)
+        )
+        return round(loss, 5) if math.isfinite(loss) else None
+
+
+# ---- the run: its rows -------------------------------------------------------------------------
+
+
+def make_plain(gated: Net, images: Images) -> Net:
+    """ours: a plain small net of a gated one, of the mean of its groups of kernels.
+
+    `images` are those that the gates choose for. Callers train the net some more, and keep that
+    where it helps: where all images choose alike, the plain net computes what the gated one does,
+    and more training may only harm it.
+    """
+    if gated.gates is None:
+        return gated
+    batches = (images.batch(index) for index in split_into_chunks(images))
+    return sep.to_static(gated, batches)
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What else numbers depend on: the device, with threads and precision, and the versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = "cpu, 1 thread" if threads == 1 else f"cpu, {threads} threads"
+        name += ", bfloat16" if has_bfloat16(device) else ", float32"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {"device": name, "versions": versions}
 
 
 class Run:
@@ -3364,10 +3525,11 @@ class Run:
         ungated_net, ungated_score, seconds = net, score, 0.0
         if may_be_lstm_net:
             ungated_net, ungated_score, seconds = self.make_ungated_net(score, target)
-        gate_sizes, trial_seconds = self.select_gated_layers(net, ungated_net)
+        gated_training = GatedTraining(self.trainer)
+        gate_sizes, trial_seconds = gated_training.select_layers(net, ungated_net)
         seconds += trial_seconds
         if any(gate_sizes):
-            return self.train_with_gates(net, gate_sizes), score.validation_accuracy, seconds
+            return gated_training.train(net, gate_sizes), score.validation_accuracy, seconds
         if may_be_lstm_net and self.has_lstm_net_of(ungated_net.structure):
             trained = self.take_lstm_net()
             return trained, trained.validation_accuracy, seconds
@@ -3398,148 +3560,6 @@ class Run:
         training_seconds = facts["seconds"] - self.folder.search_seconds("lstm")
         self.reporter.say("sep has no gates, so it is lstm's net")
         return TrainedNet(net, facts["validation_accuracy"], training_seconds, facts["curve"])
-
-    def train_with_gates(self, net: Net, gate_sizes) -> TrainedNet:
-        """ours: the final training of `sep`, in two parts of one schedule. The first trains the
-        pruned net as it is; then come the gates that `gate_sizes` names.
-
-        Gates that come at the start leave each group too few images to learn from, and end below
-        hard pruning (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
-        """
-        plan = self.settings.final
-        plain_epochs, gated_epochs = split_epochs(plan)
-        images = self.data.all
-        title = "sep: final, without gates"
-        plain = self.train_or_load(
-            title, net.structure, partial(deepcopy, net), images, plan, plain_epochs
-        )
-        gated = self.put_gates_on(plain.net, gate_sizes)
-        trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
-        seconds = plain.seconds + trained.seconds
-        return TrainedNet(trained.net, None, seconds, plain.curve + trained.curve)
-
-    def select_gated_layers(
-        self, net: Net, ungated_net: Net
-    ) -> tuple[list[sep.GateSize | None], float]:
-        """(the size of each layer's gate, None for no gate; seconds spent): which layers of a
-        pruned net get gates.
-
-        A choice by the image pays most in the last layers, if at all. So a few short trainings
-        have gates in the last, the last two, four, ... of the layers with room for them, and one
-        trains the `ungated_net`, which may have more kernels instead. The one with the lowest loss
-        on the validation images wins.
-        """
-        gate_sizes = sep.largest_gate_sizes(self.trainer.baseline.widths, net.structure)
-        if not any(gate_sizes):
-            self.reporter.say("sep: no layer lost enough kernels to have room for a gate")
-            return gate_sizes, 0.0
-        trials, seconds = self.try_gates(net, ungated_net, gate_sizes)
-        self.folder.results["search"]["sep"]["gate_trials"] = trials
-        self.folder.save_results()
-        count = best_gate_count(trials)
-        text = "gates in the last layers do not help, so none is put on"
-        if count:
-            layers = "layer" if count == 1 else f"{count} layers"
-            text = f"gates go on the last {layers} of those that have room"
-        losses = ", ".join(
-            f"{trial['gates']}: {trial['validation_loss']:.4f}"
-            for trial in trials
-            if trial["validation_loss"] is not None
-        )
-        self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
-        return keep_last_gates(gate_sizes, count), seconds
-
-    def try_gates(self, net: Net, ungated_net: Net, gate_sizes) -> tuple[list[dict], float]:
-        """(how many gates and their validation loss for each trial, seconds spent). They train on
-        the images that do not validate.
-
-        A trial with gates that diverges has the loss None, and its seconds are not counted. Raises
-        DivergenceError where the nets without gates diverge.
-        """
-        images = self.data.train
-        plan = plan_gate_trial(self.settings.final, len(images))
-        plain_epochs, gated_epochs = split_epochs(plan)
-        ungated = self.train_or_load(
-            "sep: gates, trial without",
-            ungated_net.structure,
-            partial(deepcopy, ungated_net),
-            images,
-            plan,
-            range(plan.epochs),
-        )
-        structure = net.structure
-        plain = self.train_or_load(
-            "sep: gates, before the trials",
-            structure,
-            partial(deepcopy, net),
-            images,
-            plan,
-            plain_epochs,
-        )
-        seconds = ungated.seconds + plain.seconds
-        trials = [{"gates": 0, "validation_loss": ungated.validation_loss}]
-        for count in list_gate_counts(gate_sizes):
-            make_gated = partial(self.put_gates_on, plain.net, keep_last_gates(gate_sizes, count))
-            title = f"sep: gates, trial with {count}"
-            loss = None
-            try:
-                trained = self.train_or_load(
-                    title, structure, make_gated, images, plan, gated_epochs
-                )
-                seconds += trained.seconds
-                loss = trained.validation_loss
-            except DivergenceError:
-                pass
-            trials.append({"gates": count, "validation_loss": loss})
-        return trials, seconds
-
-    def put_gates_on(self, net: Net, gate_sizes) -> Net:
-        """A copy of `net` with these gates; they divide some of the training images among their
-        groups."""
-        images = self.data.train
-        generator = torch.Generator().manual_seed(seed_for(self.settings.seed, "clusters"))
-        order = torch.randperm(len(images), generator=generator)[:CLUSTERED_IMAGES]
-        chunks = order.to(images.device).split(chunk_size_for(images))
-        return sep.add_gates(net, gate_sizes, images.batches(chunks))
-
-    def train_or_load(
-        self, title: str, structure, make_net: Callable, images, plan, epochs: range
-    ) -> TrainedNet:
-        """`Trainer.train` of what `make_net` makes, with its loss on the validation images. The
-        result is kept in `sep`'s pool, and comes from there the next time.
-
-        `make_net` is called only where it has to be trained. What it returns is changed: a copy.
-        """
-        name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
-        path = self.folder.pool("sep") / f"{name}-{structure_name(structure)}.pt"
-        if not path.exists():
-            trained = self.trainer.train(title, make_net(), images, plan, epochs=epochs)
-            facts = {
-                "seconds": trained.seconds,
-                "curve": trained.curve,
-                "validation_loss": self.measure_validation_loss(trained.net),
-            }
-            models.save_checkpoint(path, trained.net, facts)
-        net, facts = self.trainer.load(path)
-        return TrainedNet(
-            net, None, facts["seconds"], facts["curve"], validation_loss=facts["validation_loss"]
-        )
-
-    @cached_property
-    def validation_probabilities(self) -> torch.Tensor:
-        """The baseline's softmax outputs (N, classes) for the validation images."""
-        return compute_logits(self.trainer.baseline, self.data.validation).softmax(1)
-
-    def measure_validation_loss(self, net: Net) -> float | None:
-        """What the final training minimises, of `net` on the validation images; None where it is
-        no number."""
-        images = self.data.validation
-        logits = compute_logits(net, images)
-        temperature = self.settings.final.temperature
-        loss = float(
-            distillation_loss(logits, images.labels, self.validation_probabilities, temperature)
-        )
-        return round(loss, 5) if math.isfinite(loss) else None
 
     def choose_by_lstm(self, target: float) -> ScoredStructure:
         """What `lstm`'s search chooses: by its row where that is finished, else by the search."""

@@ -218,6 +218,19 @@ def plan_final_training(experiment: Experiment, schedule: Schedule):
     )
 
 
+def lengthen_for_few_images(
+    experiment: Experiment, images: int, epochs: int, fewest_steps: int
+) -> int:
+    """The epochs of a training; more of them for so few steps where there are fewer images than the
+    experiment's."""
+    from controller import BATCH_SIZE, VALIDATION_SHARE
+
+    if images >= experiment.train_images or not fewest_steps:
+        return epochs
+    steps_per_epoch = max(1, int((1 - VALIDATION_SHARE) * images) // BATCH_SIZE)
+    return max(epochs, math.ceil(fewest_steps / steps_per_epoch))
+
+
 def settings_for(
     experiment: Experiment,
     schedule: Schedule,
@@ -231,18 +244,10 @@ def settings_for(
 
     The user's own are `pruning_rate` and `final_epochs`, and how many images there are to train.
     """
-    from controller import BATCH_SIZE, VALIDATION_SHARE, Settings, TrainingPlan
+    from controller import Settings, TrainingPlan
 
     images = train_images or experiment.train_images
-    has_fewer_images = images < experiment.train_images
-
-    def lengthen(epochs: int, fewest_steps: int) -> int:
-        """At least so many steps where there are fewer images than the experiment's."""
-        if not has_fewer_images or not fewest_steps:
-            return epochs
-        steps_per_epoch = max(1, int((1 - VALIDATION_SHARE) * images) // BATCH_SIZE)
-        return max(epochs, math.ceil(fewest_steps / steps_per_epoch))
-
+    lengthen = partial(lengthen_for_few_images, experiment, images)
     if schedule.recovery_steps:
         recovery_epochs = epochs_for_steps(schedule.recovery_steps, images)
     else:

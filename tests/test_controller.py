@@ -22,6 +22,7 @@ import controller
 import models
 import sep
 from controller import (
+    GatedTraining,
     Goal,
     Images,
     Reporter,
@@ -1749,7 +1750,9 @@ def test_the_recovery_of_a_plain_net_stays_only_where_it_helps(tmp_path, monkeyp
 
     monkeypatch.setattr(controller.Trainer, "train", train_and_record)
     monkeypatch.setattr(sep, "to_static", make_worse)
-    monkeypatch.setattr(Run, "measure_validation_loss", lambda self, net: float(net.gates is None))
+    monkeypatch.setattr(
+        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is None)
+    )
 
     results = make_rows(tmp_path, Spy(), methods=("static",))
 
@@ -1790,7 +1793,9 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
 
 
 def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "measure_validation_loss", lambda self, net: float(net.gates is None))
+    monkeypatch.setattr(
+        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is None)
+    )
     settings = replace(TINY, max_candidates=2, recovery=TrainingPlan(1, 0.05))
     run = make_run(tmp_path, Spy(), settings)
     baseline = run.make_baseline(make_lenet())
@@ -1818,7 +1823,7 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
     def measure_loss(self, net):
         return 2.0 if net.gates is None else 1.0
 
-    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
     settings = replace(
         TINY,
         max_candidates=max_candidates,
@@ -1890,7 +1895,7 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
         gates = sum(gate is not None for gate in sep.gates_of(net))
         return abs(gates - best) + 0.25
 
-    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
     spy = Spy()
     settings = replace(TINY, final=TrainingPlan(4, 0.01))
     run = make_run(tmp_path, spy, settings)
@@ -1926,7 +1931,7 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     run.folder.log_search("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    run.select_gated_layers(net, net)
+    GatedTraining(run.trainer).select_layers(net, net)
 
     losses = [t["validation_loss"] for t in run.results["search"]["sep"]["gate_trials"]]
     assert losses[2] is None
@@ -1940,7 +1945,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
     def measure_loss(self, net):
         return abs(sum(gate is not None for gate in sep.gates_of(net)) - best) + 0.25
 
-    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
 
     def train(spy):
         run = make_run(tmp_path, spy, settings)
@@ -1972,7 +1977,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("methods", [("lstm", "sep"), ("sep",)])
 def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
     monkeypatch.setattr(
-        Run, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     settings = replace(TINY, max_candidates=2, target=0.7)
     lstm_run = make_run(tmp_path / "lstm", settings=settings)
@@ -1995,7 +2000,7 @@ def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
 
 def test_without_gates_sep_takes_what_the_papers_search_found(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Run, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     run = make_run(tmp_path, settings=replace(TINY, max_candidates=2))
     run.make_baseline(make_lenet())
@@ -2022,7 +2027,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     def remove_one_kernel(structure, *_):
         return (*structure[:-1], structure[-1] - 1)
 
-    monkeypatch.setattr(Run, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
     monkeypatch.setattr(controller, "prune_further", remove_one_kernel)
     settings = replace(TINY, max_candidates=2, target=0.7)
     run = make_run(tmp_path, settings=settings)
@@ -2048,7 +2053,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
 
 def test_static_is_seps_net_where_that_has_no_gates(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Run, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     spy = Spy()
     settings = replace(TINY, max_candidates=2, target=0.7)

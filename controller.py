@@ -8,8 +8,8 @@ timing        latency of a net, speed of a training
 structures    which widths reach a MACs reduction
 the LSTM      the policy, what it reads of a net
 searching     settings, candidates and rewards; by REINFORCE (the papers), by regression (`fast`)
-the run       its methods, its folder and files, its trainer, the search loop, the gates of `sep`,
-              its rows
+the run       its methods, its folder and files, its trainer, the search loop, the checkpoints of
+              its rows, the row of `sep`, all rows
 
 One `fit` serves the baseline (no teacher), every recovery and the final training. Every random
 stream has a seed of its own (`seed_for`), so that a run that was stopped goes on with the same
@@ -30,7 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -2299,12 +2299,13 @@ class RegressionSearch(Search):
 #
 #   Run.make_baseline()         the teacher, trained or given
 #   Run.make_row(method, goal)  a row of the table: its structure, then the final training
+#   SepRow                      what is special about the row of `sep`
 #   run_search()                proposes structures until the search ends, and scores each
-#   GatedTraining               of `sep`: where gates go, and the final training with them
 #   Trainer.make_candidate()    prunes a parent to a structure, and trains it a little
 #   Trainer.train()             any training, going on where it was stopped
 #
-# RunFolder keeps what each of them has done.
+# RunFolder keeps what each of them has done, RowCheckpoints the nets of finished rows. The facts of
+# a net are what its checkpoint says beside its weights.
 
 
 # The methods, in the order in which their rows are made: `static` needs `sep`, and `uniform` takes
@@ -2312,7 +2313,7 @@ class RegressionSearch(Search):
 METHODS = ("lstm", "sep", "static", "random", "uniform")
 
 
-# The methods whose nets have gates while they are trained.
+# The methods whose structures leave room for the MACs of gates; `static` is made of `sep`'s net.
 GATED_METHODS = ("sep", "static")
 
 
@@ -2451,6 +2452,10 @@ class RunFolder:
             for path in (self.path / f"{name}.part", self.path / name):
                 path.unlink(missing_ok=True)
 
+    def remove_progress(self) -> None:
+        """Remove the state of a training that has come to its end."""
+        self.progress_path.unlink(missing_ok=True)
+
     def remove_pool(self, method: str) -> None:
         pool = self.pool(method)
         for path in pool.glob("*.pt*"):  # also what a kill left half written
@@ -2483,7 +2488,7 @@ class RunFolder:
         different = [key for key in IDENTITY if results[key] != expected[key]]
         if different:
             if "source" in different:
-                # Another net may be for other images: no differences of their own.
+                # With another net the images may differ as a consequence: the cause is named alone.
                 different = ["source"]
             names = ["checkpoint (source)" if key == "source" else key for key in different]
             raise UserError(
@@ -2500,7 +2505,7 @@ class RunFolder:
     def save_usage(self, usage: dict) -> None:
         models.write_text(self.path / "sep-usage.json", json.dumps(usage) + "\n")
 
-    def row(self, name: str) -> dict | None:
+    def find_row(self, name: str) -> dict | None:
         """The finished row of that name."""
         for row in self.results["rows"]:
             if row["method"] == name:
@@ -2694,7 +2699,15 @@ class TrainedNet:
     validation_accuracy: float | None
     seconds: float
     curve: list = field(default_factory=list)
-    validation_loss: float | None = None  # where trainings are compared by it
+
+
+@dataclass(frozen=True)
+class RecoveredNet:
+    """A pruned net after its recovery, before its final training."""
+
+    net: Net
+    score: ScoredStructure
+    seconds: float  # that it took to find its structure, with all recoveries
 
 
 @dataclass
@@ -2729,13 +2742,13 @@ class DivergenceError(UserError):
     """The loss of a training is no longer a number."""
 
 
-def explain_divergence(title: str, epoch: int, plan: TrainingPlan) -> str:
+def explain_divergence(title: str, epoch_number: int, plan: TrainingPlan) -> str:
     advice = "another --seed may do"
-    if plan.temperature is not None:  # of `fast` and `full`
-        advice = "--schedule published prunes with a lower one, or another --seed may do"
+    if plan.temperature is not None:  # of all schedules but `published`
+        advice = "--schedule published has a lower one, or another --seed may do"
     return (
-        f"{title}: the training diverged in epoch {epoch + 1}, its loss is no longer a number: the "
-        f"learning rate is too high for this net; {advice}"
+        f"{title}: the training diverged in epoch {epoch_number}, its loss is no longer a number: "
+        f"the learning rate is too high for this net; {advice}"
     )
 
 
@@ -2808,7 +2821,7 @@ class Trainer:
         state = self.load_progress(title, net, optimizer)
         epochs = range(plan.epochs) if epochs is None else epochs
         self.reporter.start_training(title, len(epochs), state.epochs)
-        # As if it had gone on without a stop.
+        # The seconds of earlier processes count, too.
         start = time.time() - state.seconds
         losses = fit(
             net,
@@ -2820,10 +2833,10 @@ class Trainer:
             epochs=epochs[state.epochs :],
             wrap_steps=self.reporter.wrap_steps,
         )
-        for epoch, loss in losses:
+        for _, loss in losses:
             if not math.isfinite(loss):
                 if not keeps_best:
-                    raise DivergenceError(explain_divergence(title, epoch, plan))
+                    raise DivergenceError(explain_divergence(title, state.epochs + 1, plan))
                 break
             accuracy = None if validation is None else measure_accuracy(net, validation)
             state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
@@ -2866,7 +2879,7 @@ class Trainer:
 
     def score_baseline(self, target: float | None) -> ScoredStructure:
         """The baseline as a search sees it."""
-        row = self.folder.row("baseline")
+        row = self.folder.find_row("baseline")
         accuracy = row["validation_accuracy"]
         reward = compute_reward(accuracy, 0.0, target)
         return ScoredStructure(self.baseline.structure, accuracy, row["macs"], 0.0, reward)
@@ -2892,7 +2905,7 @@ class Trainer:
             keeps_best=True,
         )
         macs = count_macs_by(method, self.baseline, structure)
-        macs_reduction = 1 - macs / self.folder.row("baseline")["macs"]
+        macs_reduction = 1 - macs / self.folder.find_row("baseline")["macs"]
         accuracy = trained.validation_accuracy
         candidate = Candidate(
             structure=structure,
@@ -2978,7 +2991,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         save_search(search, folder)
         log_search_state(search, folder)
         folder.save_results()
-        # Weights that nobody will ask for.
+        # Remove weights that no later proposal can start from.
         in_use = {weights_of(structure) for structure in search.structures_in_use()}
         for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
             path.unlink()
@@ -3051,8 +3064,105 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
     )
 
 
-# ---- the run: the gates of sep -----------------------------------------------------------------
+# ---- the run: the checkpoints of its rows ------------------------------------------------------
 
+
+def describe_machine(device: torch.device) -> dict:
+    """What else numbers depend on: the device, with threads and precision, and the versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = "cpu, 1 thread" if threads == 1 else f"cpu, {threads} threads"
+        name += ", bfloat16" if has_bfloat16(device) else ", float32"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {"device": name, "versions": versions}
+
+
+class RowCheckpoints:
+    """The checkpoints of a run's rows. One is taken for a row only if this run made it as that row:
+    another net that came to lie there would make a false row."""
+
+    def __init__(self, trainer: Trainer, round_to: int | None):
+        self.trainer = trainer
+        self.folder = trainer.folder
+        self.round_to = round_to
+
+    def save(self, row_name: str, trained: TrainedNet) -> None:
+        data = self.trainer.data
+        facts = self.identify(row_name, trained.net) | {
+            "mean": list(data.train.mean),
+            "std": list(data.train.std),
+            "names": data.train.class_names,
+            "split": data.seed,
+            "test_images": len(data.test),
+            "validation_accuracy": trained.validation_accuracy,
+            "seconds": round(trained.seconds, 1),
+            "curve": trained.curve,
+            "baseline": self.folder.find_row("baseline"),
+            **describe_machine(self.trainer.device),
+        }
+        models.save_checkpoint(self.folder.checkpoint(row_name), trained.net, facts)
+
+    def load(self, row_name: str, architecture=None) -> tuple[Net, dict]:
+        """(net, facts) of a row's checkpoint. Raises UserError unless this run made it as that row,
+        of that architecture (default: the baseline's)."""
+        path = self.folder.checkpoint(row_name)
+        net, facts = self.trainer.load(path)
+        architecture = architecture or self.trainer.baseline.architecture
+        if net.architecture != architecture or not self.is_own(row_name, net, facts):
+            raise UserError(
+                f"{path} is no net that this run made as its {row_name}; move it away to go on, "
+                "or --fresh starts the run over without it"
+            )
+        return net, facts
+
+    def identify(self, row_name: str, net: Net) -> dict:
+        """What the checkpoint of a row says of its run and its net; nothing else may be a row."""
+        results = self.folder.results
+        facts = {key: results[key] for key in ("data", "schedule", "seed", "settings")}
+        return facts | {
+            "method": row_name,
+            "round_to": self.round_to or 1,
+            "macs": sep.count_macs(net),
+            "parameters": models.count_parameters(net),
+        }
+
+    def is_own(self, row_name: str, net: Net, facts: dict) -> bool:
+        """Whether facts are those that this run wrote for that row."""
+        if not {"validation_accuracy", "seconds"} <= facts.keys():
+            return False
+        identity = self.identify(row_name, net)
+        if row_name == "baseline":
+            # How it is pruned later does not matter to a baseline.
+            del identity["settings"], identity["round_to"]
+        if any(facts.get(key) != value for key, value in identity.items()):
+            return False
+        facts_of_baseline = facts.get("baseline") or {}
+        if row_name != "baseline" and not self.has_numbers_of("baseline", facts_of_baseline):
+            return False
+        return self.has_numbers_of(row_name, facts)
+
+    def has_numbers_of(self, row_name: str, facts: dict) -> bool:
+        """Whether facts say the numbers of a finished row; True where it is not finished yet."""
+        row = self.folder.find_row(row_name)
+        if row is None:
+            return True
+        return all(facts.get(key) == row[key] for key in ("validation_accuracy", "macs"))
+
+    def check_finished_row(self, row_name: str) -> None:
+        """Raise UserError where another net lies in the place of a finished row's."""
+        path = self.folder.checkpoint(row_name)
+        if models.is_intact(path):
+            self.load(row_name)
+        else:
+            self.folder.say(
+                f"{path} is gone or damaged; its row stays; only --fresh makes it anew, and all "
+                "rows with it"
+            )
+
+
+# ---- the run: the row of sep -------------------------------------------------------------------
 
 # ours: the share of a training that `sep` spends without gates (RESULTS.md, section 6).
 SHARE_WITHOUT_GATES = 0.3
@@ -3069,13 +3179,13 @@ CLUSTERED_IMAGES = 5000
 
 def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
     """The epochs of a plan (without gates, with gates)."""
-    start = round(SHARE_WITHOUT_GATES * plan.epochs)
-    return range(start), range(start, plan.epochs)
+    first_gated_epoch = round(SHARE_WITHOUT_GATES * plan.epochs)
+    return range(first_gated_epoch), range(first_gated_epoch, plan.epochs)
 
 
 def plan_gate_trial(final: TrainingPlan, images: int) -> TrainingPlan:
-    """The short training that compares gates, on so many images: the final training with a tenth of
-    its epochs, at most 10, but for at least 400 steps, and never more epochs than it has."""
+    """The short training that compares gates, on so many images: a part of the final training, as
+    GATE_TRIAL_SHARE and the numbers beside it say, and never more epochs than that has."""
     epochs = min(MAX_GATE_TRIAL_EPOCHS, round(GATE_TRIAL_SHARE * final.epochs))
     steps_per_epoch = max(1, images // BATCH_SIZE)
     fewest = max(2, math.ceil(MIN_GATE_TRIAL_STEPS / steps_per_epoch))
@@ -3107,16 +3217,165 @@ def best_gate_count(trials: list[dict]) -> int:
     return best["gates"]
 
 
-class GatedTraining:
-    """The final training of `sep`: which layers of a pruned net get gates, and then the training
-    with them."""
+def describe_gate_trials(trials: list[dict]) -> str:
+    """What the trials of gates came to, in one line for the user."""
+    count = best_gate_count(trials)
+    text = "gates in the last layers do not help, so none is put on"
+    if count:
+        layers = "layer" if count == 1 else f"{count} layers"
+        text = f"gates go on the last {layers} of those that have room"
+    losses = ", ".join(
+        f"{trial['gates']}: {trial['validation_loss']:.4f}"
+        for trial in trials
+        if trial["validation_loss"] is not None
+    )
+    return f"sep: {text} (validation loss by number of gates: {losses})"
 
-    def __init__(self, trainer: Trainer):
+
+def make_static(gated: Net, images: Images) -> Net:
+    """ours: a plain small net of a gated one, of the mean of its groups of kernels.
+
+    `images` are those that the gates choose for. Callers train the net some more, and keep that
+    where it helps: where all images choose alike, the plain net computes what the gated one does,
+    and more training may only harm it.
+    """
+    if gated.gates is None:
+        return gated
+    batches = (images.batch(index) for index in split_into_chunks(images))
+    return sep.to_static(gated, batches)
+
+
+class SepRow:
+    """How the row of `sep` comes about.
+
+    ours, where the search goes by regression (`fast` and `full`):
+    1. `find_structure`: `lstm`'s search chooses a structure, for a search by `sep` would try the
+       same hard-pruned candidates again. Some more kernels are removed, for gates cost MACs, too.
+    2. `train`: two nets compete. One is of that structure, with gates in its last layers. The other
+       has no gates to pay for, and so more kernels: it is `lstm`'s. Short trials on validation
+       images choose between them, and say how many layers have gates.
+    3. The winner gets the final training.
+
+    By the papers' rules `sep` searches by itself, and its net with gates competes with the same net
+    without. So it does where widths are rounded.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoints: RowCheckpoints):
         self.trainer = trainer
+        self.checkpoints = checkpoints
         self.folder = trainer.folder
         self.settings = trainer.settings
         self.data = trainer.data
-        self.reporter = trainer.reporter
+
+    # -- its structure
+
+    def find_structure(self, target: float) -> RecoveredNet:
+        """`lstm`'s structure, pruned until the gates that it may get fit into the target."""
+        trainer = self.trainer
+        structure = prune_further(
+            self.choose_by_lstm(target),
+            trainer.baseline.widths,
+            trainer.make_reduction_of("sep"),
+            target,
+            self.settings.pruning_rate,
+        )
+        net, candidate = self.recover(structure, "sep", target)
+        self.folder.log_search("sep", "shared", target, [candidate])
+        self.folder.save_results()
+        return RecoveredNet(net, candidate, self.folder.search_seconds("lstm") + candidate.seconds)
+
+    def choose_by_lstm(self, target: float) -> tuple[int, ...]:
+        """The structure that `lstm`'s search chooses: by its row where that is finished, else by
+        the search."""
+        has_row = self.folder.find_row("lstm") is not None
+        candidates = self.folder.searched_candidates("lstm") if has_row else []
+        if not candidates:
+            return run_search(self.trainer, "lstm", target)[1].structure
+        lstm_target = self.folder.results["search"]["lstm"]["target"]
+        baseline_score = self.trainer.score_baseline(lstm_target)
+        return choose_best([baseline_score, *candidates], lstm_target).structure
+
+    def recover(self, structure, counted_as: str, target: float) -> tuple[Net, Candidate]:
+        """A structure pruned from the baseline at once, and its recovery. Its MACs are those of the
+        method `counted_as`: of `sep` with gates, of `lstm` without."""
+        return self.trainer.load_or_make_candidate(
+            self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt",
+            counted_as,
+            self.trainer.load_baseline(),
+            structure,
+            target=target,
+            lstm_epoch=1,
+            number=1,
+        )
+
+    # -- its final training
+
+    def train(self, recovered: RecoveredNet, target: float | None) -> TrainedNet:
+        """The final training of the recovered net, with gates where they help, or of the one that
+        competes with it. The seconds are those of the whole row."""
+        competes_with_lstm = (
+            self.settings.searches_by_regression(target) and not self.checkpoints.round_to
+        )
+        ungated = recovered
+        if competes_with_lstm:
+            ungated = self.recover_ungated(recovered, target)
+        gate_sizes, trial_seconds = self.select_layers(recovered.net, ungated.net)
+        if any(gate_sizes):
+            trained = self.train_with_gates(recovered.net, gate_sizes)
+            accuracy = recovered.score.validation_accuracy
+        elif competes_with_lstm and self.has_lstm_net_of(ungated.net.structure):
+            trained = self.load_lstm_net()
+            accuracy = trained.validation_accuracy
+        else:
+            images, plan = self.data.all, self.settings.final
+            trained = self.trainer.train("sep: final", ungated.net, images, plan)
+            accuracy = ungated.score.validation_accuracy
+        seconds = ungated.seconds + trial_seconds + trained.seconds
+        return replace(trained, validation_accuracy=accuracy, seconds=seconds)
+
+    def recover_ungated(self, recovered: RecoveredNet, target: float) -> RecoveredNet:
+        """`lstm`'s structure, which competes with the `recovered` one; the seconds include those of
+        that one."""
+        structure = self.choose_by_lstm(target)
+        net, candidate = self.recover(structure, "lstm", target)
+        if structure == recovered.score.structure:
+            return replace(recovered, net=net)
+        # This replaces what the results say of sep's search, so it comes before the gates' trials.
+        self.folder.log_search("sep", "shared", target, [recovered.score, candidate])
+        return RecoveredNet(net, candidate, recovered.seconds + candidate.seconds)
+
+    def has_lstm_net_of(self, structure) -> bool:
+        """Whether the folder has `lstm`'s trained net, of that structure."""
+        row = self.folder.find_row("lstm")
+        if row is None or tuple(row["widths"]) != tuple(structure):
+            return False
+        return models.is_intact(self.folder.checkpoint("lstm"))
+
+    def load_lstm_net(self) -> TrainedNet:
+        """`lstm`'s net for a `sep` without gates. It has the structure and the final training that
+        this net would get; the seconds are those of that training."""
+        net, facts = self.checkpoints.load("lstm")
+        training_seconds = facts["seconds"] - self.folder.search_seconds("lstm")
+        self.folder.say("sep has no gates, so it is lstm's net")
+        return TrainedNet(net, facts["validation_accuracy"], training_seconds, facts["curve"])
+
+    def train_with_gates(self, net: Net, gate_sizes) -> TrainedNet:
+        """ours: the final training in two parts of one schedule. The first trains the pruned net as
+        it is; then come the gates that `gate_sizes` names.
+
+        Gates that come at the start leave each group too few images to learn from, and end below
+        hard pruning (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
+        """
+        images, plan = self.data.all, self.settings.final
+        ungated_epochs, gated_epochs = split_epochs(plan)
+        title = "sep: final, without gates"
+        ungated = self.train_or_load(title, net, images, plan, ungated_epochs)
+        gated = self.put_gates_on(ungated.net, gate_sizes)
+        trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
+        seconds = ungated.seconds + trained.seconds
+        return TrainedNet(trained.net, None, seconds, ungated.curve + trained.curve)
+
+    # -- which layers get gates
 
     def select_layers(self, net: Net, ungated_net: Net) -> tuple[list[sep.GateSize | None], float]:
         """(the size of each layer's gate, None for no gate; seconds spent): which layers of a
@@ -3129,23 +3388,13 @@ class GatedTraining:
         """
         gate_sizes = sep.largest_gate_sizes(self.trainer.baseline.widths, net.structure)
         if not any(gate_sizes):
-            self.reporter.say("sep: no layer lost enough kernels to have room for a gate")
+            self.folder.say("sep: no layer lost enough kernels to have room for a gate")
             return gate_sizes, 0.0
         trials, seconds = self.try_gates(net, ungated_net, gate_sizes)
         self.folder.results["search"]["sep"]["gate_trials"] = trials
         self.folder.save_results()
-        count = best_gate_count(trials)
-        text = "gates in the last layers do not help, so none is put on"
-        if count:
-            layers = "layer" if count == 1 else f"{count} layers"
-            text = f"gates go on the last {layers} of those that have room"
-        losses = ", ".join(
-            f"{trial['gates']}: {trial['validation_loss']:.4f}"
-            for trial in trials
-            if trial["validation_loss"] is not None
-        )
-        self.reporter.say(f"sep: {text} (validation loss by number of gates: {losses})")
-        return keep_last_gates(gate_sizes, count), seconds
+        self.folder.say(describe_gate_trials(trials))
+        return keep_last_gates(gate_sizes, best_gate_count(trials)), seconds
 
     def try_gates(self, net: Net, ungated_net: Net, gate_sizes) -> tuple[list[dict], float]:
         """(how many gates and their validation loss for each trial, seconds spent). They train on
@@ -3156,59 +3405,26 @@ class GatedTraining:
         """
         images = self.data.train
         plan = plan_gate_trial(self.settings.final, len(images))
-        plain_epochs, gated_epochs = split_epochs(plan)
-        ungated = self.train_or_load(
-            "sep: gates, trial without",
-            ungated_net.structure,
-            partial(deepcopy, ungated_net),
-            images,
-            plan,
-            range(plan.epochs),
-        )
-        structure = net.structure
-        plain = self.train_or_load(
-            "sep: gates, before the trials",
-            structure,
-            partial(deepcopy, net),
-            images,
-            plan,
-            plain_epochs,
-        )
-        seconds = ungated.seconds + plain.seconds
-        trials = [{"gates": 0, "validation_loss": ungated.validation_loss}]
+        ungated_epochs, gated_epochs = split_epochs(plan)
+        title = "sep: gates, trial without"
+        ungated = self.train_or_load(title, ungated_net, images, plan, range(plan.epochs))
+        # All trials with gates go on from here.
+        title = "sep: gates, before the trials"
+        start = self.train_or_load(title, net, images, plan, ungated_epochs)
+        seconds = ungated.seconds + start.seconds
+        trials = [{"gates": 0, "validation_loss": self.measure_validation_loss(ungated.net)}]
         for count in list_gate_counts(gate_sizes):
-            make_gated = partial(self.put_gates_on, plain.net, keep_last_gates(gate_sizes, count))
+            gated = self.put_gates_on(start.net, keep_last_gates(gate_sizes, count))
             title = f"sep: gates, trial with {count}"
             loss = None
             try:
-                trained = self.train_or_load(
-                    title, structure, make_gated, images, plan, gated_epochs
-                )
+                trained = self.train_or_load(title, gated, images, plan, gated_epochs)
                 seconds += trained.seconds
-                loss = trained.validation_loss
+                loss = self.measure_validation_loss(trained.net)
             except DivergenceError:
                 pass
             trials.append({"gates": count, "validation_loss": loss})
         return trials, seconds
-
-    def train(self, net: Net, gate_sizes) -> TrainedNet:
-        """ours: the final training of `sep`, in two parts of one schedule. The first trains the
-        pruned net as it is; then come the gates that `gate_sizes` names.
-
-        Gates that come at the start leave each group too few images to learn from, and end below
-        hard pruning (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
-        """
-        plan = self.settings.final
-        plain_epochs, gated_epochs = split_epochs(plan)
-        images = self.data.all
-        title = "sep: final, without gates"
-        plain = self.train_or_load(
-            title, net.structure, partial(deepcopy, net), images, plan, plain_epochs
-        )
-        gated = self.put_gates_on(plain.net, gate_sizes)
-        trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
-        seconds = plain.seconds + trained.seconds
-        return TrainedNet(trained.net, None, seconds, plain.curve + trained.curve)
 
     def put_gates_on(self, net: Net, gate_sizes) -> Net:
         """A copy of `net` with these gates; they divide some of the training images among their
@@ -3220,27 +3436,18 @@ class GatedTraining:
         return sep.add_gates(net, gate_sizes, images.batches(chunks))
 
     def train_or_load(
-        self, title: str, structure, make_net: Callable, images, plan, epochs: range
+        self, title: str, net: Net, images: Images, plan: TrainingPlan, epochs: range
     ) -> TrainedNet:
-        """`Trainer.train` of what `make_net` makes, with its loss on the validation images. The
-        result is kept in `sep`'s pool, and comes from there the next time.
-
-        `make_net` is called only where it has to be trained. What it returns is changed: a copy.
-        """
+        """`Trainer.train` of a copy of `net`. The result is kept in `sep`'s pool, and comes from
+        there the next time."""
         name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
-        path = self.folder.pool("sep") / f"{name}-{structure_name(structure)}.pt"
+        path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
         if not path.exists():
-            trained = self.trainer.train(title, make_net(), images, plan, epochs=epochs)
-            facts = {
-                "seconds": trained.seconds,
-                "curve": trained.curve,
-                "validation_loss": self.measure_validation_loss(trained.net),
-            }
+            trained = self.trainer.train(title, deepcopy(net), images, plan, epochs=epochs)
+            facts = {"seconds": trained.seconds, "curve": trained.curve}
             models.save_checkpoint(path, trained.net, facts)
-        net, facts = self.trainer.load(path)
-        return TrainedNet(
-            net, None, facts["seconds"], facts["curve"], validation_loss=facts["validation_loss"]
-        )
+        trained_net, facts = self.trainer.load(path)
+        return TrainedNet(trained_net, None, facts["seconds"], facts["curve"])
 
     @cached_property
     def validation_probabilities(self) -> torch.Tensor:
@@ -3260,31 +3467,6 @@ class GatedTraining:
 
 
 # ---- the run: its rows -------------------------------------------------------------------------
-
-
-def make_plain(gated: Net, images: Images) -> Net:
-    """ours: a plain small net of a gated one, of the mean of its groups of kernels.
-
-    `images` are those that the gates choose for. Callers train the net some more, and keep that
-    where it helps: where all images choose alike, the plain net computes what the gated one does,
-    and more training may only harm it.
-    """
-    if gated.gates is None:
-        return gated
-    batches = (images.batch(index) for index in split_into_chunks(images))
-    return sep.to_static(gated, batches)
-
-
-def describe_machine(device: torch.device) -> dict:
-    """What else numbers depend on: the device, with threads and precision, and the versions."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        threads = torch.get_num_threads()
-        name = "cpu, 1 thread" if threads == 1 else f"cpu, {threads} threads"
-        name += ", bfloat16" if has_bfloat16(device) else ", float32"
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return {"device": name, "versions": versions}
 
 
 class Run:
@@ -3312,10 +3494,11 @@ class Run:
         self.data = data
         self.reporter = reporter or Reporter()
         self.round_to = round_to
-        self.architecture = None  # of the baseline, and so of every net here
         self.folder = RunFolder(path, self.reporter)
         self.folder.claim(is_fresh=is_fresh)
         self.trainer = Trainer(self.folder, settings, data, self.reporter)
+        self.checkpoints = RowCheckpoints(self.trainer, round_to)
+        self.sep_row = SepRow(self.trainer, self.checkpoints)
         self.folder.open_results(description | self.describe())
 
     def describe(self) -> dict:
@@ -3337,33 +3520,31 @@ class Run:
     def results(self) -> dict:
         return self.folder.results
 
-    def row(self, name: str) -> dict | None:
-        return self.folder.row(name)
+    def find_row(self, name: str) -> dict | None:
+        return self.folder.find_row(name)
 
     def goal_for(self, method: str) -> Goal:
         """The cut that a row has to reach; this is the one place that decides it.
 
         It is the target that the user or the paper asks for. Where there is none, and for
-        `uniform`, it is the cut of the first finished row, in the order of METHODS: all rows of a
-        table are compared at one cut. Without either, a search goes as far as the reward finds
-        worth it.
+        `uniform`, it is the cut of the row that was made first: all rows of a table are compared at
+        one cut. Without either, a search goes as far as the reward finds worth it.
         """
-        finished = [name for name in METHODS if self.row(name)]
+        pruned_rows = [row for row in self.results["rows"] if row["method"] != "baseline"]
         target = self.settings.target
-        if target is not None and (method != "uniform" or not finished):
+        if target is not None and (method != "uniform" or not pruned_rows):
             return Goal(target, is_required=True)
-        if finished:
-            return Goal(self.row(finished[0])["macs_reduction"])
+        if pruned_rows:
+            return Goal(pruned_rows[0]["macs_reduction"])
         return Goal(None)
 
-    # -- the nets of rows
+    # -- making rows
 
     def make_baseline(self, net: Net, *, is_trained: bool = False) -> Net:
         """The trained baseline: from the folder where it has one, else of `net`, which a user may
         have trained already."""
-        self.architecture = net.architecture
         if not self.folder.checkpoint("baseline").exists():
-            trained = TrainedNet(net, None, 0.0)
+            trained = TrainedNet(net.to(self.trainer.device), None, 0.0)
             if not is_trained:
                 trained = self.trainer.train(
                     "baseline",
@@ -3373,49 +3554,103 @@ class Run:
                     validation=self.data.validation,
                     has_teacher=False,
                 )
-            net = trained.net.to(self.trainer.device)
-            accuracy = measure_accuracy(net, self.data.validation)
-            self.save_net("baseline", net, accuracy, trained.seconds, trained.curve)
-        net, facts = self.load_row_net("baseline")
+            accuracy = measure_accuracy(trained.net, self.data.validation)
+            self.checkpoints.save("baseline", replace(trained, validation_accuracy=accuracy))
+            self.folder.remove_progress()
+        net, facts = self.checkpoints.load("baseline", net.architecture)
         self.trainer.baseline = net
-        if not self.row("baseline"):
+        if not self.find_row("baseline"):
             self.add_row("baseline", net, facts)
         return net
 
     def make_row(self, method: str, goal: Goal) -> None:
-        """The whole of a row: search or uniform steps, final training, test accuracy."""
+        """The whole of a row: structure, final training, test accuracy. For `static` the row of
+        `sep` is made first."""
         if method == "static":
             self.make_row("sep", goal)
-        if self.row(method):
-            self.check_finished_row(method)
-            self.folder.remove_pool(method)  # a kill may have left it
+        if self.find_row(method):
+            self.checkpoints.check_finished_row(method)
+            # A process that was killed after `add_row` has left it.
+            self.folder.remove_pool(method)
             return
         if not self.folder.checkpoint(method).exists():
             if method == "static":
-                self.make_static_net()
+                trained = self.make_static_net()
             else:
-                self.make_pruned_net(method, goal)
-        self.add_row(method, *self.load_row_net(method))
+                trained = self.make_pruned_net(method, goal)
+            self.checkpoints.save(method, trained)
+            self.folder.remove_progress()
+        self.add_row(method, *self.checkpoints.load(method))
         self.folder.remove_pool(method)
 
-    def make_pruned_net(self, method: str, goal: Goal) -> None:
-        """Find the structure, round it if asked to, and train it to the end."""
+    def make_pruned_net(self, method: str, goal: Goal) -> TrainedNet:
+        """Find the structure, round it if asked to, and train it to the end.
+
+        No image is left to validate the final training, so the accuracy is the recovered net's. The
+        seconds are those of the whole row.
+        """
         target = self.lower_goal(method, goal)
-        net, score, seconds = self.find_structure(method, target)
+        recovered = self.find_structure(method, target)
         if self.round_to:
-            net, score, more_seconds = self.round_widths(
-                method, net, score, target, is_required=goal.is_required
-            )
-            seconds += more_seconds
+            recovered = self.round_widths(method, recovered, target, is_required=goal.is_required)
         if method == "sep":
-            trained, accuracy, more_seconds = self.train_sep(net, score, target)
-            seconds += more_seconds
-        else:
-            plan = self.settings.final
-            trained = self.trainer.train(f"{method}: final", net, self.data.all, plan)
-            accuracy = score.validation_accuracy
-        # No image is left to validate the final training: the accuracy is the recovered net's.
-        self.save_net(method, trained.net, accuracy, trained.seconds + seconds, trained.curve)
+            return self.sep_row.train(recovered, target)
+        trained = self.trainer.train(
+            f"{method}: final", recovered.net, self.data.all, self.settings.final
+        )
+        return replace(
+            trained,
+            validation_accuracy=recovered.score.validation_accuracy,
+            seconds=recovered.seconds + trained.seconds,
+        )
+
+    def make_static_net(self) -> TrainedNet:
+        """`sep`'s net made plain. Its validation accuracy is that of `sep`'s candidate, its seconds
+        include those of `sep`."""
+        gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
+        accuracy, seconds = facts["validation_accuracy"], facts["seconds"]
+        if gated.gates is None:
+            self.reporter.say("sep has no gates, so static is the same net")
+            return TrainedNet(gated, accuracy, seconds)
+        images = self.data.all
+        static = make_static(gated, images)
+        try:
+            trained = self.trainer.train(
+                "static: recovery", deepcopy(static), images, self.settings.recovery
+            )
+        except DivergenceError:
+            self.reporter.say("static: its recovery diverged, so the net stays as it was before")
+            return TrainedNet(static, accuracy, seconds)
+        seconds += trained.seconds
+        if measure_accuracy(trained.net, images) > measure_accuracy(static, images):
+            return TrainedNet(trained.net, accuracy, seconds, trained.curve)
+        return TrainedNet(static, accuracy, seconds)
+
+    def add_row(self, name: str, net: Net, facts: dict) -> None:
+        """Add the row of a finished net. Only here is a net measured on the test images."""
+        baseline = self.find_row("baseline") or facts
+        row = {
+            "method": name,
+            "test_accuracy": measure_accuracy(net, self.data.test, in_float32=True),
+            "validation_accuracy": facts["validation_accuracy"],
+            "macs": facts["macs"],
+            "params": facts["parameters"],
+            "macs_reduction": 1 - facts["macs"] / baseline["macs"],
+            "widths": list(net.structure),
+            "seconds": facts["seconds"],
+            # A run may go on elsewhere: these are of the process that ended the row's training.
+            # Checkpoints of before December 2026 do not say it.
+            "device": facts.get("device", self.results["device"]),
+            "versions": facts.get("versions", self.results["versions"]),
+        }
+        if net.gates is not None:
+            self.folder.save_usage(measure_usage_by_class(net, self.data.test))
+        self.results["rows"].append(row)
+        self.results["curves"][name] = facts["curve"]
+        self.results["layers"] = [prunable.layer_name for prunable in net.prunable]
+        self.folder.save_results()
+
+    # -- finding structures
 
     def lower_goal(self, method: str, goal: Goal) -> float | None:
         """The goal's target. Where it is only another row's cut, at most what this method can
@@ -3433,20 +3668,15 @@ class Run:
         )
         return most
 
-    def find_structure(self, method: str, target: float | None):
-        """(recovered net, its score, seconds spent) of the structure that a method finds."""
-        searches = [method]
+    def find_structure(self, method: str, target: float | None) -> RecoveredNet:
+        """The structure that a method finds."""
+        if method == "sep" and self.settings.searches_by_regression(target):
+            return self.sep_row.find_structure(target)
         if method == "uniform":
             net, score = self.find_uniform(target)
-        elif method == "sep" and self.settings.searches_by_regression(target):
-            net, score = self.share_search(target)
-            self.folder.log_search("sep", "shared", target, [score])
-            self.folder.save_results()
-            searches.append("lstm")
         else:
             net, score = run_search(self.trainer, method, target)
-        seconds = sum(self.folder.search_seconds(name) for name in searches)
-        return net, score, seconds
+        return RecoveredNet(net, score, self.folder.search_seconds(method))
 
     def find_uniform(self, target: float | None) -> tuple[Net, ScoredStructure]:
         """(recovered net, its score) with the same share of every layer, at a cut of `target`.
@@ -3462,8 +3692,8 @@ class Run:
         end = uniform_structure(
             self.trainer.baseline.widths, self.trainer.make_reduction_of("uniform"), target
         )
-        # By the user's target, which the first row's search had; `target` may be only that row's
-        # cut.
+        # `target` may be the cut of another row. Whether that row's search went in one step depends
+        # on the target that the user gave.
         is_one_step = self.settings.searches_by_regression(self.settings.target)
         net = self.trainer.load_baseline()
         score = self.trainer.score_baseline(target)
@@ -3484,96 +3714,10 @@ class Run:
         self.folder.save_results()
         return net, score
 
-    def share_search(self, target: float, *, pays_for_gates: bool = True) -> tuple[Net, Candidate]:
-        """ours, for `fast`: `sep` gates the structure that `lstm`'s search finds.
-
-        Candidates of both are hard-pruned, so a search of its own would try the same again. Gates
-        cost MACs, too: where it `pays_for_gates`, a little more has to go.
-        """
-        trainer = self.trainer
-        structure = self.choose_by_lstm(target).structure
-        if pays_for_gates:
-            structure = prune_further(
-                structure,
-                trainer.baseline.widths,
-                trainer.make_reduction_of("sep"),
-                target,
-                self.settings.pruning_rate,
-            )
-        path = self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt"
-        return trainer.load_or_make_candidate(
-            path,
-            "sep" if pays_for_gates else "lstm",  # by which its MACs are counted
-            trainer.load_baseline(),
-            structure,
-            target=target,
-            lstm_epoch=1,
-            number=1,
-        )
-
-    def train_sep(
-        self, net: Net, score: ScoredStructure, target: float | None
-    ) -> tuple[TrainedNet, float, float]:
-        """The final training of `sep`, with gates where they help: (trained net, its validation
-        accuracy after the recovery, seconds spent before this training).
-
-        Two nets compete. `net` has room for its gates within the target. The ungated net has no
-        gates to pay for, and so may have more kernels: it is `lstm`'s. With rounded widths, or
-        where `sep` has searched by itself, `net` without gates takes its place.
-        """
-        may_be_lstm_net = self.settings.searches_by_regression(target) and not self.round_to
-        ungated_net, ungated_score, seconds = net, score, 0.0
-        if may_be_lstm_net:
-            ungated_net, ungated_score, seconds = self.make_ungated_net(score, target)
-        gated_training = GatedTraining(self.trainer)
-        gate_sizes, trial_seconds = gated_training.select_layers(net, ungated_net)
-        seconds += trial_seconds
-        if any(gate_sizes):
-            return gated_training.train(net, gate_sizes), score.validation_accuracy, seconds
-        if may_be_lstm_net and self.has_lstm_net_of(ungated_net.structure):
-            trained = self.take_lstm_net()
-            return trained, trained.validation_accuracy, seconds
-        trained = self.trainer.train("sep: final", ungated_net, self.data.all, self.settings.final)
-        return trained, ungated_score.validation_accuracy, seconds
-
-    def make_ungated_net(self, gated_score, target: float) -> tuple[Net, Candidate, float]:
-        """(recovered net, its score, seconds spent) of `lstm`'s structure, which competes with the
-        one of `gated_score`."""
-        net, score = self.share_search(target, pays_for_gates=False)
-        if score.structure == gated_score.structure:
-            return net, score, 0.0
-        # This replaces what the results say of sep's search, so it comes before the gates' trials.
-        self.folder.log_search("sep", "shared", target, [gated_score, score])
-        return net, score, score.seconds
-
-    def has_lstm_net_of(self, structure) -> bool:
-        """Whether the folder has `lstm`'s trained net, of that structure."""
-        row = self.row("lstm")
-        if row is None or tuple(row["widths"]) != tuple(structure):
-            return False
-        return models.is_intact(self.folder.checkpoint("lstm"))
-
-    def take_lstm_net(self) -> TrainedNet:
-        """`lstm`'s net for a `sep` without gates, which has its structure and would have the same
-        final training."""
-        net, facts = self.load_row_net("lstm")
-        training_seconds = facts["seconds"] - self.folder.search_seconds("lstm")
-        self.reporter.say("sep has no gates, so it is lstm's net")
-        return TrainedNet(net, facts["validation_accuracy"], training_seconds, facts["curve"])
-
-    def choose_by_lstm(self, target: float) -> ScoredStructure:
-        """What `lstm`'s search chooses: by its row where that is finished, else by the search."""
-        candidates = self.folder.searched_candidates("lstm") if self.row("lstm") else []
-        if not candidates:
-            return run_search(self.trainer, "lstm", target)[1]
-        lstm_target = self.results["search"]["lstm"]["target"]
-        baseline_score = self.trainer.score_baseline(lstm_target)
-        return choose_best([baseline_score, *candidates], lstm_target)
-
     def round_widths(
-        self, method: str, net: Net, score, target: float | None, *, is_required: bool
-    ):
-        """(net, score, seconds) with widths at multiples (ours: as machines like them).
+        self, method: str, recovered: RecoveredNet, target: float | None, *, is_required: bool
+    ) -> RecoveredNet:
+        """What was found, with widths at multiples (ours: as machines like them).
 
         The net is made from the baseline, with a recovery of its own. Kept in the results is what
         that costs and gains. A target that is not required is dropped where multiples cannot reach
@@ -3587,15 +3731,13 @@ class Run:
         if target is not None and target > most and not is_required:
             target_of_rounding = None
         structure = round_structure(
-            score.structure, widths, reduction_of, target_of_rounding, self.round_to
+            recovered.score.structure, widths, reduction_of, target_of_rounding, self.round_to
         )
-        rounded_net, rounded_score = net, score
-        seconds = 0.0
-        if structure != score.structure:
+        rounded = recovered
+        if structure != recovered.score.structure:
             candidates = self.folder.searched_candidates(method)
-            path = self.folder.pool(method) / f"rounded-{structure_name(structure)}.pt"
-            rounded_net, rounded_score = trainer.load_or_make_candidate(
-                path,
+            net, candidate = trainer.load_or_make_candidate(
+                self.folder.pool(method) / f"rounded-{structure_name(structure)}.pt",
                 method,
                 trainer.load_baseline(),
                 structure,
@@ -3603,17 +3745,18 @@ class Run:
                 lstm_epoch=candidates[-1].lstm_epoch if candidates else 0,
                 number=len(candidates) + 1,
             )
-            seconds = rounded_score.seconds
+            rounded = RecoveredNet(net, candidate, recovered.seconds + candidate.seconds)
         self.results["rounded"][method] = {
-            "before": self.measure_rounding(net, score),
-            "after": self.measure_rounding(rounded_net, rounded_score),
+            "before": self.measure_rounding(recovered),
+            "after": self.measure_rounding(rounded),
         }
         self.folder.save_results()
-        return rounded_net, rounded_score, seconds
+        return rounded
 
-    def measure_rounding(self, net: Net, score: ScoredStructure) -> dict:
+    def measure_rounding(self, recovered: RecoveredNet) -> dict:
         """What the report says of a net before or after rounding; latencies in seconds, of 1 and of
         128 images."""
+        net, score = recovered.net, recovered.score
         images = self.data.validation
         single = sep.tune(net) if self.trainer.device.type == "cpu" else net
         return {
@@ -3625,121 +3768,3 @@ class Run:
                 *measure_latencies([net], images, 128),
             ],
         }
-
-    def make_static_net(self) -> None:
-        """`sep`'s net made plain. Its validation accuracy is that of `sep`'s candidate."""
-        gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
-        if gated.gates is None:
-            self.reporter.say("sep has no gates, so static is the same net")
-            self.save_net("static", gated, facts["validation_accuracy"], facts["seconds"], [])
-            return
-        plain = make_plain(gated, self.data.all)
-        trained = self.trainer.train(
-            "static: recovery", deepcopy(plain), self.data.all, self.settings.recovery
-        )
-        net, curve = plain, []
-        before = measure_accuracy(plain, self.data.all)
-        after = measure_accuracy(trained.net, self.data.all)
-        if after > before:
-            net, curve = trained.net, trained.curve
-        seconds = trained.seconds + facts["seconds"]
-        self.save_net("static", net, facts["validation_accuracy"], seconds, curve)
-
-    # -- their checkpoints and rows
-
-    def identity_facts(self, row: str, net: Net) -> dict:
-        """What the checkpoint of a row says of its run and its net; nothing else may be a row."""
-        facts = {key: self.results[key] for key in ("data", "schedule", "seed", "settings")}
-        return facts | {
-            "method": row,
-            "round_to": self.round_to or 1,
-            "macs": sep.count_macs(net),
-            "parameters": models.count_parameters(net),
-        }
-
-    def save_net(self, row: str, net: Net, validation_accuracy, seconds, curve) -> None:
-        """Write the checkpoint of a row."""
-        images = self.data.train
-        facts = self.identity_facts(row, net) | {
-            "mean": list(images.mean),
-            "std": list(images.std),
-            "names": images.class_names,
-            "split": self.data.seed,
-            "test_images": len(self.data.test),
-            "validation_accuracy": validation_accuracy,
-            "seconds": round(seconds, 1),
-            "curve": curve,
-            "baseline": self.row("baseline"),
-            **describe_machine(self.trainer.device),
-        }
-        models.save_checkpoint(self.folder.checkpoint(row), net, facts)
-
-    def load_row_net(self, row: str) -> tuple[Net, dict]:
-        """(net, facts) of a row's checkpoint. Raises UserError unless this run made it: another net
-        that came to lie there would make a false row."""
-        path = self.folder.checkpoint(row)
-        net, facts = self.trainer.load(path)
-        if not self.is_own_net(row, net, facts):
-            raise UserError(
-                f"{path} is no net that this run made as its {row}; move it away to go on, "
-                "or --fresh starts the run over without it"
-            )
-        return net, facts
-
-    def is_own_net(self, row: str, net: Net, facts: dict) -> bool:
-        """Whether a checkpoint is the one that this run made as that row."""
-        if net.architecture != self.architecture:
-            return False
-        if not {"validation_accuracy", "seconds"} <= facts.keys():
-            return False
-        identity = self.identity_facts(row, net)
-        if row == "baseline":
-            # How it is pruned later does not matter to a baseline.
-            del identity["settings"], identity["round_to"]
-        if any(facts.get(key) != value for key, value in identity.items()):
-            return False
-        if row != "baseline" and not self.has_numbers_of("baseline", facts.get("baseline") or {}):
-            return False
-        return self.has_numbers_of(row, facts)
-
-    def has_numbers_of(self, row: str, facts: dict) -> bool:
-        """Whether facts say the numbers of a finished row; True where it is not finished yet."""
-        finished_row = self.row(row)
-        if finished_row is None:
-            return True
-        return all(facts.get(key) == finished_row[key] for key in ("validation_accuracy", "macs"))
-
-    def check_finished_row(self, row: str) -> None:
-        """Raise UserError where another net lies in the place of a finished row's."""
-        path = self.folder.checkpoint(row)
-        if models.is_intact(path):
-            self.load_row_net(row)
-        else:
-            self.reporter.say(
-                f"{path} is gone or damaged; its row stays; only --fresh makes it anew, and all "
-                "rows with it"
-            )
-
-    def add_row(self, row: str, net: Net, facts: dict) -> None:
-        """Add the row of a finished net. This alone reads the test images, once per row."""
-        baseline = self.row("baseline") or facts
-        numbers = {
-            "method": row,
-            "test_accuracy": measure_accuracy(net, self.data.test, in_float32=True),
-            "validation_accuracy": facts["validation_accuracy"],
-            "macs": facts["macs"],
-            "params": facts["parameters"],
-            "macs_reduction": 1 - facts["macs"] / baseline["macs"],
-            "widths": list(net.structure),
-            "seconds": facts["seconds"],
-            # A run may go on elsewhere: these are of the process that ended the row's training.
-            # Checkpoints of before December 2026 do not say it.
-            "device": facts.get("device", self.results["device"]),
-            "versions": facts.get("versions", self.results["versions"]),
-        }
-        if net.gates is not None:
-            self.folder.save_usage(measure_usage_by_class(net, self.data.test))
-        self.results["rows"].append(numbers)
-        self.results["curves"][row] = facts["curve"]
-        self.results["layers"] = [prunable.layer_name for prunable in net.prunable]
-        self.folder.save_results()

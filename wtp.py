@@ -1310,7 +1310,7 @@ def warn_of_guessing(run, reporter, *, is_given: bool = False) -> None:
     """Say so where the baseline learned nothing, or a given one is for other images."""
     from controller import is_near_guessing
 
-    row = run.row("baseline")
+    row = run.find_row("baseline")
     classes = run.trainer.baseline.classes
     if run.results["schedule"] != "smoke" and is_near_guessing(row["validation_accuracy"], classes):
         advice = "more images help, or a smaller net, or --schedule published, which trains longer"
@@ -1329,7 +1329,7 @@ def warn_of_lost_nets(run) -> None:
     classes = run.trainer.baseline.classes
     rows = rows_in_order(run.results)
     lost = [row for row in rows if is_near_guessing(row["test_accuracy"], classes)]
-    if run.results["schedule"] == "smoke" or run.row("baseline") in lost:
+    if run.results["schedule"] == "smoke" or run.find_row("baseline") in lost:
         return
     for row in lost:
         print_line(
@@ -1424,13 +1424,13 @@ def announce(run, reporter, methods, *, is_given: bool) -> None:
     """Say how many epochs the rows that are not there yet may take."""
     from controller import BATCH_SIZE
 
-    methods = [method for method in methods if not run.row(method)]
+    methods = [method for method in methods if not run.find_row(method)]
     images = len(run.data.train)
     epochs = estimate_epochs(
         run.settings,
         methods,
         images,
-        trains_baseline=not is_given and not run.row("baseline"),
+        trains_baseline=not is_given and not run.find_row("baseline"),
         has_row=len(run.results["rows"]) > 1,
     )
     reporter.plan(epochs, images // BATCH_SIZE)
@@ -1999,7 +1999,7 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     with resumable(reporter):
         run.make_baseline(user_net.net, is_trained=True)
         if not options.force:
-            accuracy = run.row("baseline")["validation_accuracy"]
+            accuracy = run.find_row("baseline")["validation_accuracy"]
             check_is_no_guess(user_net, accuracy, "prune it all the same")
         run.make_row(row, run.goal_for(row))
     finish_run(run)
@@ -2387,7 +2387,7 @@ def make_static_for_export(gated, train):
         TrainingPlan,
         fit,
         make_optimizer,
-        make_plain,
+        make_static,
         measure_accuracy,
     )
 
@@ -2399,7 +2399,7 @@ def make_static_for_export(gated, train):
         "and to compare: up to some minutes on a CPU"
     )
     gated_accuracy = measure_accuracy(gated, train)
-    plain = make_plain(gated, train)
+    plain = make_static(gated, train)
     recovered = deepcopy(plain).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(recovered, plan.lr)
     teacher = Teacher(gated, train, 0)

@@ -883,7 +883,7 @@ def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
 
 def describe_static(net, baseline, plan, teacher):
     """Test accuracies of a gated net made plain, before and after a recovery of 50 steps."""
-    plain = controller.make_plain(net, baseline.all)
+    plain = controller.make_static(net, baseline.all)
     recovery = replace(plan, epochs=1, max_steps=50)
     recovered = train_to_the_end(plain, recovery, baseline.all, teacher, teacher.seed)
     before, after = (

@@ -22,11 +22,12 @@ import controller
 import models
 import sep
 from controller import (
-    GatedTraining,
     Goal,
     Images,
+    RecoveredNet,
     Reporter,
     Run,
+    SepRow,
     Settings,
     TrainingPlan,
     fit,
@@ -1341,8 +1342,9 @@ def test_a_row_has_to_reach_the_target_or_the_cut_of_another_row(tmp_path):
     ]
     for method in ("lstm", "sep", "static", "uniform"):
         assert run.goal_for(method) == Goal(0.5, is_required=False)
+    # The row that was made first stays the one to compare with.
     run.results["rows"].append({"method": "lstm", "macs_reduction": 0.6})
-    assert run.goal_for("uniform") == Goal(0.6)
+    assert run.goal_for("uniform") == Goal(0.5)
 
     run = make_run(tmp_path / "with", settings=replace(TINY, target=0.7))
     for method in ("lstm", "sep", "uniform"):
@@ -1491,8 +1493,8 @@ def test_another_target_is_another_search(tmp_path):
             run.make_row(method, Goal(0.8))
         spy.epochs_left = None
         run.make_row(method, Goal(0.4))
-        assert run.row(method)["macs_reduction"] > 0.35
-        assert method == "lstm" or run.row(method)["macs_reduction"] < 0.5
+        assert run.find_row(method)["macs_reduction"] > 0.35
+        assert method == "lstm" or run.find_row(method)["macs_reduction"] < 0.5
 
 
 def test_a_finished_run_trains_nothing_more(undisturbed):
@@ -1724,7 +1726,7 @@ def test_the_teacher_stays_the_baseline_even_where_the_baseline_itself_is_chosen
 
     for key, value in baseline.state_dict().items():
         assert torch.equal(value, before[key])
-    assert run.row("uniform")["widths"] == list(baseline.widths)
+    assert run.find_row("uniform")["widths"] == list(baseline.widths)
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -1751,7 +1753,7 @@ def test_the_recovery_of_a_plain_net_stays_only_where_it_helps(tmp_path, monkeyp
     monkeypatch.setattr(controller.Trainer, "train", train_and_record)
     monkeypatch.setattr(sep, "to_static", make_worse)
     monkeypatch.setattr(
-        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is None)
+        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is None)
     )
 
     results = make_rows(tmp_path, Spy(), methods=("static",))
@@ -1779,7 +1781,7 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
         baseline = run.make_baseline(make_lenet())
         for method in methods:
             run.make_row(method, Goal(0.6, is_required=True))
-        found.append(without_seconds({method: run.row(method) for method in methods}))
+        found.append(without_seconds({method: run.find_row(method) for method in methods}))
         assert sum(title.startswith("lstm: candidate") for title in spy.titles) == 3
         assert sum(title.startswith("sep: candidate") for title in spy.titles) == 1
         assert run.results["search"]["sep"]["rule"] == "shared"
@@ -1792,9 +1794,36 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
         assert (hard_width < whole) == (soft_width < whole)
 
 
+def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypatch):
+    train = controller.Trainer.train
+
+    def diverge(self, title, *arguments, **options):
+        if title.startswith("static"):
+            raise controller.DivergenceError(title)
+        return train(self, title, *arguments, **options)
+
+    monkeypatch.setattr(controller.Trainer, "train", diverge)
+    monkeypatch.setattr(
+        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is None)
+    )
+    spy = Spy()
+
+    results = make_rows(tmp_path, spy, methods=("static",))
+
+    assert [row["method"] for row in results["rows"]] == ["baseline", "sep", "static"]
+    assert any("its recovery diverged" in line for line in spy.lines)
+
+
+def test_a_finished_row_leaves_no_state_of_its_training(tmp_path):
+    make_rows(tmp_path, Spy())
+
+    assert not (tmp_path / "progress.pt").exists()
+    assert not list(tmp_path.glob("*-pool"))
+
+
 def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is None)
+        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is None)
     )
     settings = replace(TINY, max_candidates=2, recovery=TrainingPlan(1, 0.05))
     run = make_run(tmp_path, Spy(), settings)
@@ -1808,12 +1837,12 @@ def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_
     goal = run.goal_for("sep")
     run.make_row("sep", goal)
 
-    hard = tuple(run.row("lstm")["widths"])
+    hard = tuple(run.find_row("lstm")["widths"])
     # A gate has MACs of its own, for which some more kernels go.
     reduction_of = run.trainer.make_reduction_of("sep")
     cut = goal.target
     soft = controller.prune_further(hard, baseline.widths, reduction_of, cut, TINY.pruning_rate)
-    assert run.row("sep")["widths"] == list(soft)
+    assert run.find_row("sep")["widths"] == list(soft)
 
 
 @pytest.mark.parametrize("max_candidates", [None, 3])
@@ -1823,7 +1852,7 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
     def measure_loss(self, net):
         return 2.0 if net.gates is None else 1.0
 
-    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
     settings = replace(
         TINY,
         max_candidates=max_candidates,
@@ -1840,8 +1869,8 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
 
     most = run.trainer.make_reduction_of("sep")(deepest)
     # `most` is with all gates that have room; measured to help may be fewer.
-    assert max_candidates is None or run.row("sep")["macs_reduction"] >= most
-    assert max_candidates is None or run.row("sep")["widths"] == deepest
+    assert max_candidates is None or run.find_row("sep")["macs_reduction"] >= most
+    assert max_candidates is None or run.find_row("sep")["widths"] == deepest
     assert any(line.startswith("sep cannot cut") for line in spy.lines)
 
     asked = make_run(tmp_path / "asked", spy, replace(settings, target=0.9999))
@@ -1895,7 +1924,7 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
         gates = sum(gate is not None for gate in sep.gates_of(net))
         return abs(gates - best) + 0.25
 
-    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
     spy = Spy()
     settings = replace(TINY, final=TrainingPlan(4, 0.01))
     run = make_run(tmp_path, spy, settings)
@@ -1904,7 +1933,8 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     run.folder.log_search("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    trained, _, _ = run.train_sep(net, run.trainer.score_baseline(None), None)
+    recovered = RecoveredNet(net, run.trainer.score_baseline(None), 0.0)
+    trained = run.sep_row.train(recovered, None)
 
     gates = sep.gates_of(trained.net)
     assert [gate is not None for gate in gates] == [False, best == 2, best > 0]
@@ -1931,7 +1961,7 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     run.folder.log_search("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    GatedTraining(run.trainer).select_layers(net, net)
+    run.sep_row.select_layers(net, net)
 
     losses = [t["validation_loss"] for t in run.results["search"]["sep"]["gate_trials"]]
     assert losses[2] is None
@@ -1945,7 +1975,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
     def measure_loss(self, net):
         return abs(sum(gate is not None for gate in sep.gates_of(net)) - best) + 0.25
 
-    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
 
     def train(spy):
         run = make_run(tmp_path, spy, settings)
@@ -1954,7 +1984,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
         run.folder.log_search("sep", "shared", 0.5, [])
         try:
             net = models.prune_channels(baseline, structure)
-            return run.train_sep(net, run.trainer.score_baseline(None), None)[0]
+            return run.sep_row.train(RecoveredNet(net, run.trainer.score_baseline(None), 0.0), None)
         finally:
             run.folder.lock.close()
 
@@ -1977,7 +2007,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("methods", [("lstm", "sep"), ("sep",)])
 def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
     monkeypatch.setattr(
-        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     settings = replace(TINY, max_candidates=2, target=0.7)
     lstm_run = make_run(tmp_path / "lstm", settings=settings)
@@ -1993,14 +2023,14 @@ def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
     assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
     assert ("sep has no gates, so it is lstm's net" in spy.lines) == ("lstm" in methods)
     assert run.results["curves"]["sep"] == lstm_run.results["curves"]["lstm"]
-    row, lstm_row = run.row("sep"), lstm_run.row("lstm")
+    row, lstm_row = run.find_row("sep"), lstm_run.find_row("lstm")
     for key in ("validation_accuracy", "macs", "test_accuracy"):
         assert row[key] == lstm_row[key]
 
 
 def test_without_gates_sep_takes_what_the_papers_search_found(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     run = make_run(tmp_path, settings=replace(TINY, max_candidates=2))
     run.make_baseline(make_lenet())
@@ -2009,7 +2039,7 @@ def test_without_gates_sep_takes_what_the_papers_search_found(tmp_path, monkeypa
         run.make_row(method, run.goal_for(method))
 
     assert run.results["search"]["lstm"]["rule"] == "reinforce"
-    row, lstm_row = run.row("sep"), run.row("lstm")
+    row, lstm_row = run.find_row("sep"), run.find_row("lstm")
     for key in ("widths", "validation_accuracy", "test_accuracy"):
         assert row[key] == lstm_row[key]
     assert row["seconds"] >= lstm_row["seconds"]
@@ -2027,7 +2057,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     def remove_one_kernel(structure, *_):
         return (*structure[:-1], structure[-1] - 1)
 
-    monkeypatch.setattr(GatedTraining, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
     monkeypatch.setattr(controller, "prune_further", remove_one_kernel)
     settings = replace(TINY, max_candidates=2, target=0.7)
     run = make_run(tmp_path, settings=settings)
@@ -2036,7 +2066,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     for method in ("lstm", "sep"):
         run.make_row(method, run.goal_for(method))
 
-    lstm, row = run.row("lstm"), run.row("sep")
+    lstm, row = run.find_row("lstm"), run.find_row("sep")
     assert (sep.load(tmp_path / "sep.pt")[0].gates is not None) == helps
     assert helps or row["widths"] == lstm["widths"]
     assert row["macs_reduction"] >= 0.7
@@ -2053,7 +2083,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
 
 def test_static_is_seps_net_where_that_has_no_gates(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        GatedTraining, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     spy = Spy()
     settings = replace(TINY, max_candidates=2, target=0.7)
@@ -2073,8 +2103,8 @@ def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):
     run = make_run(tmp_path, spy)
     baseline = run.make_baseline(make_lenet())
 
-    score = run.trainer.score_baseline(None)
-    trained, _, _ = run.train_sep(run.trainer.load_baseline(), score, None)
+    whole = RecoveredNet(run.trainer.load_baseline(), run.trainer.score_baseline(None), 0.0)
+    trained = run.sep_row.train(whole, None)
 
     assert trained.net.gates is None
     assert trained.net.widths == baseline.widths

@@ -286,7 +286,7 @@ def put_gates_everywhere(monkeypatch):
     def count_missing_gates(self, net):
         return sum(gate is None for gate in sep.gates_of(net))
 
-    monkeypatch.setattr(controller.GatedTraining, "measure_validation_loss", count_missing_gates)
+    monkeypatch.setattr(controller.SepRow, "measure_validation_loss", count_missing_gates)
 
 
 @pytest.fixture(scope="module")

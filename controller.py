@@ -3256,8 +3256,8 @@ class SepRow:
        images choose between them, and say how many layers have gates.
     3. The winner gets the final training.
 
-    By the papers' rules `sep` searches by itself, and its net with gates competes with the same net
-    without. So it does where widths are rounded.
+    By the papers' rules `sep` searches by itself. Then, and where widths are rounded, the net with
+    gates competes with the same net without.
     """
 
     def __init__(self, trainer: Trainer, checkpoints: RowCheckpoints):
@@ -3353,7 +3353,8 @@ class SepRow:
 
     def load_lstm_net(self) -> TrainedNet:
         """`lstm`'s net for a `sep` without gates. It has the structure and the final training that
-        this net would get; the seconds are those of that training."""
+        this net would get, though its recovery may have been another; the seconds are those of its
+        final training."""
         net, facts = self.checkpoints.load("lstm")
         training_seconds = facts["seconds"] - self.folder.search_seconds("lstm")
         self.folder.say("sep has no gates, so it is lstm's net")

@@ -487,7 +487,7 @@ def test_a_pruned_net_that_only_guesses_is_named(capsys, schedule, is_said):
     ]
     run = SimpleNamespace(
         results={"schedule": schedule, "rows": rows},
-        row=lambda method: rows[0],
+        find_row=lambda name: rows[0],
         trainer=SimpleNamespace(baseline=SimpleNamespace(classes=10)),
     )
 

@@ -2452,10 +2452,6 @@ class RunFolder:
             for path in (self.path / f"{name}.part", self.path / name):
                 path.unlink(missing_ok=True)
 
-    def remove_progress(self) -> None:
-        """Remove the state of a training that has come to its end."""
-        self.progress_path.unlink(missing_ok=True)
-
     def remove_pool(self, method: str) -> None:
         pool = self.pool(method)
         for path in pool.glob("*.pt*"):  # also what a kill left half written
@@ -2628,7 +2624,7 @@ def has_valid_facts(results: dict) -> bool:
     return (
         {*IDENTITY, "device", "versions", "seconds"} <= results.keys()
         and {"target", "candidates_per_lstm_epoch"} <= settings.keys()
-        and are_numbers([settings["final"]["epochs"]])
+        and isinstance(settings["final"]["epochs"], int)
         and (settings["target"] is None or are_numbers([settings["target"]]))
         and are_numbers([results["seconds"], results["train_images"], results["test_images"]])
         and isinstance(results["layers"], list)
@@ -2699,6 +2695,7 @@ class TrainedNet:
     validation_accuracy: float | None
     seconds: float
     curve: list = field(default_factory=list)
+    validation_loss: float | None = None  # where trainings are compared by it
 
 
 @dataclass(frozen=True)
@@ -3413,7 +3410,7 @@ class SepRow:
         title = "sep: gates, before the trials"
         start = self.train_or_load(title, net, images, plan, ungated_epochs)
         seconds = ungated.seconds + start.seconds
-        trials = [{"gates": 0, "validation_loss": self.measure_validation_loss(ungated.net)}]
+        trials = [{"gates": 0, "validation_loss": ungated.validation_loss}]
         for count in list_gate_counts(gate_sizes):
             gated = self.put_gates_on(start.net, keep_last_gates(gate_sizes, count))
             title = f"sep: gates, trial with {count}"
@@ -3421,7 +3418,7 @@ class SepRow:
             try:
                 trained = self.train_or_load(title, gated, images, plan, gated_epochs)
                 seconds += trained.seconds
-                loss = self.measure_validation_loss(trained.net)
+                loss = trained.validation_loss
             except DivergenceError:
                 pass
             trials.append({"gates": count, "validation_loss": loss})
@@ -3439,16 +3436,23 @@ class SepRow:
     def train_or_load(
         self, title: str, net: Net, images: Images, plan: TrainingPlan, epochs: range
     ) -> TrainedNet:
-        """`Trainer.train` of a copy of `net`. The result is kept in `sep`'s pool, and comes from
-        there the next time."""
+        """`Trainer.train` of a copy of `net`, with its loss on the validation images. Both are kept
+        in `sep`'s pool, and come from there the next time: on another machine the loss might put
+        another trial ahead."""
         name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
         path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
         if not path.exists():
             trained = self.trainer.train(title, deepcopy(net), images, plan, epochs=epochs)
-            facts = {"seconds": trained.seconds, "curve": trained.curve}
+            facts = {
+                "seconds": trained.seconds,
+                "curve": trained.curve,
+                "validation_loss": self.measure_validation_loss(trained.net),
+            }
             models.save_checkpoint(path, trained.net, facts)
         trained_net, facts = self.trainer.load(path)
-        return TrainedNet(trained_net, None, facts["seconds"], facts["curve"])
+        return TrainedNet(
+            trained_net, None, facts["seconds"], facts["curve"], facts["validation_loss"]
+        )
 
     @cached_property
     def validation_probabilities(self) -> torch.Tensor:
@@ -3557,7 +3561,6 @@ class Run:
                 )
             accuracy = measure_accuracy(trained.net, self.data.validation)
             self.checkpoints.save("baseline", replace(trained, validation_accuracy=accuracy))
-            self.folder.remove_progress()
         net, facts = self.checkpoints.load("baseline", net.architecture)
         self.trainer.baseline = net
         if not self.find_row("baseline"):
@@ -3580,7 +3583,6 @@ class Run:
             else:
                 trained = self.make_pruned_net(method, goal)
             self.checkpoints.save(method, trained)
-            self.folder.remove_progress()
         self.add_row(method, *self.checkpoints.load(method))
         self.folder.remove_pool(method)
 

@@ -1050,15 +1050,16 @@ def leads(folder, *groups):
     Two standard errors of the mean lead: by the luck of the test images, which are the same for all
     nets; and by the luck of the seeds, where the nets of one place in the groups are a pair.
     """
+    paths = [group.split(",") for group in groups]
+    if len(groups) < 2 or len({len(checkpoints) for checkpoints in paths}) > 1:
+        sys.exit("bench: leads compares two groups or more of as many checkpoints each")
     answers = [
-        torch.stack([find_right_answers(folder, checkpoint) for checkpoint in group.split(",")])
-        for group in groups
+        torch.stack([find_right_answers(folder, checkpoint) for checkpoint in checkpoints])
+        for checkpoints in paths
     ]
     for group, is_right in zip(groups, answers):
         say(f"{group}: " + ", ".join(f"{value:.2%}" for value in is_right.mean(1).tolist()))
     for group, is_right in zip(groups[1:], answers[1:]):
-        if len(is_right) != len(answers[0]):
-            sys.exit(f"bench: {group} has another number of checkpoints than the first group")
         differences = 100 * (answers[0] - is_right)  # (pairs, images), in points
         line = f"ahead of {group} by {differences.mean():.2f} points; standard error "
         line += f"{standard_error(differences.mean(0)):.2f} by the test images"

@@ -1814,13 +1814,6 @@ def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypat
     assert any("its recovery diverged" in line for line in spy.lines)
 
 
-def test_a_finished_row_leaves_no_state_of_its_training(tmp_path):
-    make_rows(tmp_path, Spy())
-
-    assert not (tmp_path / "progress.pt").exists()
-    assert not list(tmp_path.glob("*-pool"))
-
-
 def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path, monkeypatch):
     monkeypatch.setattr(
         SepRow, "measure_validation_loss", lambda self, net: float(net.gates is None)

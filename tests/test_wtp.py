@@ -3,6 +3,7 @@ import filecmp
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -1140,6 +1141,7 @@ EDITS = {
     "no rule": lambda results: results["search"]["lstm"].pop("rule"),
     "a word for images": lambda results: results.update(test_images="x"),
     "a word for epochs": lambda results: results["settings"]["final"].update(epochs="x"),
+    "no end of epochs": lambda results: results["settings"]["final"].update(epochs=math.inf),
     "a word for a target": lambda results: results["settings"].update(target="x"),
     "no accuracy": lambda results: results["search"]["lstm"]["candidates"][0].update(
         validation_accuracy=None

@@ -2304,8 +2304,8 @@ class RegressionSearch(Search):
 #   Trainer.make_candidate()    prunes a parent to a structure, and trains it a little
 #   Trainer.train()             any training, going on where it was stopped
 #
-# RunFolder keeps what each of them has done, RowCheckpoints the nets of finished rows. The facts of
-# a net are what its checkpoint says beside its weights.
+# RunFolder keeps what each of them has done, RowCheckpoints the trained net of each row. The facts
+# of a net are what its checkpoint says beside its weights.
 
 
 # The methods, in the order in which their rows are made: `static` needs `sep`, and `uniform` takes
@@ -2339,8 +2339,9 @@ class Goal:
     """The MACs reduction that a row aims at; None: as far as the reward finds worth it.
 
     `is_required`: the user or the paper asks for it, and it is an error where no structure of the
-    net gets there. Otherwise it is only the cut of another row, to compare at, and a row that
-    cannot get there goes as far as it can (`lower_goal`, `round_widths`).
+    net gets there. Otherwise it is only the cut of another row, to compare at: a row that cannot
+    get there goes as far as it can (`lower_goal`), or with rounded widths as near as it was
+    (`round_widths`).
     """
 
     target: float | None
@@ -3077,8 +3078,11 @@ def describe_machine(device: torch.device) -> dict:
 
 
 class RowCheckpoints:
-    """The checkpoints of a run's rows. One is taken for a row only if this run made it as that row:
-    another net that came to lie there would make a false row."""
+    """The checkpoints of a run's rows, each written before its row is added to the results.
+
+    One is taken for a row only if it says that this run made it as that row: another net that came
+    to lie there would make a false row. A baseline may be that of a run with other settings.
+    """
 
     def __init__(self, trainer: Trainer, round_to: int | None):
         self.trainer = trainer
@@ -3115,7 +3119,7 @@ class RowCheckpoints:
         return net, facts
 
     def identify(self, row_name: str, net: Net) -> dict:
-        """What the checkpoint of a row says of its run and its net; nothing else may be a row."""
+        """What the checkpoint of a row says of its run and its net."""
         results = self.folder.results
         facts = {key: results[key] for key in ("data", "schedule", "seed", "settings")}
         return facts | {
@@ -3127,28 +3131,29 @@ class RowCheckpoints:
 
     def is_own(self, row_name: str, net: Net, facts: dict) -> bool:
         """Whether facts are those that this run wrote for that row."""
-        if not {"validation_accuracy", "seconds"} <= facts.keys():
-            return False
+        if not {"validation_accuracy", "seconds", "curve"} <= facts.keys():
+            return False  # `add_row` needs them
         identity = self.identify(row_name, net)
+        baseline_agrees = True
         if row_name == "baseline":
             # How it is pruned later does not matter to a baseline.
             del identity["settings"], identity["round_to"]
-        if any(facts.get(key) != value for key, value in identity.items()):
-            return False
-        facts_of_baseline = facts.get("baseline") or {}
-        if row_name != "baseline" and not self.has_numbers_of("baseline", facts_of_baseline):
-            return False
-        return self.has_numbers_of(row_name, facts)
+        else:
+            baseline_agrees = self.agrees_with_row("baseline", facts.get("baseline") or {})
+        has_identity = all(facts.get(key) == value for key, value in identity.items())
+        return has_identity and baseline_agrees and self.agrees_with_row(row_name, facts)
 
-    def has_numbers_of(self, row_name: str, facts: dict) -> bool:
-        """Whether facts say the numbers of a finished row; True where it is not finished yet."""
+    def agrees_with_row(self, row_name: str, facts: dict) -> bool:
+        """Whether facts say the numbers that the results have of a row; True where the results do
+        not have it yet."""
         row = self.folder.find_row(row_name)
         if row is None:
             return True
         return all(facts.get(key) == row[key] for key in ("validation_accuracy", "macs"))
 
     def check_finished_row(self, row_name: str) -> None:
-        """Raise UserError where another net lies in the place of a finished row's."""
+        """Raise UserError where another net lies in the place of a finished row's. One that is gone
+        or damaged is only reported."""
         path = self.folder.checkpoint(row_name)
         if models.is_intact(path):
             self.load(row_name)
@@ -3163,9 +3168,9 @@ class RowCheckpoints:
 
 # ours: the share of a training that `sep` spends without gates (RESULTS.md, section 6).
 SHARE_WITHOUT_GATES = 0.3
-# ours: a trial of gates takes a tenth of the final training's epochs, at most 10: so that all
-# trials together take less than the final training. But in fewer steps than 400 a small net learns
-# nothing that could be compared.
+# ours: a trial of gates takes a tenth of the final training's epochs, at most 10: so that on many
+# images all trials together take less than the final training. But in fewer steps than 400 a small
+# net learns nothing that could be compared, so on few images they take longer.
 GATE_TRIAL_SHARE = 0.1
 MAX_GATE_TRIAL_EPOCHS = 10
 MIN_GATE_TRIAL_STEPS = 400
@@ -3175,7 +3180,7 @@ CLUSTERED_IMAGES = 5000
 
 
 def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
-    """The epochs of a plan (without gates, with gates)."""
+    """The epochs of a plan (before gates are put on, with gates)."""
     first_gated_epoch = round(SHARE_WITHOUT_GATES * plan.epochs)
     return range(first_gated_epoch), range(first_gated_epoch, plan.epochs)
 
@@ -3208,7 +3213,7 @@ def keep_last_gates(gate_sizes, count: int) -> list[sep.GateSize | None]:
 
 
 def best_gate_count(trials: list[dict]) -> int:
-    """The number of gates with the lowest validation loss; 0 where no trial came to its end."""
+    """The number of gates with the lowest validation loss; 0 where no trial has one."""
     finished = [trial for trial in trials if trial["validation_loss"] is not None]
     best = min(finished, key=lambda trial: trial["validation_loss"], default={"gates": 0})
     return best["gates"]
@@ -3245,21 +3250,23 @@ def make_static(gated: Net, images: Images) -> Net:
 class SepRow:
     """How the row of `sep` comes about.
 
-    ours, where the search goes by regression (`fast` and `full`):
+    ours, where the search goes by regression:
     1. `find_structure`: `lstm`'s search chooses a structure, for a search by `sep` would try the
        same hard-pruned candidates again. Some more kernels are removed, for gates cost MACs, too.
-    2. `train`: two nets compete. One is of that structure, with gates in its last layers. The other
-       has no gates to pay for, and so more kernels: it is `lstm`'s. Short trials on validation
-       images choose between them, and say how many layers have gates.
-    3. The winner gets the final training.
+    2. `train`: two nets compete. One is of that structure, with gates in its last layers. Its rival
+       has no gates to pay for, and so it may have more kernels: it is `lstm`'s. Short trainings,
+       judged by the validation images, choose between them, and say how many layers have gates.
+    3. The winner gets the final training. If it is `lstm`'s net, and that is trained already, it is
+       taken as it is.
 
-    By the papers' rules `sep` searches by itself. Then, and where widths are rounded, the net with
-    gates competes with the same net without.
+    By the papers' rules `sep` searches by itself. Then, and where widths are rounded, the rival is
+    the same net without gates.
     """
 
-    def __init__(self, trainer: Trainer, checkpoints: RowCheckpoints):
+    def __init__(self, trainer: Trainer, checkpoints: RowCheckpoints, round_to: int | None):
         self.trainer = trainer
         self.checkpoints = checkpoints
+        self.round_to = round_to
         self.folder = trainer.folder
         self.settings = trainer.settings
         self.data = trainer.data
@@ -3270,7 +3277,7 @@ class SepRow:
         """`lstm`'s structure, pruned until the gates that it may get fit into the target."""
         trainer = self.trainer
         structure = prune_further(
-            self.choose_by_lstm(target),
+            self.find_lstm_structure(target),
             trainer.baseline.widths,
             trainer.make_reduction_of("sep"),
             target,
@@ -3281,23 +3288,24 @@ class SepRow:
         self.folder.save_results()
         return RecoveredNet(net, candidate, self.folder.search_seconds("lstm") + candidate.seconds)
 
-    def choose_by_lstm(self, target: float) -> tuple[int, ...]:
-        """The structure that `lstm`'s search chooses: by its row where that is finished, else by
-        the search."""
-        has_row = self.folder.find_row("lstm") is not None
-        candidates = self.folder.searched_candidates("lstm") if has_row else []
+    def find_lstm_structure(self, target: float) -> tuple[int, ...]:
+        """The structure that `lstm`'s search chooses; it may have to search first."""
+        candidates = []
+        if self.folder.find_row("lstm"):
+            # The pool of a finished row is gone: the choice is made again from results.json.
+            candidates = self.folder.searched_candidates("lstm")
         if not candidates:
             return run_search(self.trainer, "lstm", target)[1].structure
         lstm_target = self.folder.results["search"]["lstm"]["target"]
         baseline_score = self.trainer.score_baseline(lstm_target)
         return choose_best([baseline_score, *candidates], lstm_target).structure
 
-    def recover(self, structure, counted_as: str, target: float) -> tuple[Net, Candidate]:
-        """A structure pruned from the baseline at once, and its recovery. Its MACs are those of the
-        method `counted_as`: of `sep` with gates, of `lstm` without."""
+    def recover(self, structure, method: str, target: float) -> tuple[Net, Candidate]:
+        """A structure pruned from the baseline at once, and its recovery. Its MACs are counted as
+        of `method`: of `sep` with gates, of `lstm` without."""
         return self.trainer.load_or_make_candidate(
             self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt",
-            counted_as,
+            method,
             self.trainer.load_baseline(),
             structure,
             target=target,
@@ -3308,35 +3316,35 @@ class SepRow:
     # -- its final training
 
     def train(self, recovered: RecoveredNet, target: float | None) -> TrainedNet:
-        """The final training of the recovered net, with gates where they help, or of the one that
-        competes with it. The seconds are those of the whole row."""
-        competes_with_lstm = (
-            self.settings.searches_by_regression(target) and not self.checkpoints.round_to
-        )
-        ungated = recovered
-        if competes_with_lstm:
-            ungated = self.recover_ungated(recovered, target)
-        gate_sizes, trial_seconds = self.select_layers(recovered.net, ungated.net)
+        """The trained net of the row: `recovered` with gates, or its rival without gates, or
+        `lstm`'s trained net where that is the rival's.
+
+        Its validation accuracy is that after the recovery, its seconds are those of the whole row.
+        """
+        has_lstm_rival = self.settings.searches_by_regression(target) and not self.round_to
+        rival = self.recover_rival(recovered, target) if has_lstm_rival else recovered
+        gate_sizes, trial_seconds = self.select_layers(recovered.net, rival.net)
         if any(gate_sizes):
             trained = self.train_with_gates(recovered.net, gate_sizes)
             accuracy = recovered.score.validation_accuracy
-        elif competes_with_lstm and self.has_lstm_net_of(ungated.net.structure):
+        elif has_lstm_rival and self.has_lstm_net_of(rival.net.structure):
             trained = self.load_lstm_net()
             accuracy = trained.validation_accuracy
         else:
             images, plan = self.data.all, self.settings.final
-            trained = self.trainer.train("sep: final", ungated.net, images, plan)
-            accuracy = ungated.score.validation_accuracy
-        seconds = ungated.seconds + trial_seconds + trained.seconds
+            trained = self.trainer.train("sep: final", rival.net, images, plan)
+            accuracy = rival.score.validation_accuracy
+        # The rival's seconds include those of `recovered`: both had to be found, whichever won.
+        seconds = rival.seconds + trial_seconds + trained.seconds
         return replace(trained, validation_accuracy=accuracy, seconds=seconds)
 
-    def recover_ungated(self, recovered: RecoveredNet, target: float) -> RecoveredNet:
-        """`lstm`'s structure, which competes with the `recovered` one; the seconds include those of
-        that one."""
-        structure = self.choose_by_lstm(target)
-        net, candidate = self.recover(structure, "lstm", target)
+    def recover_rival(self, recovered: RecoveredNet, target: float) -> RecoveredNet:
+        """The net that competes with `recovered` and its gates: of `lstm`'s structure, which has no
+        gates to pay for."""
+        structure = self.find_lstm_structure(target)
         if structure == recovered.score.structure:
-            return replace(recovered, net=net)
+            return recovered
+        net, candidate = self.recover(structure, "lstm", target)
         # This replaces what the results say of sep's search, so it comes before the gates' trials.
         self.folder.log_search("sep", "shared", target, [recovered.score, candidate])
         return RecoveredNet(net, candidate, recovered.seconds + candidate.seconds)
@@ -3365,60 +3373,65 @@ class SepRow:
         hard pruning (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
         """
         images, plan = self.data.all, self.settings.final
-        ungated_epochs, gated_epochs = split_epochs(plan)
+        epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: final, without gates"
-        ungated = self.train_or_load(title, net, images, plan, ungated_epochs)
-        gated = self.put_gates_on(ungated.net, gate_sizes)
-        trained = self.trainer.train("sep: final", gated, images, plan, epochs=gated_epochs)
-        seconds = ungated.seconds + trained.seconds
-        return TrainedNet(trained.net, None, seconds, ungated.curve + trained.curve)
+        first_part = self.train_or_load(title, net, images, plan, epochs_before_gates)
+        gated = self.put_gates_on(first_part.net, gate_sizes)
+        second_part = self.trainer.train(
+            "sep: final", gated, images, plan, epochs=epochs_with_gates
+        )
+        return replace(
+            second_part,
+            seconds=first_part.seconds + second_part.seconds,
+            curve=first_part.curve + second_part.curve,
+        )
 
     # -- which layers get gates
 
-    def select_layers(self, net: Net, ungated_net: Net) -> tuple[list[sep.GateSize | None], float]:
-        """(the size of each layer's gate, None for no gate; seconds spent): which layers of a
-        pruned net get gates.
+    def select_layers(self, net: Net, rival_net: Net) -> tuple[list[sep.GateSize | None], float]:
+        """Which layers of a pruned net get gates: (the size of each layer's gate, None for no gate;
+        seconds spent).
 
         A choice by the image pays most in the last layers, if at all. So a few short trainings
-        have gates in the last, the last two, four, ... of the layers with room for them, and one
-        trains the `ungated_net`, which may have more kernels instead. The one with the lowest loss
-        on the validation images wins.
+        have gates in the last, the last two, four, ... of the layers that lost enough kernels for
+        them, and one trains the `rival_net` without gates. The one with the lowest loss on the
+        validation images wins.
         """
         gate_sizes = sep.largest_gate_sizes(self.trainer.baseline.widths, net.structure)
         if not any(gate_sizes):
             self.folder.say("sep: no layer lost enough kernels to have room for a gate")
             return gate_sizes, 0.0
-        trials, seconds = self.try_gates(net, ungated_net, gate_sizes)
+        trials, seconds = self.try_gates(net, rival_net, gate_sizes)
         self.folder.results["search"]["sep"]["gate_trials"] = trials
         self.folder.save_results()
         self.folder.say(describe_gate_trials(trials))
         return keep_last_gates(gate_sizes, best_gate_count(trials)), seconds
 
-    def try_gates(self, net: Net, ungated_net: Net, gate_sizes) -> tuple[list[dict], float]:
-        """(how many gates and their validation loss for each trial, seconds spent). They train on
-        the images that do not validate.
+    def try_gates(self, net: Net, rival_net: Net, gate_sizes) -> tuple[list[dict], float]:
+        """Short trainings with several numbers of gates, on the images that do not validate: (of
+        each the number of gates and the validation loss, seconds spent).
 
         A trial with gates that diverges has the loss None, and its seconds are not counted. Raises
         DivergenceError where the nets without gates diverge.
         """
         images = self.data.train
         plan = plan_gate_trial(self.settings.final, len(images))
-        ungated_epochs, gated_epochs = split_epochs(plan)
+        epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: gates, trial without"
-        ungated = self.train_or_load(title, ungated_net, images, plan, range(plan.epochs))
+        rival = self.train_or_load(title, rival_net, images, plan, range(plan.epochs))
         # All trials with gates go on from here.
         title = "sep: gates, before the trials"
-        start = self.train_or_load(title, net, images, plan, ungated_epochs)
-        seconds = ungated.seconds + start.seconds
-        trials = [{"gates": 0, "validation_loss": ungated.validation_loss}]
+        first_part = self.train_or_load(title, net, images, plan, epochs_before_gates)
+        seconds = rival.seconds + first_part.seconds
+        trials = [{"gates": 0, "validation_loss": rival.validation_loss}]
         for count in list_gate_counts(gate_sizes):
-            gated = self.put_gates_on(start.net, keep_last_gates(gate_sizes, count))
+            gated = self.put_gates_on(first_part.net, keep_last_gates(gate_sizes, count))
             title = f"sep: gates, trial with {count}"
             loss = None
             try:
-                trained = self.train_or_load(title, gated, images, plan, gated_epochs)
-                seconds += trained.seconds
-                loss = trained.validation_loss
+                second_part = self.train_or_load(title, gated, images, plan, epochs_with_gates)
+                seconds += second_part.seconds
+                loss = second_part.validation_loss
             except DivergenceError:
                 pass
             trials.append({"gates": count, "validation_loss": loss})
@@ -3503,7 +3516,7 @@ class Run:
         self.folder.claim(is_fresh=is_fresh)
         self.trainer = Trainer(self.folder, settings, data, self.reporter)
         self.checkpoints = RowCheckpoints(self.trainer, round_to)
-        self.sep_row = SepRow(self.trainer, self.checkpoints)
+        self.sep_row = SepRow(self.trainer, self.checkpoints, round_to)
         self.folder.open_results(description | self.describe())
 
     def describe(self) -> dict:
@@ -3529,11 +3542,12 @@ class Run:
         return self.folder.find_row(name)
 
     def goal_for(self, method: str) -> Goal:
-        """The cut that a row has to reach; this is the one place that decides it.
+        """The cut that a row aims at.
 
         It is the target that the user or the paper asks for. Where there is none, and for
         `uniform`, it is the cut of the row that was made first: all rows of a table are compared at
-        one cut. Without either, a search goes as far as the reward finds worth it.
+        one cut. Without either, a search goes as far as the reward finds worth it, and `uniform` is
+        refused.
         """
         pruned_rows = [row for row in self.results["rows"] if row["method"] != "baseline"]
         target = self.settings.target
@@ -3549,8 +3563,11 @@ class Run:
         """The trained baseline: from the folder where it has one, else of `net`, which a user may
         have trained already."""
         if not self.folder.checkpoint("baseline").exists():
-            trained = TrainedNet(net.to(self.trainer.device), None, 0.0)
-            if not is_trained:
+            if is_trained:
+                trained = TrainedNet(
+                    net.to(self.trainer.device), validation_accuracy=None, seconds=0.0
+                )
+            else:
                 trained = self.trainer.train(
                     "baseline",
                     net,
@@ -3561,11 +3578,11 @@ class Run:
                 )
             accuracy = measure_accuracy(trained.net, self.data.validation)
             self.checkpoints.save("baseline", replace(trained, validation_accuracy=accuracy))
-        net, facts = self.checkpoints.load("baseline", net.architecture)
-        self.trainer.baseline = net
+        baseline, facts = self.checkpoints.load("baseline", net.architecture)
+        self.trainer.baseline = baseline
         if not self.find_row("baseline"):
-            self.add_row("baseline", net, facts)
-        return net
+            self.add_row("baseline", baseline, facts)
+        return baseline
 
     def make_row(self, method: str, goal: Goal) -> None:
         """The whole of a row: structure, final training, test accuracy. For `static` the row of
@@ -3574,7 +3591,7 @@ class Run:
             self.make_row("sep", goal)
         if self.find_row(method):
             self.checkpoints.check_finished_row(method)
-            # A process that was killed after `add_row` has left it.
+            # A process that was killed between `add_row` and `remove_pool` has left it.
             self.folder.remove_pool(method)
             return
         if not self.folder.checkpoint(method).exists():
@@ -3608,8 +3625,9 @@ class Run:
         )
 
     def make_static_net(self) -> TrainedNet:
-        """`sep`'s net made plain. Its validation accuracy is that of `sep`'s candidate, its seconds
-        include those of `sep`."""
+        """`sep`'s net made plain, with a recovery where that makes it more accurate on all training
+        images. Its validation accuracy is that of `sep`'s candidate, its seconds include those of
+        `sep`, but not those of a recovery that diverged."""
         gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
         accuracy, seconds = facts["validation_accuracy"], facts["seconds"]
         if gated.gates is None:
@@ -3630,7 +3648,7 @@ class Run:
         return TrainedNet(static, accuracy, seconds)
 
     def add_row(self, name: str, net: Net, facts: dict) -> None:
-        """Add the row of a finished net. Only here is a net measured on the test images."""
+        """Add the row of a trained net. In a run nets are measured on the test images only here."""
         baseline = self.find_row("baseline") or facts
         row = {
             "method": name,
@@ -3642,7 +3660,7 @@ class Run:
             "widths": list(net.structure),
             "seconds": facts["seconds"],
             # A run may go on elsewhere: these are of the process that ended the row's training.
-            # Checkpoints of before December 2026 do not say it.
+            # Older checkpoints do not say it.
             "device": facts.get("device", self.results["device"]),
             "versions": facts.get("versions", self.results["versions"]),
         }
@@ -3720,11 +3738,12 @@ class Run:
     def round_widths(
         self, method: str, recovered: RecoveredNet, target: float | None, *, is_required: bool
     ) -> RecoveredNet:
-        """What was found, with widths at multiples (ours: as machines like them).
+        """What was found, with widths at multiples (ours: many machines compute channels in
+        blocks).
 
-        The net is made from the baseline, with a recovery of its own. Kept in the results is what
-        that costs and gains. A target that is not required is dropped where multiples cannot reach
-        it.
+        Where that changes the structure, the net is made from the baseline, with a recovery of its
+        own. Kept in the results is what that costs and gains. A target that is not required is
+        dropped where multiples cannot reach it.
         """
         trainer = self.trainer
         widths = trainer.baseline.widths

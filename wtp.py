@@ -1335,7 +1335,7 @@ def warn_of_lost_nets(run) -> None:
         print_line(
             f"{row['method']} gets {row['test_accuracy']:.2%} of the test images right, hardly "
             f"more than guessing among {classes} classes: too much was removed, or its training "
-            "was too short; a smaller --target helps, or a longer --schedule"
+            "was too short; a smaller --target helps, or more --final-epochs"
         )
 
 

@@ -2847,7 +2847,7 @@ class Trainer:
         return TrainedNet(net, state.accuracy, time.time() - start, state.curve)
 
     def report_epoch(self, title: str, state: TrainingState, epochs: int) -> None:
-        """Tell the user what the last epoch of `epochs` came to."""
+        """Tell the user what the epoch that has just ended came to, and how many there are."""
         loss, accuracy = state.curve[-1]
         seconds_per_epoch = state.seconds / state.epochs
         self.reporter.finish_epoch(
@@ -3464,7 +3464,11 @@ class SepRow:
             models.save_checkpoint(path, trained.net, facts)
         trained_net, facts = self.trainer.load(path)
         return TrainedNet(
-            trained_net, None, facts["seconds"], facts["curve"], facts["validation_loss"]
+            trained_net,
+            validation_accuracy=None,
+            seconds=facts["seconds"],
+            curve=facts["curve"],
+            validation_loss=facts["validation_loss"],
         )
 
     @cached_property

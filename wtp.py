@@ -985,6 +985,8 @@ class RunOptions:
 
     def folder(self, name: str) -> Path:
         """The run folder of a run of that name."""
+        if self.final_epochs:
+            name += f"-epochs{self.final_epochs}"
         return self.out / f"{name}-{self.schedule}-s{self.seed}"
 
 
@@ -1616,7 +1618,7 @@ def reproduce(
 ):
     """All rows of an experiment's table."""
     has_options = bool(method or baseline or target or final_epochs or round_to or fresh)
-    check_names_experiment(experiment, has_options=has_options, is_timed=time)
+    check_experiment_is_named(experiment, has_options=has_options, is_timed=time)
     if not experiment:
         show_experiments(select_device(device) if time else None)
         return
@@ -1636,7 +1638,7 @@ def reproduce(
     run_experiment(experiment, methods, options, user_net, target)
 
 
-def check_names_experiment(name: str, *, has_options: bool, is_timed: bool) -> None:
+def check_experiment_is_named(name: str, *, has_options: bool, is_timed: bool) -> None:
     """Raise UserError (status 2) where options of a run have no experiment, or --time has one."""
     from models import UserError
 
@@ -1699,8 +1701,6 @@ def folder_of_experiment(
     """The run folder of an experiment; it says what was asked for beyond the defaults."""
     if target is not None:
         name += f"-target{target:g}"
-    if options.final_epochs:
-        name += f"-epochs{options.final_epochs}"
     folder_name = options.folder(name + own_images_suffix(options.data_dir)).name
     if user_net is not None:
         folder_name += f"-from-{user_net.path.stem}"
@@ -2039,8 +2039,6 @@ def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) ->
         name += f"-target{target:g}"
     if options.pruning_rate != SCHEDULES[options.schedule].pruning_rate:
         name += f"-rate{options.pruning_rate:g}"
-    if options.final_epochs:
-        name += f"-epochs{options.final_epochs}"
     if options.round_to:
         name += f"-round{options.round_to:g}"
     if user_net.photograph_size is not None:

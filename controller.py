@@ -2375,7 +2375,7 @@ class Reporter:
 ROWS = ("baseline", *METHODS)
 # The other files of a run. results.json is removed last: without it an interrupted removal could
 # not tell whose files are left.
-RUN_FILES = ("progress.pt", "report.svg", "sep-usage.json", "results.json")
+RUN_FILES = ("report.svg", "sep-usage.json", "results.json")
 # What must be equal where a run goes on.
 IDENTITY = (
     "experiment",
@@ -2398,9 +2398,9 @@ class RunFolder:
     baseline.pt, lstm.pt, ...   a checkpoint per row
     results.json                the rows, every candidate of every search, learning curves
     sep-usage.json              for the pictures: which kernels `sep` uses for which class
-    progress.pt                 the training that is under way
-    METHOD-pool/                the weights of candidates, and search.pt, the state of the search;
-                                of `sep` also what was trained to find where gates help
+    ROW-pool/                   what an unfinished row has: progress.pt, the training under way;
+                                search.pt, the state of the search; the weights of candidates; of
+                                `sep` also what was trained to find where gates help
     lock                        held by the process that works here
     """
 
@@ -2414,12 +2414,14 @@ class RunFolder:
     def checkpoint(self, row: str) -> Path:
         return self.path / f"{row}.pt"
 
-    @property
-    def progress_path(self) -> Path:
-        return self.path / "progress.pt"
+    def pool(self, row: str) -> Path:
+        return self.path / f"{row}-pool"
 
-    def pool(self, method: str) -> Path:
-        return self.path / f"{method}-pool"
+    def progress_path(self, title: str) -> Path:
+        """Where the training of that title keeps how far it is. Titles begin with the row's name,
+        so rows that are made in another order do not lose what others have begun."""
+        row = title.split(":")[0]
+        return self.pool(row) / "progress.pt"
 
     def claim(self, *, is_fresh: bool) -> None:
         """Make the folder and keep other processes out of it. Raises UserError.
@@ -2453,8 +2455,8 @@ class RunFolder:
             for path in (self.path / f"{name}.part", self.path / name):
                 path.unlink(missing_ok=True)
 
-    def remove_pool(self, method: str) -> None:
-        pool = self.pool(method)
+    def remove_pool(self, row: str) -> None:
+        pool = self.pool(row)
         for path in pool.glob("*.pt*"):  # also what a kill left half written
             path.unlink()
         if pool.is_dir() and not any(pool.iterdir()):
@@ -2710,7 +2712,7 @@ class RecoveredNet:
 
 @dataclass
 class TrainingState:
-    """How far a training is. It is kept in progress.pt after every epoch."""
+    """How far a training is. It is kept in its row's progress.pt after every epoch."""
 
     epochs: int = 0  # that are finished
     accuracy: float | None = None  # on the validation images, of the weights that are kept
@@ -2858,7 +2860,7 @@ class Trainer:
         """How far the training of that title is; `net` and `optimizer` go on from there."""
         keys = {item.name for item in fields(TrainingState)}
         content = models.read_unfinished_work(
-            self.folder.progress_path, title, keys | {"net", "optimizer"}
+            self.folder.progress_path(title), title, keys | {"net", "optimizer"}
         )
         if content is None or models.find_mismatch(net, content["net"]):
             return TrainingState()
@@ -2869,7 +2871,7 @@ class Trainer:
     def save_progress(self, title: str, state: TrainingState, net: Net, optimizer) -> None:
         weights = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
         content = vars(state) | weights | {"title": title}
-        models.write_tensors(self.folder.progress_path, content)
+        models.write_tensors(self.folder.progress_path(title), content)
 
     def make_reduction_of(self, method: str) -> Callable:
         """reduction_of(structure): what a structure removes of the baseline, by that method."""
@@ -3586,6 +3588,7 @@ class Run:
         self.trainer.baseline = baseline
         if not self.find_row("baseline"):
             self.add_row("baseline", baseline, facts)
+        self.folder.remove_pool("baseline")
         return baseline
 
     def make_row(self, method: str, goal: Goal) -> None:

@@ -1458,6 +1458,46 @@ def test_fresh_removes_what_a_run_left_and_nothing_else(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == []
 
 
+class SpyOfOneTraining(Spy):
+    """Interrupts the run after the first epoch of the training of that title, and notes from which
+    epoch on it went."""
+
+    def __init__(self, title, *, interrupts):
+        super().__init__()
+        self.title = title
+        self.interrupts = interrupts
+        self.first_epoch = None
+
+    def start_training(self, title, epochs, first_epoch):
+        if title == self.title:
+            self.first_epoch = first_epoch
+
+    def finish_epoch(self, title, *_):
+        if self.interrupts and title == self.title:
+            raise Interrupted
+
+
+def test_a_training_goes_on_although_other_rows_were_made_since_it_was_stopped(tmp_path):
+    settings = replace(TINY, target=0.4)
+    with pytest.raises(Interrupted):
+        stopped = SpyOfOneTraining("lstm: final", interrupts=True)
+        make_rows(tmp_path, stopped, settings, methods=("lstm",))
+    make_rows(tmp_path, Spy(), settings, methods=("uniform",))
+    spy = SpyOfOneTraining("lstm: final", interrupts=False)
+
+    make_rows(tmp_path, spy, settings, methods=("lstm",))
+
+    assert spy.first_epoch == 1
+
+
+def test_a_finished_run_keeps_no_unfinished_work(undisturbed):
+    _, _, folder = undisturbed
+
+    names = {path.name for path in folder.iterdir()}
+
+    assert names == {"baseline.pt", "lstm.pt", "sep.pt", "uniform.pt", "results.json", "lock"}
+
+
 def test_a_stopped_training_keeps_its_seconds(tmp_path, monkeypatch):
     clock = itertools.count(step=100.0)
     monkeypatch.setattr(controller.time, "time", lambda: next(clock))
@@ -1701,7 +1741,8 @@ def test_a_run_of_before_machines_were_said_goes_on(undisturbed, tmp_path):
 def test_unfinished_work_of_another_version_starts_over(tmp_path):
     with pytest.raises(Interrupted):
         make_rows(tmp_path, Spy(12), methods=("lstm",))
-    for path in (tmp_path / "progress.pt", tmp_path / "lstm-pool" / "search.pt"):
+    for name in ("progress.pt", "search.pt"):
+        path = tmp_path / "lstm-pool" / name
         content = torch.load(path, weights_only=True)
         del content["optimizer"]
         models.write_tensors(path, content)
@@ -1986,7 +2027,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
     epochs = settings.baseline.epochs + 4 + 1 + 2 * 3 + 1 + 1
     with pytest.raises(Interrupted):
         train(Spy(epochs))
-    assert torch.load(tmp_path / "progress.pt")["title"] == "sep: final"
+    assert torch.load(tmp_path / "sep-pool" / "progress.pt")["title"] == "sep: final"
     for path in (tmp_path / "sep-pool").glob("sep-gates*"):
         path.unlink()
     best = 1

@@ -1696,13 +1696,16 @@ UNIFORM_TOLERANCE = 0.03
 # ours: the first structure that removes so much more than the target ends the search for a uniform
 # one, for smaller shares only lead further away.
 UNIFORM_EXCESS = 0.05
+# ours: where few channels are left, one channel more or less is much. No layer is to keep so many
+# times the share that another keeps.
+UNIFORM_MAX_RATIO = 3
 
 
 def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
     """The structure that keeps the same share of channels in every layer and comes nearest to
     removing `target`: `widths` themselves where that is nearest. Layers may differ by
-    UNIFORM_TOLERANCE."""
-    best = tuple(widths)
+    UNIFORM_TOLERANCE, and by UNIFORM_MAX_RATIO if that can be had."""
+    found = []
     # Layers whose channels cost the most MACs get theirs back first.
     costliest_first = sorted(
         range(len(widths)), key=lambda layer: -reduction_of(add_at(widths, layer, -1))
@@ -1717,10 +1720,22 @@ def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
                 if wider[layer] > widths[layer] or reduction_of(wider) < target:
                     break
                 structure = wider
-        best = min(best, structure, key=lambda candidate: abs(reduction_of(candidate) - target))
-        if reduction_of(structure) - target > UNIFORM_EXCESS:
+        if found and reduction_of(structure) - target > UNIFORM_EXCESS:
             break
-    return best
+        found.append(structure)
+    even = [structure for structure in found if is_even(structure, widths)]
+    return min(
+        [tuple(widths), *(even or found)],
+        key=lambda structure: abs(reduction_of(structure) - target),
+    )
+
+
+def is_even(structure, widths) -> bool:
+    """Whether no layer keeps more than UNIFORM_MAX_RATIO times the share of its channels that
+    another keeps. The last channel of a layer has to stay, so its share may be large."""
+    shares = [width / whole for width, whole in zip(structure, widths)]
+    reducible = [share for share, width in zip(shares, structure) if width > 1]
+    return max(reducible, default=0) <= UNIFORM_MAX_RATIO * min(shares)
 
 
 def largest_reduction(widths, reduction_of, multiple: int = 1) -> float:

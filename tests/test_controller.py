@@ -749,6 +749,24 @@ def test_uniform_structures_land_on_the_target(arch):
         assert max(shares) - min(shares) <= 1 / min(net.widths) + 0.03
 
 
+def test_a_uniform_structure_is_even_where_few_channels_are_left():
+    net = models.build("lenet5", **NETS["lenet5"])
+    reduction_of = reduction_for(net)
+
+    structure = controller.uniform_structure(net.widths, reduction_of, 0.985)
+
+    # (2, 1, 35) is nearer to the target, but keeps 10, 2 and 7 % of the channels.
+    assert abs(reduction_of((2, 1, 35)) - 0.985) < abs(reduction_of(structure) - 0.985) < 0.002
+    assert structure == (1, 6, 65)
+
+
+def test_the_last_channel_of_a_layer_does_not_make_a_structure_uneven():
+    assert controller.is_even((1, 5, 3), (4, 100, 60))
+    assert not controller.is_even((2, 5, 3), (8, 100, 60))
+    assert not controller.is_even((5, 1), (20, 20))
+    assert controller.is_even((1, 1), (2, 50))
+
+
 @pytest.mark.parametrize("arch", ["lenet5", "vgg19", "resnet56"])
 def test_a_pruned_step_lands_on_the_target(arch):
     net = models.build(arch, **NETS[arch])

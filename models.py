@@ -648,7 +648,9 @@ class ResNet(Net):
         """(B, channels, H, W) -> (B, classes)."""
         x = self.conv1(x)
         if self.architecture.has_stem_norm:
-            x = self.activate(self.bn1(x))
+            x = self.bn1(x)
+        if self.architecture.has_stem_norm or not self.architecture.is_preactivated:
+            x = self.activate(x)
         if self.architecture.has_stem_pooling:
             x = F.max_pool2d(x, 3, 2, 1)
         run_block = self.run_block
@@ -1213,8 +1215,10 @@ def list_harmless_globals() -> list:
         for package in ("core", "_core")
     ]
     dtypes = {type(numpy.dtype(kind)) for kind in numpy.sctypeDict.values()}
-    plain = [numpy.ndarray, numpy.dtype, argparse.Namespace, pathlib.PosixPath]
-    return [*renamed, *dtypes, *plain]
+    # Python 3.13 has paths in a module of another name.
+    paths = [(pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
+    plain = [numpy.ndarray, numpy.dtype, argparse.Namespace]
+    return [*renamed, *dtypes, *paths, *plain]
 
 
 def read_tensors(path: Path):
@@ -1274,21 +1278,55 @@ def read_safetensors(path: Path) -> dict:
 
 
 def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors that a file lists by the alphabet in an order as modules have it, as far as names
-    tell: by their numbers, and linear layers after the convolutions."""
+    """Tensors that a file lists by the alphabet in an order as modules have it, as far as names and
+    shapes tell.
 
-    def by_numbers(key: str) -> list:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
-
-    has_convolutions = any(value.dim() == 4 for value in tensors.values())
-    linear_layers = {
-        key.rpartition(".")[0]
-        for key, value in tensors.items()
-        if has_convolutions and key.endswith("weight") and value.dim() == 2
-    }
-    keys = sorted(tensors, key=by_numbers)
-    keys.sort(key=lambda key: key.rpartition(".")[0] in linear_layers)
+    Modules with numbers in their names stand in the order of these, a norm behind the layer of its
+    number. What reads the images comes first, and linear layers come after the convolutions.
+    """
+    convolutions = [key for key, value in tensors.items() if value.dim() == 4]
+    keys = sorted(tensors, key=lambda key: place_by_numbers(key, tensors))
+    if convolutions:
+        first = find_first_module(convolutions, tensors)
+        linear_layers = {
+            key.rpartition(".")[0]
+            for key, value in tensors.items()
+            if key.endswith("weight") and value.dim() == 2
+        }
+        keys.sort(key=lambda key: not (first and f"{key}.".startswith(first)))
+        keys.sort(key=lambda key: key.rpartition(".")[0] in linear_layers)
     return {key: tensors[key] for key in keys}
+
+
+def place_by_numbers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple]:
+    """What sorts names of tensors: for each part, separated by dots, its numbers, whether it is a
+    norm, and the part itself. Parts without numbers come last."""
+    parts = key.split(".")
+    place = []
+    for count, part in enumerate(parts, 1):
+        numbers = [int(digits) for digits in re.findall(r"\d+", part)]
+        is_norm = ".".join([*parts[:count], "running_mean"]) in tensors
+        place.append((not numbers, numbers, is_norm, part))
+    return place
+
+
+def find_first_module(convolutions: list[str], tensors: dict[str, torch.Tensor]) -> str | None:
+    """How the names begin of the module with the convolution that reads images, as "features.";
+    None where several convolutions may be that one.
+
+    `convolutions` are the names of all their weights. Of the module's parts as many count as tell
+    it apart from the others.
+    """
+    readers = [key for key in convolutions if tensors[key].shape[1] in (1, 3)]
+    if len(readers) != 1:
+        return None
+    parts_of_all = [key.split(".") for key in convolutions]
+    common = 0
+    for parts in zip(*parts_of_all):
+        if len(set(parts)) > 1:
+            break
+        common += 1
+    return ".".join(readers[0].split(".")[: common + 1]) + "."
 
 
 def check_checkpoint(content: dict, path: Path) -> None:
@@ -1642,10 +1680,11 @@ def apply_masks(state: dict) -> dict:
 
 
 def strip_wrappers(state: dict) -> dict:
-    """The names without parts that wrappers add, and without what all of them begin with.
+    """The names without parts that wrappers add (`module.`), and without a prefix that those of
+    all weights share.
 
-    Where two copies of a net lie beside each other, the averaged one is taken. Tensors that do not
-    lie in the net, as a loss's, are left out with the first part.
+    Where one prefix is an averaged copy of another, only the copy stays. Tensors without the
+    prefix, such as a loss's, are left out.
     """
     parts = {key: [part for part in key.split(".") if part not in WRAPPER_PARTS] for key in state}
     while (first := find_first_part(state, parts)) is not None:
@@ -1663,7 +1702,13 @@ def find_first_part(state: dict, parts: dict[str, list[str]]) -> str | None:
     shapes_of: dict[str, list] = {}  # by first part, the shapes of its weights
     for key in weight_keys:
         shapes_of.setdefault(parts[key][0], []).append(state[key].shape)
-    first = find_averaged_copy(shapes_of) if len(shapes_of) > 1 else next(iter(shapes_of))
+    if len(shapes_of) > 1:
+        first = find_averaged_copy(shapes_of)
+    else:
+        first = next(iter(shapes_of))
+        norm_keys = [key for key in parts if key.endswith("running_mean")]
+        if any(parts[key][0] != first for key in norm_keys):
+            return None  # the norms of these layers are listed by themselves
     if first is None:
         return None
     shortest = min(len(parts[key]) for key in weight_keys if parts[key][0] == first)
@@ -1683,7 +1728,10 @@ def find_averaged_copy(shapes_of: dict[str, list]) -> str | None:
 
 
 def list_modules(state: dict) -> list[FoundModule]:
-    """Convolutions, batch norms and linear layers in their order; nothing else may be there."""
+    """Convolutions, batch norms and linear layers in their order.
+
+    Raises UnreadableError where the net has other parameters.
+    """
     found: dict[str, FoundModule] = {}
     for key, value in state.items():
         name, _, parameter = key.rpartition(".")
@@ -1705,8 +1753,8 @@ def list_modules(state: dict) -> list[FoundModule]:
     if all(module.is_norm for module in modules):
         raise UnreadableError("it holds neither a convolution nor a linear layer")
     spread_selections(found)
-    check_kernels(modules)
-    refuse_other_norms(found, modules)
+    check_weights(modules)
+    refuse_other_parameters(found, modules)
     return modules
 
 
@@ -1726,7 +1774,9 @@ def spread_selections(found: dict[str, FoundModule]) -> None:
             selection = None
 
 
-def check_kernels(modules: list[FoundModule]) -> None:
+def check_weights(modules: list[FoundModule]) -> None:
+    """Raise UnreadableError where weights are empty, no numbers with a point, or of kernels that
+    are not square."""
     for module in modules:
         weight = module.tensors.get("weight", module.tensors.get("running_mean"))
         if not weight.is_floating_point() or not weight.numel():
@@ -1735,26 +1785,51 @@ def check_kernels(modules: list[FoundModule]) -> None:
             raise UnreadableError(f"{module.name} has kernels that are not square")
 
 
-def refuse_other_norms(found: dict[str, FoundModule], modules: list[FoundModule]) -> None:
-    """Raise UnreadableError where something between the layers has weights and is no batch norm.
+# Tensors in modules without weights that change nothing: of a channel selection, which
+# `spread_selections` has applied, and of thop, which counts operations.
+HARMLESS_TENSORS = {"indexes", "total_ops", "total_params"}
+
+
+def refuse_other_parameters(found: dict[str, FoundModule], modules: list[FoundModule]) -> None:
+    """Raise UnreadableError where something between the layers has parameters and is no batch norm:
+    another norm, a PReLU, a learned scale.
 
     Counters, the weights of losses and the like stand before or after the layers, and do no harm.
     """
     names = list(found)
     first, last = names.index(modules[0].name), names.index(modules[-1].name)
+    layers = {module.name for module in modules}
     for name in names[first : last + 1]:
-        weight = found[name].tensors.get("weight")
-        if weight is not None and weight.dim() == 1 and not found[name].is_norm:
-            kind = "a PReLU" if "bias" not in found[name].tensors else "a layer or group norm"
-            raise UnreadableError(f"{name} looks like {kind}, not a batch norm")
+        if name in layers:
+            continue
+        tensors = found[name].tensors
+        for parameter, value in tensors.items():
+            if parameter in HARMLESS_TENSORS or not value.is_floating_point():
+                continue
+            if parameter == "weight":
+                kind = "a PReLU" if "bias" not in tensors else "a layer or group norm"
+                raise UnreadableError(f"{name} looks like {kind}, not a batch norm")
+            key = f"{name}.{parameter}".strip(".")
+            raise UnreadableError(f"{key} is a parameter of no known layer (a learned scale?)")
 
 
 def read_modules(modules: list[FoundModule]) -> list[Reading]:
     """All that these modules may be, the likeliest first. Raises UnreadableError."""
     blocks = group_blocks(modules)
-    if blocks is not None:
+    if blocks is None:
+        return read_chain(modules)
+    if sum(module.is_convolution for module in modules) >= VGG_CONVOLUTIONS:
         return read_residual_net(modules, blocks)
-    return read_chain(modules)
+    # So few convolutions in blocks may be a chain as well.
+    readings, errors = [], []
+    for read in (partial(read_residual_net, groups=blocks), read_chain):
+        try:
+            readings += read(modules)
+        except UnreadableError as error:
+            errors.append(error)
+    if not readings:
+        raise errors[0]
+    return readings
 
 
 # ---- checkpoints: tensors under our names
@@ -1822,12 +1897,13 @@ def read_chain(modules: list[FoundModule]) -> list[Reading]:
 
 def flatten_head(modules: list[FoundModule]) -> None:
     """Make linear layers of convolutions that see all of a map, as timm's VGGs have them: one of
-    7 x 7, then some of 1 x 1."""
+    7 x 7, then some of 1 x 1, which may be the net's last layers."""
     convolutions = [module for module in modules if module.is_convolution]
+    has_linear_layer = any(module.is_linear for module in modules)
     for index, module in enumerate(convolutions):
         followers = convolutions[index + 1 :]
         is_head = module.kernel >= STRIDED_KERNEL and all(each.kernel == 1 for each in followers)
-        if index and is_head:
+        if index and is_head and (followers or not has_linear_layer):
             for each in (module, *followers):
                 each.tensors["weight"] = each.weight.flatten(1)
             return
@@ -1994,7 +2070,7 @@ def list_chains(
     averaging = (False,)
     if is_vgg:
         averaging = (True,)
-    elif head_size == 1 and len(convolutions) > 2:
+    elif head_size == 1 and convolutions:
         averaging = (False, True)
     architectures = []
     for is_averaged, poolings, paddings in product(
@@ -2169,6 +2245,11 @@ class ModuleGroup:
     name: tuple[str, ...]
     modules: list[FoundModule]
 
+    def is_named_as_shortcut(self, module: FoundModule) -> bool:
+        """Whether the name of a module says so, behind the block's own name."""
+        inner_name = ".".join(module.name.split(".")[len(self.name) :])
+        return bool(SHORTCUT_WORDS.search(inner_name.lower()))
+
 
 def group_blocks(modules: list[FoundModule]) -> list[ModuleGroup] | None:
     """The modules of each residual block; None for a chain.
@@ -2227,8 +2308,9 @@ class FoundBlock:
         return [norm.outputs for norm in self.norms] == [conv.outputs for conv in self.convolutions]
 
 
-def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
+def parse_block(group: ModuleGroup, inputs: int) -> FoundBlock:
     """What is what in a block that reads `inputs` channels. Raises UnreadableError."""
+    modules = group.modules
     convolutions = [module for module in modules if module.is_convolution]
     norms = [module for module in modules if module.is_norm]
     linear = next((module for module in modules if module.is_linear), None)
@@ -2238,7 +2320,7 @@ def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
             f"{linear.name} is a linear layer in a block (squeeze-and-excitation?)"
         )
     block = None
-    for shortcut in list_shortcuts(convolutions):
+    for shortcut in list_shortcuts(group, convolutions):
         path = [module for module in convolutions if module is not shortcut]
         widths = [inputs, *(module.outputs for module in path)]
         reads = [module.inputs for module in path]
@@ -2260,7 +2342,7 @@ def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
             "1 x 1 shortcut or none (grouped or dense ones, or another shortcut?)"
         )
     if block.shortcut is not None and len(norms) > len(block.convolutions):
-        block.shortcut_norm = find_shortcut_norm(modules, block)
+        block.shortcut_norm = find_shortcut_norm(group, block)
         block.norms = [norm for norm in norms if norm is not block.shortcut_norm]
     if len(block.norms) != len(block.convolutions):
         raise UnreadableError(
@@ -2270,33 +2352,40 @@ def parse_block(modules: list[FoundModule], inputs: int) -> FoundBlock:
     return block
 
 
-def list_shortcuts(convolutions: list[FoundModule]) -> list[FoundModule | None]:
-    """Which convolution of a block may be its shortcut, the likeliest first; None: it has none.
+def list_shortcuts(group: ModuleGroup, convolutions: list[FoundModule]) -> list[FoundModule | None]:
+    """Which of a block's convolutions may be its shortcut, the likeliest first; None: it has none.
 
     Two convolutions are the main path. Of four, one is most likely the shortcut. Of three, a
     bottleneck without one is likelier than a basic block with one that has no telling name.
     """
     if len(convolutions) == 2:
         return [None]
-    named = [module for module in convolutions if SHORTCUT_WORDS.search(module.name.lower())]
+    named = [module for module in convolutions if group.is_named_as_shortcut(module)]
     one_by_one = [module for module in reversed(convolutions) if module.kernel == 1]
     if len(convolutions) == 4:
         return [*named, *one_by_one, None]
     return [*named, None, *one_by_one]
 
 
-def find_shortcut_norm(modules: list[FoundModule], block: FoundBlock) -> FoundModule:
+def find_shortcut_norm(group: ModuleGroup, block: FoundBlock) -> FoundModule:
     """The norm that is alone with the shortcut in a module; else one that is named as a shortcut;
-    else the next one after it; else the last norm."""
+    else, where all norms stand behind all convolutions, the one of the shortcut's number; else the
+    next one after the shortcut; else the last norm."""
     parent = block.shortcut.name.rpartition(".")[0]
     parents_of_others = {module.name.rpartition(".")[0] for module in block.convolutions}
     beside = [norm for norm in block.norms if norm.name.rpartition(".")[0] == parent]
     if beside and parent not in parents_of_others:
         return beside[0]
-    named = [norm for norm in block.norms if SHORTCUT_WORDS.search(norm.name.lower())]
-    position = modules.index(block.shortcut)
-    after = [module for module in modules[position:] if module.is_norm]
-    return (named or after or block.norms[-1:])[0]
+    named = [norm for norm in block.norms if group.is_named_as_shortcut(norm)]
+    if named:
+        return named[0]
+    convolutions = [module for module in group.modules if module.is_convolution]
+    has_norms_last = not any(module.is_norm for module in group.modules[: len(convolutions)])
+    if has_norms_last and len(block.norms) == len(convolutions):
+        return block.norms[convolutions.index(block.shortcut)]
+    position = group.modules.index(block.shortcut)
+    after = [module for module in group.modules[position:] if module.is_norm]
+    return (after or block.norms[-1:])[0]
 
 
 def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> list[Reading]:
@@ -2310,7 +2399,7 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     blocks = []
     inputs = stem.outputs
     for group in groups:
-        blocks.append(parse_block(group.modules, inputs))
+        blocks.append(parse_block(group, inputs))
         inputs = blocks[-1].outputs
     if linear_layers[0].inputs != inputs:
         raise UnreadableError(

@@ -473,6 +473,10 @@ def without(part):
             r"layer1\.0\.se is a linear layer in a block \(squeeze-and-excitation",
         ),
         (
+            lambda state: {"conv1.weight": state["conv1.weight"], "scale": torch.ones(1)} | state,
+            "scale is a parameter of no known layer",
+        ),
+        (
             lambda state: state | {"linear.bias": torch.full((10,), float("nan"))},
             "not finite",
         ),
@@ -617,7 +621,9 @@ def test_what_lies_harmless_beside_the_weights_is_read(tmp_path):
         "is_best": np.bool_(True),
         "losses": np.arange(4.0),
         "options": argparse.Namespace(lr=0.1, folder=Path("runs")),
-        "state_dict": net.state_dict(),
+        # thop counts operations in every module.
+        "state_dict": {"conv1.weight": net.conv1.weight.data, "total_ops": torch.zeros(1)}
+        | net.state_dict(),
     }
     torch.save(content, tmp_path / "a.pt")
 
@@ -667,12 +673,29 @@ def test_safetensors_are_read_where_the_package_is_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["vgg11", "resnet74", "lenet5"])
-def test_safetensors_by_the_alphabet_are_the_same_net(tmp_path, arch):
+def test_safetensors_are_the_same_net(tmp_path, arch):
     safetensors_torch = pytest.importorskip("safetensors.torch")
     net, x = make_lively_net(arch)
     safetensors_torch.save_file(net.state_dict(), tmp_path / "a.safetensors")
 
     assert torch.equal(sep.load(tmp_path / "a.safetensors")[0].eval()(x), net(x))
+
+
+# The alphabet hides before which layer its selection stands.
+@pytest.mark.parametrize("name", zoo.CASES.keys() - {"slimmed by channel selection"})
+def test_nets_are_read_from_tensors_by_the_alphabet(name):
+    net, x = zoo.make_lively(zoo.CASES[name])
+    tensors = dict(sorted(net.state_dict().items()))
+
+    state = models.restore_order(tensors)
+
+    readings = models.recognise_state_dict(state, Path("a.safetensors"))["readings"]
+    with torch.no_grad():
+        assert any(
+            zoo.largest_difference(reading.build().eval()(x), net(x)) < 1e-4
+            for reading in (reading.for_size(x.shape[-1]) for reading in readings)
+            if reading is not None
+        )
 
 
 def test_the_first_state_dict_that_is_a_net_is_taken(tmp_path):

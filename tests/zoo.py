@@ -313,6 +313,45 @@ BOTTLENECK = {
 PREACTIVATED = {"run": run_preactivated, "norms_first": True, "shortcut_norm": False}
 
 
+def make_flat_resnet(*, norms_last=False, stage="stage", stem_norm=True):
+    """Blocks that have their shortcut's layers beside the others: conv1, bn1, conv2, bn2,
+    shortcut_conv, shortcut_bn, or with `norms_last` conv1, conv2, conv3, bn1, bn2, bn3."""
+    shortcut, shortcut_norm = ("conv3", "bn3") if norms_last else ("shortcut_conv", "shortcut_bn")
+
+    def run_block(block, x):
+        y = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+        if hasattr(block, shortcut):
+            x = getattr(block, shortcut_norm)(getattr(block, shortcut)(x))
+        return F.relu(y + x)
+
+    def block(inputs, outputs, stride):
+        modules = {"conv1": conv(inputs, outputs, 3, stride), "bn1": nn.BatchNorm2d(outputs),
+                   "conv2": conv(outputs, outputs), "bn2": nn.BatchNorm2d(outputs)}  # fmt: skip
+        if inputs != outputs:
+            modules[shortcut] = conv(inputs, outputs, 1, stride)
+            modules[shortcut_norm] = nn.BatchNorm2d(outputs)
+        names = list(modules)
+        if norms_last:
+            names.sort(key=lambda name: name.startswith("bn"))
+        return Layers(run_block, **{name: modules[name] for name in names})
+
+    stages, inputs = {}, 8
+    for number, width in enumerate((8, 12, 16), 1):
+        stride = 2 if number > 1 else 1
+        stages[f"{stage}{number}"] = sequence(block(inputs, width, stride), block(width, width, 1))
+        inputs = width
+
+    def run(net, x):
+        x = net.conv1(x)
+        x = F.relu(net.bn1(x) if stem_norm else x)
+        for name in stages:
+            x = getattr(net, name)(x)
+        return net.fc(x.mean((2, 3)))
+
+    stem = {"conv1": conv(3, 8)} | ({"bn1": nn.BatchNorm2d(8)} if stem_norm else {})
+    return Layers(run, **stem, **stages, fc=nn.Linear(16, 10))
+
+
 def make_nested_resnet():
     """Sequences within sequences: conv2_x.0.residual_function.0, conv2_x.0.shortcut.0."""
 
@@ -469,6 +508,49 @@ def make_convolutional_head():
                   fc=nn.Linear(16, 10))  # fmt: skip
 
 
+def make_listed_perceptron():
+    """Layers and norms in two lists: layers.0, layers.1, ..., norms.0, norms.1."""
+    layers = nn.ModuleList([nn.Linear(784, 30), nn.Linear(30, 20), nn.Linear(20, 10)])
+    norms = nn.ModuleList([nn.BatchNorm1d(30), nn.BatchNorm1d(20)])
+
+    def run(net, x):
+        x = x.flatten(1)
+        for layer, norm in zip(net.layers, net.norms):
+            x = F.relu(norm(layer(x)))
+        return net.layers[-1](x)
+
+    return Layers(run, layers=layers, norms=norms)
+
+
+def make_cnn_in_blocks(*, is_averaged):
+    """conv1, then blocks of two convolutions and a pooling, which are no residual ones."""
+
+    def block(inputs, outputs):
+        return sequence(
+            conv(inputs, outputs, bias=True), nn.ReLU(),
+            conv(outputs, outputs, bias=True), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+
+    def run(net, x):
+        x = net.block2(net.block1(F.max_pool2d(F.relu(net.conv1(x)), 2)))
+        return net.fc(x.mean((2, 3)) if is_averaged else x.flatten(1))
+
+    return Layers(run, conv1=conv(3, 8, bias=True), block1=block(8, 12), block2=block(12, 16),
+                  fc=nn.Linear(16 if is_averaged else 16 * 16, 10))  # fmt: skip
+
+
+def make_large_kernel_cnn(*, is_averaged):
+    """Two convolutions, of 5 x 5 and 7 x 7."""
+
+    def run(net, x):
+        x = F.max_pool2d(F.relu(net.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(net.conv2(x)), 2)
+        return net.fc(x.mean((2, 3)) if is_averaged else x.flatten(1))
+
+    return Layers(run, conv1=nn.Conv2d(1, 8, 5), conv2=nn.Conv2d(8, 16, 7),
+                  fc=nn.Linear(16 if is_averaged else 16 * 9, 10))  # fmt: skip
+
+
 def make_averaged_cnn():
     """Five convolutions, a pooling after each but the last, then an average."""
     widths = (8, 12, 16, 20, 20)
@@ -509,6 +591,24 @@ CASES = {
     "LeNet by letters": Case("activatedgeek/LeNet-5", make_named_lenet, 1, 32, False),
     "LeNet with batch norms": Case("written for this test", make_normed_lenet, 1, 28),
     "perceptron": Case("mil-ad/snip", make_perceptron, 1, 28),
+    "perceptron, norms in a list": Case("written for this test", make_listed_perceptron, 1, 28),
+    "CNN in blocks": Case(
+        "written for this test",
+        partial(make_cnn_in_blocks, is_averaged=False),
+        gain=GAIN_WITHOUT_NORMS,
+    ),
+    "CNN in blocks, averaged": Case(
+        "written for this test",
+        partial(make_cnn_in_blocks, is_averaged=True),
+        is_first_reading=False,
+        gain=GAIN_WITHOUT_NORMS,
+    ),
+    "CNN of large kernels": Case(
+        "written for this test", partial(make_large_kernel_cnn, is_averaged=False), 1, 28
+    ),
+    "CNN of large kernels, averaged": Case(
+        "written for this test", partial(make_large_kernel_cnn, is_averaged=True), 1, 28, False
+    ),
     "VGG-16, one linear layer": Case("kuangliu/pytorch-cifar", make_vgg),
     "VGG-16 with biases": Case("kuangliu/pytorch-cifar", partial(make_vgg, bias=True)),
     "VGG-19 pruned, average at its end": Case(
@@ -567,6 +667,16 @@ CASES = {
         "written for this test",
         partial(make_resnet, (16, 24, 32), shortcut="downsample", **(BOTTLENECK | {"strided": 0})),
         is_first_reading=False,
+    ),
+    "ResNet, flat blocks": Case("written for this test", make_flat_resnet),
+    "ResNet, flat blocks in stages named down": Case(
+        "written for this test", partial(make_flat_resnet, stage="down")
+    ),
+    "ResNet, norms behind all convolutions": Case(
+        "written for this test", partial(make_flat_resnet, norms_last=True)
+    ),
+    "ResNet without a first norm": Case(
+        "written for this test", partial(make_flat_resnet, stem_norm=False)
     ),
     "nested sequences": Case("weiaicunzai/pytorch-cifar100", make_nested_resnet),
     "PreActResNet-18": Case(

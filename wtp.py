@@ -3,7 +3,7 @@
 
     python wtp.py reproduce mnist            every row of an experiment's table
     python wtp.py train mnist                the baseline alone
-    python wtp.py prune --rate 0.2 net.pt    a smaller net from your own checkpoint
+    python wtp.py prune --target 0.5 net.pt  a smaller net from your own checkpoint
     python wtp.py evaluate net.pt            accuracy, MACs, parameters, size, latency
     python wtp.py export net.pt net.onnx     for use without this project, .pt2 or .onnx
     python wtp.py report RUN                 the tables again, and pictures

@@ -1182,6 +1182,11 @@ class SideStreamWeightGrads(TorchFunctionMode):
         self.pending.clear()
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is at least `number`."""
+    return -(-number // multiple) * multiple
+
+
 def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
     """(net, optimizer) with channels of zeros up to multiples of 8, which a GPU trains faster.
 
@@ -1189,7 +1194,7 @@ def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
     arguments themselves are returned where all widths are multiples of 8 already, where the net has
     gates, which know their kernels by number, or sigmoids, which make something of zeros.
     """
-    widths = tuple(models.round_up(width, 8) for width in net.widths)
+    widths = tuple(round_up(width, 8) for width in net.widths)
     has_sigmoids = any(prunable.activation == "sigmoid" for prunable in net.prunable)
     if net.gates is not None or widths == net.widths or has_sigmoids:
         return net, optimizer

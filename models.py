@@ -1,11 +1,12 @@
 """What a network is. In this order:
 
-layers        running a convolution or linear layer on some of its channels
-nets          LeNet-5, VGG and CIFAR ResNet, each built from the widths of its prunable layers
+layers        running a convolution or linear layer; its weights by input channel
+nets          chains (LeNet, VGG, perceptrons) and residual nets, each built from an architecture
+              and the widths of its prunable layers
 pruning       which channels matter least, and removing them (IJCAI 2018)
 cost          multiply-accumulates and parameters
-checkpoints   writing and reading them
-foreign       recognising state dicts that this tool has not written
+checkpoints   writing and reading them; recognising foreign state dicts, which this tool has not
+              written
 export        the net for use without this project, as .pt2 or .onnx
 
 The *structure* of a net says how many channels are at work in each prunable layer: its width or,
@@ -39,8 +40,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# A filter of the next layer is compensated where it loses a channel that holds more than
-# 0.8 / C_in of its energy (script).
+# A filter of the next layer is compensated where it loses a channel that holds more than this share
+# / C_in of its energy (script).
 COMPENSATED_SHARE = 0.8
 CHECKPOINT_FORMAT = 3
 # ours: an exported file whose logits differ by more than this share of the largest is refused.
@@ -55,22 +56,17 @@ class UserError(Exception):
         self.status = status
 
 
-def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple that is at least `number`."""
-    return -(-number // multiple) * multiple
-
-
 # ---- layers ------------------------------------------------------------------------------------
 
 
-def run_layer(layer, x: torch.Tensor, chosen_group=None) -> torch.Tensor:
+def run_layer(layer, x: torch.Tensor, previous_group=None) -> torch.Tensor:
     """Run a convolution on x (B, C, H, W), or a linear layer on the same or on (B, features).
 
-    `chosen_group` is None but in a net of `sep.tune` for single images; see Net.run_prunable.
+    `previous_group` is None but in a net of `sep.tune` for single images; see Net.run_prunable.
     """
     if not isinstance(layer, nn.Module):
         # A single-image layer of sep.py, which selects its kernels itself.
-        return layer(x, chosen_group)
+        return layer(x, previous_group)
     if isinstance(layer, nn.Linear):
         return layer(x.flatten(1))
     if is_slow_in_bfloat16(layer, x):
@@ -148,7 +144,7 @@ class ChainArchitecture:
     convolutions: tuple[Convolution, ...]
     hidden_norms: tuple[bool, ...]  # of each hidden linear layer, whether a batch norm follows
     head_size: int
-    # Whether larger maps are averaged to head_size; else only images of `size` fit.
+    # Whether larger maps are averaged to head_size; else the last map has to have that side.
     is_averaged: bool
     activation: str = "relu"  # one of ACTIVATIONS
     has_flat_names: bool = False  # conv1, fc1, ... as LeNets have; else features.N, classifier.N
@@ -194,7 +190,7 @@ class ChainArchitecture:
     def check_size(self, size: int) -> None:
         """Raise UserError where images of that size are too small for the poolings."""
         smallest = self.smallest_size
-        if self.is_averaged and size < smallest:
+        if size < smallest:
             raise UserError(
                 f"{self.name} needs images of at least {smallest} x {smallest} pixels, "
                 f"not {size} x {size}"
@@ -285,7 +281,7 @@ class PrunableLayer:
     activation: str = "relu"
 
 
-# The number is the slope below 0.
+# The number in the name of a leaky relu is its slope below 0.
 ACTIVATIONS = {
     "relu": F.relu,
     "tanh": torch.tanh,
@@ -358,16 +354,16 @@ class Net(nn.Module):
         """Pixels of an image's side."""
         return self.architecture.size
 
-    def run_prunable(self, index: int, x: torch.Tensor, chosen_group=None):
-        """(activation(norm(layer(x))) of a prunable layer, pooled where the net pools; None).
+    def run_prunable(self, index: int, x: torch.Tensor, previous_group=None):
+        """Run a prunable layer with its norm, activation and pooling: (y, group).
 
-        x (B, C_in, H, W) -> (B, C, H', W'); of a linear layer x may be (B, features), and y is
-        (B, C). In a net of `sep.tune` for single images (`layer_runners`) a gated layer computes
-        only the channels of the group that its gate chooses. It returns this sep.KernelGroup in the
-        place of None, and the next layer takes it as `chosen_group`.
+        x (B, C_in, H, W) -> y (B, C, H', W'); of a linear layer x may be (B, features), and y is
+        (B, C). `group` is None but in a net of `sep.tune` for single images (`layer_runners`).
+        There it is the sep.KernelGroup that this layer's gate has chosen, and y has its channels
+        alone; the next layer takes it as `previous_group`.
         """
         if self.layer_runners is not None:
-            return self.layer_runners[index](x, chosen_group)
+            return self.layer_runners[index](x, previous_group)
         prunable = self.prunable[index]
         # attrgetter takes an eighth of get_submodule's time.
         layer = attrgetter(prunable.layer_name)(self)
@@ -511,15 +507,15 @@ class ChainNet(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, classes)."""
         convolutions = len(self.architecture.convolutions)
-        chosen_group = None
+        previous_group = None
         for index in range(len(self.prunable)):
             if index == convolutions:
                 x = self.fit_to_head(x)
-            x, chosen_group = self.run_prunable(index, x, chosen_group)
+            x, previous_group = self.run_prunable(index, x, previous_group)
         if convolutions == len(self.prunable):
             x = self.fit_to_head(x)
         last_layer = attrgetter(self.prunable[-1].next_layer_name)(self)
-        return run_layer(last_layer, x, chosen_group)
+        return run_layer(last_layer, x, previous_group)
 
     def fit_to_head(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C', H, W) -> (B, C', head_size, head_size); of a perceptron (B, features)."""
@@ -571,7 +567,7 @@ class ResidualBlock(nn.Module):
             self.downsample = nn.Sequential(*modules)
 
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
-        """What is added to the block's last convolution: x itself where no shape changes."""
+        """The block's input in the shape of its output: x itself where no shape changes."""
         stride = self.spec.stride
         if self.spec.has_convolution:
             x = getattr(self.downsample, "0")(x)
@@ -581,8 +577,8 @@ class ResidualBlock(nn.Module):
         if stride > 1 and self.architecture.is_shortcut_averaged:
             x = F.avg_pool2d(x, stride)
         elif stride > 1:
-            # x[:, :, ::stride, ::stride]. The gradient of that comes in another memory layout, and
-            # all that it is added to gets slower.
+            # The same as x[:, :, ::stride, ::stride]. But the gradient of slicing comes in another
+            # memory layout, and all that it is added to gets slower.
             x = F.avg_pool2d(x, 1, stride)
         if not self.padding_channels:
             return x
@@ -670,11 +666,11 @@ class ResNet(Net):
 
     def run_inner(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         """All convolutions of a block: its prunable ones from `index` on, then the last."""
-        chosen_group = None
+        previous_group = None
         inner = len(self.architecture.kernels) - 1
         for i in range(inner):
-            x, chosen_group = self.run_prunable(index + i, x, chosen_group)
-        return run_layer(getattr(block, f"conv{inner + 1}"), x, chosen_group)
+            x, previous_group = self.run_prunable(index + i, x, previous_group)
+        return run_layer(getattr(block, f"conv{inner + 1}"), x, previous_group)
 
     def run_block(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         outer = self.run_inner(block, index, x)
@@ -755,21 +751,20 @@ def lenet5_architecture(classes: int, channels: int, size: int) -> ChainArchitec
 
     Raises UserError for images of fewer than 16 x 16 pixels.
     """
-    map_size = ((size - 4) // 2 - 4) // 2  # after two convolutions of 5 x 5, each pooled
-    if map_size < 1:
-        raise UserError(f"lenet5 needs images of at least 16 x 16 pixels, not {size} x {size}")
     convolution = Convolution(5, padding=0, has_bias=True, has_norm=False, pooling="max")
-    return ChainArchitecture(
+    architecture = ChainArchitecture(
         "lenet5",
         classes,
         channels,
         size,
         convolutions=(convolution, convolution),
         hidden_norms=(False,),
-        head_size=map_size,
+        head_size=1,
         is_averaged=False,
         has_flat_names=True,
     )
+    architecture.check_size(size)
+    return replace(architecture, head_size=architecture.map_size(size))
 
 
 def vgg_architecture(
@@ -917,7 +912,7 @@ def most_important_channels(net: Net, structure) -> list[torch.Tensor]:
 def compensate(net: Net, kept_channels) -> None:
     """Scale filters that lose a strong channel so that they keep their energy, in place (script).
 
-    A filter counts where it loses a channel with more than 0.8 / C_in of its energy.
+    A filter counts where it loses a channel with more than COMPENSATED_SHARE / C_in of its energy.
     `kept_channels` holds, per prunable layer, the indices of the channels that stay.
     """
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
@@ -944,10 +939,10 @@ def remove_channels(net: Net, kept_channels) -> Net:
     small = build_like(net, [len(kept) for kept in kept_channels])
     state = net.state_dict()
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
-        for name in (prunable.layer_name, prunable.norm_name):
-            keys = [key for key in state if name and key.rpartition(".")[0] == name]
-            for key in keys:
-                if state[key].dim():  # not num_batches_tracked, one number
+        for name in filter(None, (prunable.layer_name, prunable.norm_name)):
+            for parameter in ("weight", "bias", "running_mean", "running_var"):
+                key = f"{name}.{parameter}"
+                if key in state:
                     state[key] = state[key][kept]
         key = prunable.next_layer_name + ".weight"
         state[key] = select_input_channels(state[key], width, kept)
@@ -973,7 +968,9 @@ def prune_channels(net: Net, structure) -> Net:
 def macs_per_channel_pair(architecture) -> dict[str, int]:
     """For each convolution and linear layer, by name, the MACs between one input channel and one
     output channel: the kernel's area times the places where it is applied."""
-    net = build_net(architecture, [1] * architecture.prunable_count).eval()
+    with torch.device("meta"):  # shapes alone: nothing is computed
+        net = build_net(architecture, [1] * architecture.prunable_count).eval()
+        images = torch.zeros(1, net.channels, net.size, net.size)
     macs = {}
 
     def make_hook(name):
@@ -988,7 +985,7 @@ def macs_per_channel_pair(architecture) -> dict[str, int]:
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     with torch.no_grad():
-        net(torch.zeros(1, net.channels, net.size, net.size))
+        net(images)
     for hook in hooks:
         hook.remove()
     return macs
@@ -1002,15 +999,16 @@ def count_macs(net: Net, structure=None) -> int:
     """
     structure = net.structure if structure is None else structure
     outputs_of = {p.layer_name: count for p, count in zip(net.prunable, structure)}
-    channels_before = {
+    # Of each layer that reads prunable channels: (how many are at work, how many there are).
+    read_channels = {
         p.next_layer_name: (count, width)
         for p, count, width in zip(net.prunable, structure, net.widths)
     }
     total = 0
     for name, macs in macs_per_channel_pair(net.architecture).items():
         outputs, inputs = attrgetter(name)(net).weight.shape[:2]
-        if name in channels_before:
-            count, width = channels_before[name]
+        if name in read_channels:
+            count, width = read_channels[name]
             inputs = inputs // width * count  # a linear layer reads several places of a channel
         total += macs * outputs_of.get(name, outputs) * inputs
     return total
@@ -1035,8 +1033,9 @@ def refuse_existing(path: Path, advice: str) -> None:
         raise UserError(f"{path} exists already and is kept; {advice}", 2)
 
 
-def write_atomically(path: Path, write, temporary: Path | None = None, hint: str = "") -> None:
-    """Make a file by `write(temporary)`; the old one stays until the new one is complete.
+def write_atomically(path: Path, write, temporary: Path | None = None, hint: str = ""):
+    """Make a file by `write(temporary)`; the old one stays until the new one is complete. Returns
+    what `write` returns.
 
     A file of the user's gets `temporary_path(path)` as `temporary`, so that two processes do not
     share it. The files of a run folder, which one process has, get one fixed name.
@@ -1046,8 +1045,9 @@ def write_atomically(path: Path, write, temporary: Path | None = None, hint: str
     temporary = temporary or path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        result = write(temporary)
         os.replace(temporary, path)
+        return result
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {reason_of_failed_write(error)}{hint}") from error
     finally:
@@ -1059,7 +1059,7 @@ def reason_of_failed_write(error: Exception) -> str:
     """torch reports a full disk as a RuntimeError about its own C++ file."""
     if "inline_container" in str(error) or "unexpected pos" in str(error):
         return "the disk may be full"
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or str(error)[:200]
 
 
 def write_tensors(path: Path, content: dict) -> None:
@@ -1471,7 +1471,7 @@ STRIDED_KERNEL = 7
 class Reading:
     """What a state dict may be: an architecture, and the weights under its names.
 
-    Readings of one state dict share their tensors.
+    Readings of one state dict share the tensors of weights.
     """
 
     architecture: ChainArchitecture | ResNetArchitecture
@@ -1912,7 +1912,8 @@ def flatten_head(modules: list[FoundModule]) -> None:
 def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> dict:
     """The tensors of a chain under our names."""
     # A net of those names; its widths do not matter here.
-    prunable_layers = build_net(architecture, [1] * architecture.prunable_count).prunable
+    with torch.device("meta"):
+        prunable_layers = build_net(architecture, [1] * architecture.prunable_count).prunable
     state = {}
     for prunable, module in zip(prunable_layers, layers):
         put_layer(state, prunable.layer_name, module, prunable.norm_name, norm_of.get(module.name))
@@ -2126,8 +2127,8 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
     """How convolutions may be padded, a number for each; the likeliest first.
 
     Up to three are padded each its own way: not at all, or so that maps keep their size (`same`).
-    More are all padded alike; of a VGG the last one may be without. With each way the first one may
-    have two pixels more: nets made for 32 x 32 pixels read MNIST's 28 x 28 so.
+    More are all padded alike; of a VGG the last one may be without. Last comes `same` with two more
+    pixels around the first convolution: nets made for 32 x 32 pixels read MNIST's 28 x 28 so.
     """
     same = [module.kernel // 2 if module.kernel % 2 else 0 for module in convolutions]
     if not convolutions:
@@ -2593,7 +2594,8 @@ def list_activated_shortcuts(
     blocks: list[FoundBlock], starts: list[bool], is_preactivated: bool
 ) -> list[list[bool]]:
     """Guesses of which blocks' shortcuts begin after the first norm and relu, the likeliest first:
-    none; those that are convolutions; that of each stage's first block; that of the net's."""
+    none; all that are convolutions; that of each stage's first block; only that of the net's first
+    block."""
     nowhere = [False] * len(blocks)
     if not is_preactivated:
         return [nowhere]
@@ -2755,14 +2757,14 @@ def export_net(net: Net, path: Path, mean, std, size: int, *, may_replace: bool 
     where `path` exists unless `may_replace`.
     """
     path = Path(path)
-    temporary = temporary_path(path)
     check_image_size(net, size)
     plain = prepare_for_export(deepcopy(net), mean, std)
     folded = prepare_for_export(fold_batch_norms(net), mean, std)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, net.channels, size, size, generator=generator)
     expected = plain(images)
-    try:
+
+    def write(temporary: Path) -> float:
         run_file = write_program(folded, temporary, images[:2], path.suffix.lower() == ".onnx")
         found = torch.cat([run_file(images[:1]), run_file(images[1:])])
         largest_logit = expected.abs().max().clamp_min(1e-9)
@@ -2774,18 +2776,15 @@ def export_net(net: Net, path: Path, mean, std, size: int, *, may_replace: bool 
             )
         if not may_replace:
             refuse_existing(path, "--force overwrites it")
-        os.replace(temporary, path)
+        return difference
+
+    try:
+        return write_atomically(path, write, temporary_path(path))
     except ImportError as error:
         package = error.name or "other packages"
         raise UserError(
             f".onnx needs {package}: pip install onnx onnxscript onnxruntime"
         ) from error
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise UserError(f"cannot write {path}: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return difference
 
 
 def write_program(net: nn.Module, path: Path, images: torch.Tensor, is_onnx: bool):

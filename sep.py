@@ -24,8 +24,8 @@ from torch.nn import functional as F
 import models
 from models import Net, PrunableLayer, UserError
 
-# ours: the most groups of a layer. Each of them learns from its own images alone: with more, it
-# would see too few.
+# ours: the most groups of a layer. Each group learns from the images that choose it alone: with
+# more groups these would be too few.
 MAX_GROUPS = 8
 # ours: no gate where more than this share of the k kernels would be always on: it would have
 # little to choose.
@@ -44,8 +44,8 @@ MIN_CLUSTERED_IMAGES = 500
 
 
 def squeeze(x: torch.Tensor, *, is_linear: bool) -> torch.Tensor:
-    """What a gate reads of its layer's input x (B, C_in, H, W): the mean of each channel,
-    (B, C_in). Of a linear layer, whose inputs may come as (B, features), all of them."""
+    """What a gate reads of its layer's input x: of a convolution the mean of each channel,
+    (B, C_in, H, W) -> (B, C_in); of a linear layer every input, -> (B, features)."""
     if is_linear:
         return x.flatten(1)
     return x.mean((2, 3), dtype=torch.float if x.dtype == torch.bfloat16 else None)
@@ -68,7 +68,7 @@ class SEGate(nn.Module):
         self.k = k
         self.always_on_count = always_on_count
         self.group_count = group_count
-        # ours: a choice passes no gradient on, so the scores stay as `fit_scores` finds them.
+        # ours: a choice passes no gradient on, so the scores stay as `fit_gate` finds them.
         self.excite = nn.Linear(inputs, group_count).requires_grad_(False)
         masks = torch.stack([self.mask_of_group(group) for group in range(group_count)])
         self.register_buffer("masks", masks, persistent=False)  # (groups, C)
@@ -121,11 +121,12 @@ class SEGate(nn.Module):
 
 
 @torch.no_grad()
-def fit_scores(squeezed: torch.Tensor, group_count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ours: (weight (groups, inputs), bias (groups,)), float64, of a linear layer whose largest
-    output names the cluster of images that is nearest. squeezed (N, inputs), of N images.
+def fit_gate(squeezed: torch.Tensor, group_count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ours: (weight (groups, inputs), bias (groups,)), float64, of a gate that sends each image to
+    the nearest of its clusters.
 
-    The clusters are those of k-means, where every input counts in its own standard deviations.
+    squeezed (N, inputs) is what the gate reads of N images. K-means finds the clusters, with every
+    input less its mean and in its own standard deviations.
     """
     image_count = max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // squeezed.shape[1])
     squeezed = squeezed[:image_count].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -177,33 +178,33 @@ class Usage:
     def __init__(self, gate: SEGate):
         self.masks = gate.masks
         device = gate.masks.device
-        self.images_of_group = torch.zeros(gate.group_count, dtype=torch.long, device=device)
+        self.image_counts = torch.zeros(gate.group_count, dtype=torch.long, device=device)
 
     def add(self, groups: torch.Tensor) -> None:
         """The groups (B,) of a batch's images."""
-        self.images_of_group += groups.bincount(minlength=len(self.images_of_group))
+        self.image_counts += groups.bincount(minlength=len(self.image_counts))
 
     @property
-    def images(self) -> int:
-        return int(self.images_of_group.sum())
+    def image_count(self) -> int:
+        return int(self.image_counts.sum())
 
     @property
     def groups_in_use(self) -> int:
-        return int((self.images_of_group > 0).sum())
+        return int((self.image_counts > 0).sum())
 
     @property
     def share_of_group(self) -> torch.Tensor:
         """(groups,): the share of the images that each group serves, in [0, 1]."""
-        return self.images_of_group.double() / self.images
+        return self.image_counts.double() / self.image_count
 
     @property
     def share_of_kernel(self) -> torch.Tensor:
         """(C,): the share of the images that each kernel serves, in [0, 1]."""
-        return (self.images_of_group.double() @ self.masks.double()) / self.images
+        return (self.image_counts.double() @ self.masks.double()) / self.image_count
 
     def count_kernels(self) -> tuple[int, int, int]:
         """How many kernels serve no image, some of them, and all."""
-        in_use = self.images_of_group > 0
+        in_use = self.image_counts > 0
         serves_some = self.masks[in_use].amax(0) > 0
         serves_all = self.masks[in_use].amin(0) > 0
         never = int((~serves_some).sum())
@@ -262,10 +263,12 @@ class GateSize:
 
 
 def largest_gate_size(width: int, k: int) -> GateSize | None:
-    """The gate that fills a layer: k of its kernels are to work, and before pruning it had `width`.
+    """The gate with the most groups for a layer, of which k kernels are to work for an image, and
+    which had `width` kernels before pruning.
 
-    As many whole groups of k kernels as there is room for. Where it is not even two, two groups
-    that share always-on kernels. None where they would share nearly all.
+    As many whole groups of k kernels as there is room for. Where it is not even two, two smaller
+    groups and always-on kernels, as many as before pruning in all. None where more than
+    MAX_ALWAYS_ON_SHARE of the k would be always on.
     """
     group_count = min(MAX_GROUPS, width // k)
     if group_count >= 2:
@@ -341,7 +344,7 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
     for i, gate in enumerate(gates_of(gated)):
         if gate is None:
             continue
-        weight, bias = fit_scores(squeezed[net.prunable[i].layer_name], gate.group_count)
+        weight, bias = fit_gate(squeezed[net.prunable[i].layer_name], gate.group_count)
         previous = index_of_previous_layer(net, i)
         if previous is not None:
             # In the gated net a channel of the layer before comes once for each group, and all but
@@ -399,8 +402,8 @@ def collect_squeezed(net: Net, layer_names, batches) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def record_usage(net: Net):
-    """Count what gates choose: `with record_usage(net) as usage:` fills one Usage per prunable
-    layer, None for a layer without a gate, with all that `net` reads in the block."""
+    """Within `with record_usage(net) as usage:` count which groups the gates choose for every image
+    that `net` reads. `usage` has a Usage for each prunable layer, None where there is no gate."""
     gates = gates_of(net)
     for gate in filter(None, gates):
         gate.usage = Usage(gate)
@@ -446,21 +449,22 @@ def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Ten
     """`net` without gates, and with one group of kernels in the prunable layer `index`: the mean of
     the groups that its `gate` chooses from, weighted by share_of_group (groups,).
 
-    Whole nets with one group each are summed. All other weights are the same in each of them, and
-    the shares sum to 1, so these weights stay.
+    The whole net is taken once with each group, and these nets are averaged. All other weights are
+    the same in each of them, so they stay as they are, up to rounding.
     """
-    mean = None
+    nets, shares = [], []
     for group, share in enumerate(share_of_group.tolist()):
         if share == 0:
             continue
         kept_channels = [torch.arange(width) for width in net.widths]
         kept_channels[index] = gate.channels_of_group(group)
-        weighted = models.remove_channels(net, kept_channels)
-        sum_before = {} if mean is None else mean.state_dict()
-        for name, value in weighted.state_dict().items():
-            if value.is_floating_point():
-                value.mul_(share).add_(sum_before.get(name, 0.0))
-        mean = weighted
+        nets.append(models.remove_channels(net, kept_channels))
+        shares.append(share)
+    states = [each.state_dict() for each in nets]
+    mean = nets[0]
+    for name, value in mean.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(sum(share * state[name] for share, state in zip(shares, states)))
     return mean
 
 
@@ -579,17 +583,12 @@ def read_gate_size(entry, width: int) -> GateSize:
 # once for each pair of groups, of the layer before and of their own, and kept.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that a group can be a key of a dict
 class KernelGroup:
-    """One of the groups that a gate chooses from, and the channels at work with it."""
+    """One of the groups that a gate chooses from."""
 
-    number: int
-    channels: torch.Tensor  # ascending indices
-    layer_width: int
-
-
-def number_of(group: KernelGroup | None) -> int | None:
-    return None if group is None else group.number
+    channels: torch.Tensor  # at work with it, ascending indices
+    layer_width: int  # all kernels of the gated layer
 
 
 class GatheringLayer:
@@ -609,10 +608,9 @@ class GatheringLayer:
 
         `previous` is the group that the layer before chose, `own` that of this layer.
         """
-        pair = (number_of(previous), number_of(own))
-        if pair not in self.gathered:
-            self.gathered[pair] = self.gather(previous, own)
-        weight, bias = self.gathered[pair]
+        if (previous, own) not in self.gathered:
+            self.gathered[previous, own] = self.gather(previous, own)
+        weight, bias = self.gathered[previous, own]
         if self.is_linear:
             return torch.addmv(bias, weight, x.flatten())[None]
         return torch.conv2d(x, weight, bias, self.stride, self.padding)
@@ -651,8 +649,8 @@ class GatedRunner:
         self.layer = layer
         self.prunable = prunable
         self.kernel_groups = [
-            KernelGroup(number, gate.channels_of_group(number), gate.width)
-            for number in range(gate.group_count)
+            KernelGroup(gate.channels_of_group(group), gate.width)
+            for group in range(gate.group_count)
         ]
         self.bias = gate.excite.bias.detach()
         self.weight = gate.excite.weight.detach()
@@ -669,12 +667,11 @@ class GatedRunner:
 
     def gather_weight(self, previous: KernelGroup | None) -> torch.Tensor:
         """The gate's weight (groups, inputs') on the channels at work."""
-        number = number_of(previous)
-        if number not in self.gathered:
-            self.gathered[number] = models.select_input_channels(
+        if previous not in self.gathered:
+            self.gathered[previous] = models.select_input_channels(
                 self.weight, previous.layer_width, previous.channels
             )
-        return self.gathered[number]
+        return self.gathered[previous]
 
 
 def return_unchanged(x):
@@ -691,24 +688,24 @@ def make_single_image_net(net: Net) -> Net:
     gates = gates_of(net)
     net.gates = None
     for name, module in list(net.named_modules()):
-        if not isinstance(module, nn.Conv2d | nn.Linear | nn.Identity):
+        if isinstance(module, nn.Identity):
+            runner = return_unchanged
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            runner = GatheringLayer(module)
+        else:
             continue
-        is_identity = isinstance(module, nn.Identity)
         parent_name, _, own_name = name.rpartition(".")
         parent = net.get_submodule(parent_name)
         delattr(parent, own_name)
-        setattr(parent, own_name, return_unchanged if is_identity else GatheringLayer(module))
-    net.layer_runners = [
-        make_runner(attrgetter(prunable.layer_name)(net), prunable, gate)
-        for prunable, gate in zip(net.prunable, gates)
-    ]
+        setattr(parent, own_name, runner)
+    net.layer_runners = []
+    for prunable, gate in zip(net.prunable, gates):
+        layer = attrgetter(prunable.layer_name)(net)
+        if gate is None:
+            net.layer_runners.append(PlainRunner(layer, prunable))
+        else:
+            net.layer_runners.append(GatedRunner(layer, prunable, gate))
     return net
-
-
-def make_runner(layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate | None):
-    if gate is None:
-        return PlainRunner(layer, prunable)
-    return GatedRunner(layer, prunable, gate)
 
 
 class TunedNet:

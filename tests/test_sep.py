@@ -133,7 +133,7 @@ def test_a_gate_gives_each_image_the_group_of_the_nearest_cluster():
     squeezed[:, 3] = 7.0  # says nothing
     gate = sep.SEGate(inputs=5, k=2, always_on_count=0, group_count=3)
 
-    weight, bias = sep.fit_scores(squeezed, 3)
+    weight, bias = sep.fit_gate(squeezed, 3)
     gate.excite.weight.copy_(weight)
     gate.excite.bias.copy_(bias)
 
@@ -285,7 +285,7 @@ def test_a_gate_counts_whom_it_chose():
         if gate is None:
             continue
         assert gate.usage is None
-        assert usage.images == 2 * len(x)
+        assert usage.image_count == 2 * len(x)
         assert usage.share_of_kernel.sum() == pytest.approx(gate.k)
         assert usage.count_kernels()[1] > 0
         assert 1 < usage.groups_in_use <= gate.group_count
@@ -298,8 +298,8 @@ def test_usage_says_what_kernels_serve():
     usage.add(torch.tensor([0, 2, 0]))
     usage.add(torch.tensor([0]))
 
-    assert usage.images == 4
-    assert usage.images_of_group.tolist() == [3, 0, 1]
+    assert usage.image_count == 4
+    assert usage.image_counts.tolist() == [3, 0, 1]
     assert usage.share_of_kernel.tolist() == [1, 0.75, 0, 0.25]
     assert usage.count_kernels() == (1, 2, 1)
     assert usage.groups_in_use == 2
@@ -469,8 +469,7 @@ def test_kernels_are_gathered_once_for_each_pair_of_groups(monkeypatch):
     gather = sep.GatheringLayer.gather
 
     def record(self, previous, own):
-        pair = (sep.number_of(previous), sep.number_of(own))
-        gathered.append((id(self), pair))
+        gathered.append((id(self), (previous, own)))
         return gather(self, previous, own)
 
     monkeypatch.setattr(sep.GatheringLayer, "gather", record)

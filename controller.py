@@ -2393,9 +2393,9 @@ class Reporter:
 
 # The rows of results.json; each has a checkpoint ROW.pt.
 ROWS = ("baseline", *METHODS)
-# The other files of a run. results.json is removed last: without it an interrupted removal could
-# not tell whose files are left.
-RUN_FILES = ("report.svg", "sep-usage.json", "results.json")
+# The other files of a run; an earlier version had a progress.pt here. results.json is removed last:
+# without it an interrupted removal could not tell whose files are left.
+RUN_FILES = ("progress.pt", "report.svg", "sep-usage.json", "results.json")
 # What must be equal where a run goes on.
 IDENTITY = (
     "experiment",
@@ -2914,10 +2914,12 @@ class Trainer:
         target: float | None,
         lstm_epoch: int,
         number: int,
+        row: str | None = None,
     ) -> tuple[Net, Candidate]:
-        """Prune a parent to a structure, recover it with the teacher, and score it."""
+        """Prune a parent to a structure, recover it with the teacher, and score it; for a `row`,
+        which by default has the name of the method."""
         trained = self.train(
-            f"{method}: candidate {number}, {structure_name(structure)}",
+            f"{row or method}: candidate {number}, {structure_name(structure)}",
             models.prune_channels(parent_net, structure),
             self.data.train,
             self.settings.recovery,
@@ -2950,6 +2952,7 @@ class Trainer:
         target: float | None,
         lstm_epoch: int,
         number: int,
+        row: str | None = None,
     ) -> tuple[Net, Candidate]:
         """`make_candidate`, kept in a file of the pool: both come from there if it exists."""
         if not path.exists():
@@ -2961,6 +2964,7 @@ class Trainer:
                 target=target,
                 lstm_epoch=lstm_epoch,
                 number=number,
+                row=row,
             )
             models.save_checkpoint(path, net, asdict(candidate))
         net, facts = self.load(path)
@@ -3333,6 +3337,7 @@ class SepRow:
             target=target,
             lstm_epoch=1,
             number=1,
+            row="sep",
         )
 
     # -- its final training

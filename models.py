@@ -30,7 +30,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO, StringIO
-from itertools import chain, pairwise, product
+from itertools import chain, groupby, pairwise, product
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -1295,6 +1295,8 @@ def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         }
         keys.sort(key=lambda key: not (first and f"{key}.".startswith(first)))
         keys.sort(key=lambda key: key.rpartition(".")[0] in linear_layers)
+    # Tensors of the net itself, in no module, come before all modules.
+    keys.sort(key=lambda key: "." in key)
     return {key: tensors[key] for key in keys}
 
 
@@ -1788,6 +1790,8 @@ def check_weights(modules: list[FoundModule]) -> None:
 # Tensors in modules without weights that change nothing: of a channel selection, which
 # `spread_selections` has applied, and of thop, which counts operations.
 HARMLESS_TENSORS = {"indexes", "total_ops", "total_params"}
+# Names of modules that change nothing: a training for quantisation observes ranges with them.
+HARMLESS_MODULES = re.compile(r"activation_post_process|fake_quant")
 
 
 def refuse_other_parameters(found: dict[str, FoundModule], modules: list[FoundModule]) -> None:
@@ -1800,7 +1804,7 @@ def refuse_other_parameters(found: dict[str, FoundModule], modules: list[FoundMo
     first, last = names.index(modules[0].name), names.index(modules[-1].name)
     layers = {module.name for module in modules}
     for name in names[first : last + 1]:
-        if name in layers:
+        if name in layers or HARMLESS_MODULES.search(name):
             continue
         tensors = found[name].tensors
         for parameter, value in tensors.items():
@@ -2005,23 +2009,31 @@ def fold_norms_after_activations(linear_layers, norm_of: dict[str, FoundModule])
 
 
 def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
-    """The batch norm of each layer by its name: the one right after it or, where norms are listed
-    by themselves, the first that has its width.
+    """The batch norm of each layer by its name: the one right after it. Of several norms in a row,
+    one for each of as many layers before them, in order, where their widths agree; else for each
+    the first layer without a norm that has its width.
 
     Raises UnreadableError where a norm is left over, or stands after the activation of a
     convolution.
     """
     norm_of = {}
     loose = []
-    for before, module in zip([None, *modules], modules):
-        if not module.is_norm:
+    layers = []
+    for is_norm, neighbours in groupby(modules, key=attrgetter("is_norm")):
+        if not is_norm:
+            layers = list(neighbours)
             continue
-        if before is None or before.is_norm or before.outputs != module.outputs:
-            loose.append(module)
-        else:
-            norm_of[before.name] = module
-            if before.is_convolution and is_after_activation(module, before):
-                raise UnreadableError(f"{module.name} stands after an activation, not before it")
+        norms = list(neighbours)
+        pairs = list(zip(layers[-len(norms) :], norms))
+        if len(layers) < len(norms) or not have_same_widths(pairs):
+            pairs = list(zip(layers[-1:], norms))
+        if not have_same_widths(pairs):
+            pairs = []
+        loose += norms[len(pairs) :]
+        for layer, norm in pairs:
+            norm_of[layer.name] = norm
+            if layer.is_convolution and is_after_activation(norm, layer):
+                raise UnreadableError(f"{norm.name} stands after an activation, not before it")
     for norm in loose:
         for layer in modules:
             if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
@@ -2030,6 +2042,10 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
         else:
             raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
     return norm_of
+
+
+def have_same_widths(pairs: list[tuple[FoundModule, FoundModule]]) -> bool:
+    return all(layer.outputs == norm.outputs for layer, norm in pairs)
 
 
 def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
@@ -2127,8 +2143,9 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
     """How convolutions may be padded, a number for each; the likeliest first.
 
     Up to three are padded each its own way: not at all, or so that maps keep their size (`same`).
-    More are all padded alike; of a VGG the last one may be without. Last comes `same` with two more
-    pixels around the first convolution: nets made for 32 x 32 pixels read MNIST's 28 x 28 so.
+    More are all padded alike; the last one may be without in a VGG, or a large one. Last comes
+    `same` with two more pixels around the first convolution: nets made for 32 x 32 pixels read
+    MNIST's 28 x 28 so.
     """
     same = [module.kernel // 2 if module.kernel % 2 else 0 for module in convolutions]
     if not convolutions:
@@ -2137,7 +2154,9 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
     if len(convolutions) >= VGG_CONVOLUTIONS:
         return list(dict.fromkeys([tuple(same), (*same[:-1], 0), widened]))
     if len(convolutions) > 3:
-        return list(dict.fromkeys([tuple(same), (0,) * len(same), widened]))
+        # A large last kernel may see the whole map.
+        ends = [(*same[:-1], 0)] if convolutions[-1].kernel >= STRIDED_KERNEL else []
+        return list(dict.fromkeys([tuple(same), (0,) * len(same), *ends, widened]))
     return [*dict.fromkeys(product(*((0, padding) for padding in same))), widened]
 
 

@@ -2131,6 +2131,8 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     tried = {tuple(candidate["structure"]): candidate["macs"] for candidate in candidates}
     assert tried[lstm_structure] == lstm["macs"]
     assert len(run.results["search"]["sep"]["gate_trials"]) > 1
+    # `lstm`'s pool stays away: the trial's work is that of `sep`.
+    assert not list(tmp_path.glob("*-pool"))
 
 
 def test_static_is_seps_net_where_that_has_no_gates(tmp_path, monkeypatch):

@@ -621,8 +621,12 @@ def test_what_lies_harmless_beside_the_weights_is_read(tmp_path):
         "is_best": np.bool_(True),
         "losses": np.arange(4.0),
         "options": argparse.Namespace(lr=0.1, folder=Path("runs")),
-        # thop counts operations in every module.
-        "state_dict": {"conv1.weight": net.conv1.weight.data, "total_ops": torch.zeros(1)}
+        # Between the layers: thop's counts of operations, the observer of a quantisation.
+        "state_dict": {
+            "conv1.weight": net.conv1.weight.data,
+            "total_ops": torch.zeros(1),
+            "act.activation_post_process.scale": torch.ones(1),
+        }
         | net.state_dict(),
     }
     torch.save(content, tmp_path / "a.pt")
@@ -685,7 +689,8 @@ def test_safetensors_are_the_same_net(tmp_path, arch):
 @pytest.mark.parametrize("name", zoo.CASES.keys() - {"slimmed by channel selection"})
 def test_nets_are_read_from_tensors_by_the_alphabet(name):
     net, x = zoo.make_lively(zoo.CASES[name])
-    tensors = dict(sorted(net.state_dict().items()))
+    # In a module's own order its own tensors would come first.
+    tensors = dict(sorted((net.state_dict() | {"temperature": torch.ones(1)}).items()))
 
     state = models.restore_order(tensors)
 

@@ -539,6 +539,30 @@ def make_cnn_in_blocks(*, is_averaged):
                   fc=nn.Linear(16 if is_averaged else 16 * 16, 10))  # fmt: skip
 
 
+def make_listed_cnn(names=("convs.{}", "norms.{}")):
+    """Convolutions of one width and their norms, each in a list of their own."""
+    layers = {}
+    for number, inputs in enumerate((3, 8, 8)):
+        layers[names[0].format(number)] = conv(inputs, 8)
+    for number in range(3):
+        layers[names[1].format(number)] = nn.BatchNorm2d(8)
+    modules = {}
+    for name, layer in layers.items():
+        parent, _, number = name.partition(".")
+        if number:
+            modules.setdefault(parent, nn.ModuleList()).append(layer)
+        else:
+            modules[parent] = layer
+
+    def run(net, x):
+        for number in range(3):
+            layer, norm = (net.get_submodule(name.format(number)) for name in names)
+            x = F.max_pool2d(F.relu(norm(layer(x))), 2)
+        return net.fc(x.flatten(1))
+
+    return Layers(run, **modules, fc=nn.Linear(8 * 16, 10))
+
+
 def make_large_kernel_cnn(*, is_averaged):
     """Two convolutions, of 5 x 5 and 7 x 7."""
 
@@ -602,6 +626,10 @@ CASES = {
         partial(make_cnn_in_blocks, is_averaged=True),
         is_first_reading=False,
         gain=GAIN_WITHOUT_NORMS,
+    ),
+    "CNN, norms in a list": Case("written for this test", make_listed_cnn),
+    "CNN, norms behind the convolutions": Case(
+        "written for this test", partial(make_listed_cnn, ("conv2d{}", "bn{}"))
     ),
     "CNN of large kernels": Case(
         "written for this test", partial(make_large_kernel_cnn, is_averaged=False), 1, 28

@@ -48,6 +48,15 @@ def record_masks(net, x):
 # ---- the gate
 
 
+def test_a_gate_chooses_in_full_precision_under_autocast():
+    torch.manual_seed(0)
+    x, layer, gate = torch.randn(2000, 64), nn.Linear(64, 16), sep.SEGate(64, 2, 0, 8)
+    expected = gate.choose_groups(x, layer)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate.choose_groups(x, layer), expected)
+
+
 @pytest.mark.parametrize("arch", NETS)
 def test_fresh_gates_change_nothing(arch):
     net, x = make_lively_net(arch)

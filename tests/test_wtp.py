@@ -136,10 +136,12 @@ def test_the_published_schedule_is_the_papers():
     assert (mnist.recovery, mnist.final) == (plan(10, 0.001), plan(100, 0.001))
     assert mnist.target is None
     assert wtp.EXPERIMENTS["resnet56-cifar10"].target == 0.475
-    assert (controller.MOMENTUM, controller.WEIGHT_DECAY) == (0.9, 5e-4)
+    optimizer = controller.make_optimizer(build_net("mnist"), 0.1)
+    assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 5e-4)
+    lstm = controller.Policy().lstm
+    assert (lstm.hidden_size, lstm.num_layers, lstm.dropout) == (100, 2, 0.8)
     assert (controller.BATCH_SIZE, controller.VALIDATION_SHARE) == (128, 0.1)
-    assert (controller.LSTM_HIDDEN, controller.LSTM_LAYERS) == (100, 2)
-    assert (controller.LSTM_DROPOUT, controller.ADVANTAGE_SCALE) == (0.8, 10)
+    assert controller.ADVANTAGE_SCALE == 10
 
 
 @pytest.mark.parametrize("name", wtp.EXPERIMENTS)
@@ -581,8 +583,12 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     assert "my-pruned.pt" in out
     assert (tmp_path / "my.pt").read_bytes() == given
 
-    status, out, _ = call(capsys, "evaluate", tmp_path / "my-pruned.pt")
+    status, out, err = call(capsys, "evaluate", tmp_path / "my-pruned.pt")
     assert status == 0
+    assert "reads 2,000 test images of digits" in err
+    (folder,) = (tmp_path / "runs").iterdir()
+    row = rows_by_method(read_results(folder))[method]
+    assert re.search(rf"test accuracy .*{row['test_accuracy']:.2%}", out)
     assert "latency, batch 128" in out
     ratio = f"{1 - cut:.3f}"
     for value in (f"{facts['macs'] / 1e6:.3f} M", "2.293 M", ratio, f"{facts['parameters']:,}"):
@@ -824,10 +830,10 @@ def test_export_writes_what_other_programs_run(capsys, smoke, tmp_path):
     status, out, err = call(capsys, *command)
     assert status == 2
     assert "--force overwrites it" in err
-    assert (tmp_path / "net.pt2.part").read_text() == "mine"
     assert exported.read_text() == "mine"
     assert call(capsys, *command, "--force")[0] == 0
     assert exported.stat().st_size > 1000
+    assert (tmp_path / "net.pt2.part").read_text() == "mine"
 
 
 def test_train_writes_the_baseline_and_keeps_results_that_cannot_be_read(capsys, smoke, tmp_path):
@@ -854,10 +860,14 @@ def test_train_writes_the_baseline_and_keeps_results_that_cannot_be_read(capsys,
         assert torch.equal(value, expected[key])
 
 
+def test_the_speed_of_training_is_measured():
+    net = models.build("lenet5", channels=1, size=28)
+
+    assert controller.measure_training_speed(net, torch.device("cpu")) > 0
+
+
 @pytest.mark.parametrize("options", [[], ["--time"]])
 def test_reproduce_alone_lists_the_experiments(capsys, monkeypatch, options):
-    net = models.build("lenet5", channels=1, size=28)
-    assert controller.measure_training_speed(net, torch.device("cpu")) > 100  # images a second
     measured = []
 
     def measure(net, device):
@@ -889,7 +899,11 @@ def test_few_images_of_ones_own_train_for_enough_steps():
     usual = settings_of("resnet56-cifar10", "fast")
     assert (usual.baseline.epochs, usual.final.epochs) == (20, 20)
     smoke = wtp.settings_for(experiment, wtp.SCHEDULES["smoke"], 0, train_images=240)
-    assert smoke == replace(settings_of("resnet56-cifar10", "smoke"), recovery=smoke.recovery)
+    assert smoke == settings_of("resnet56-cifar10", "smoke")
+    # A step in each epoch: at least 200 steps, and of `fast` about 50 of 128 images.
+    for name, epochs in (("published", 200), ("fast", 30)):
+        few = wtp.settings_for(experiment, wtp.SCHEDULES[name], 0, train_images=240)
+        assert few.recovery.epochs == epochs
 
 
 def test_the_users_own_final_epochs_take_the_place_of_the_schedules():
@@ -1782,6 +1796,8 @@ WRONG_CALLS = [
     (2, "50% is no number, as 0.9 is for 90 %; did you mean 0.5?", "prune net.pt --target 50%"),
     (2, "half is no number, as 0.9 is for 90 %", "prune net.pt --target half"),
     (2, "--time is for the list of experiments", "reproduce mnist --time"),
+    (2, "unknown activation 'sine'", "evaluate net.pt --activation sine"),
+    (2, "drawn.pt says its activation, relu", "prune drawn.pt --activation tanh"),
     (2, "--arch resnet20 alone is for images of your own", "train --arch resnet20"),
     (1, "unknown network 'resnet21'", "train --arch resnet21"),
     (2, "name an experiment, mnist, ", "train"),
@@ -1867,23 +1883,33 @@ def write_nets(folder):
     torch.save(models.build("vgg16", [2] * 13, classes=2).state_dict(), folder / "vgg.pt")
 
 
+@pytest.fixture(scope="module")
+def files_of_wrong_calls(smoke, tmp_path_factory):
+    """A folder with all files that the wrong calls name."""
+    folder = tmp_path_factory.mktemp("wrong-calls")
+    write_nets(folder)
+    for name in ("taken.pt", "taken.onnx", "taken.svg"):
+        (folder / name).write_text("mine")
+    (folder / "dangling.pt2").symlink_to("unmounted/net.pt2")
+    for name in ("folder", "dir.onnx", "half/train", "pictures/train", "pictures/test"):
+        (folder / name).mkdir(parents=True)
+    shutil.copytree(smoke[0], folder / "old" / "digits-smoke-s0")
+    save_pictures(folder / "small", classes=2, count=6, size=8)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("expected", "words", "command"), WRONG_CALLS, ids=lambda value: str(value)
 )
-def test_wrong_calls_get_one_line(capsys, smoke, tmp_path, monkeypatch, expected, words, command):
+def test_wrong_calls_get_one_line(
+    capsys, files_of_wrong_calls, tmp_path, monkeypatch, expected, words, command
+):
     monkeypatch.chdir(tmp_path)
     for name in ("mnist", "cifar"):
         monkeypatch.setattr(
             f"torchvision.datasets.{name}.download_and_extract_archive", refuse_download
         )
-    write_nets(tmp_path)
-    for name in ("taken.pt", "taken.onnx", "taken.svg"):
-        (tmp_path / name).write_text("mine")
-    (tmp_path / "dangling.pt2").symlink_to("unmounted/net.pt2")
-    for name in ("folder", "dir.onnx", "half/train", "pictures/train", "pictures/test"):
-        (tmp_path / name).mkdir(parents=True)
-    shutil.copytree(smoke[0], tmp_path / "old" / "digits-smoke-s0")
-    save_pictures(tmp_path / "small", classes=2, count=6, size=8)
+    shutil.copytree(files_of_wrong_calls, tmp_path, symlinks=True, dirs_exist_ok=True)
     before = fingerprint_files(tmp_path)
 
     status, out, err = call(capsys, *command.split())
@@ -1918,8 +1944,6 @@ def test_broken_checkpoints_get_one_line(capsys, tmp_path, monkeypatch):
         [],
         {"baseline": 7},
         {"baseline": {"test_accuracy": "x"}},
-        {"mean": "x", "std": [0.0]},
-        {"data": 3},
         {"test_images": torch.ones(2)},
     ],
 )
@@ -1929,7 +1953,101 @@ def test_odd_facts_in_a_checkpoint_cause_no_traceback(capsys, smoke, tmp_path, f
     status, _, err = call(capsys, "evaluate", tmp_path / "a.pt", "--data-dir", tmp_path)
 
     assert status == 1
+    assert "its facts are not the values" in err
     assert is_one_line(err)
+
+
+@pytest.mark.parametrize("facts", [{"mean": "x", "std": [0.0]}, {"data": 3}])
+def test_facts_that_say_nothing_usable_are_passed_over(capsys, smoke, tmp_path, facts):
+    torch.save(torch.load(smoke[0] / "lstm.pt") | {"facts": facts}, tmp_path / "a.pt")
+    save_pictures(tmp_path / "pictures", classes=10, count=12)
+
+    status, _, err = call(
+        capsys, "evaluate", tmp_path / "a.pt", "--data-dir", tmp_path / "pictures"
+    )
+
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.")])
+def test_memory_that_ran_out_is_one_line(capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(wtp, "load_user_net", fail)
+
+    assert call(capsys, "evaluate", "a.pt") == (1, "", "wtp: out of memory\n")
+
+
+def test_an_accuracy_on_other_images_is_not_shown_beside():
+    facts = {"data": "mnist", "test_images": 9, "baseline": {"test_accuracy": 0.99}}
+
+    assert "test_accuracy" in wtp.known_baseline(facts, None, 9, "mnist")
+    assert "test_accuracy" not in wtp.known_baseline(facts, None, 9, "digits")
+
+
+@pytest.mark.parametrize(
+    ("cut", "target", "words"),
+    [
+        (0.3, 0.5, "did not reach the target"),
+        (0.496, 0.5, None),
+        (0.0, None, "kept the whole net"),
+    ],
+)
+def test_a_row_that_fell_short_is_named(cut, target, words):
+    lines = list(wtp.describe_shortfall({"method": "lstm", "macs_reduction": cut}, target))
+
+    assert len(lines) == (words is not None)
+    assert words is None or words in lines[0]
+
+
+def test_the_activation_that_a_user_names_is_taken(smoke, tmp_path):
+    torch.save(sep.load(smoke[0] / "baseline.pt")[0].state_dict(), tmp_path / "a.pt")
+
+    user_net = wtp.load_user_net(tmp_path / "a.pt", activation="tanh")
+
+    assert user_net.net.architecture.activation == "tanh"
+    assert {reading.architecture.activation for reading in user_net.readings} == {"tanh"}
+
+
+def test_rate_and_seed_reach_the_run(capsys, smoke, tmp_path, monkeypatch):
+    seen = []
+
+    def stop_here(run, *_, **__):
+        seen.append((run.settings.pruning_rate, run.settings.seed))
+        raise UserError("stopped")
+
+    monkeypatch.setattr(wtp, "announce", stop_here)
+    net = copy_row(smoke, "baseline", tmp_path / "a.pt")
+
+    call(capsys, "prune", net, "--rate", "0.3", "--seed", "5", "--out", tmp_path)
+
+    assert seen == [(0.3, 5)]
+
+
+def test_cifar_is_augmented_in_training_alone(tmp_path, monkeypatch):
+    pixels = torch.zeros(20, 32, 32, 3, dtype=torch.uint8)
+    labels = torch.arange(20) % 10
+    monkeypatch.setattr(controller, "load_from_torchvision", lambda *_, **__: (pixels, labels))
+    experiment = wtp.EXPERIMENTS["vgg-cifar10"]
+
+    train, test, _ = wtp.load_experiment_images(experiment, tmp_path, 32, print)
+
+    assert (train.crop, train.flip, test.is_augmented) == (4, True, False)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_plain_export_keeps_its_recovery_only_where_that_helps(monkeypatch, helps):
+    plain = models.build("lenet5", (2, 2, 2), channels=1, size=28)
+    # With gates, without them, and after the recovery.
+    accuracies = iter([0.9, 0.5, 0.6 if helps else 0.4])
+    monkeypatch.setattr(controller, "make_static", lambda *_: plain)
+    monkeypatch.setattr(controller, "measure_accuracy", lambda *_: next(accuracies))
+    images = controller.Images(*controller.draw_digits(200, 0), mean=(0.16,), std=(0.33,))
+
+    found = wtp.make_static_for_export(build_net("digits"), images)
+
+    assert (found is not plain) == helps
 
 
 def test_names_in_brackets_are_no_markup(capsys, smoke, tmp_path):
@@ -1965,10 +2083,8 @@ def test_ctrl_c_at_once(tmp_path, last_import):
     command = [sys.executable, "-X", "importtime", ROOT / "wtp.py", "reproduce", "digits"]
     command += ["--out", tmp_path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while "| signal" not in process.stderr.readline():
-            pass
-        while last_import not in process.stderr.readline():
-            pass
+        for word in ("| signal", last_import):
+            assert any(word in line for line in process.stderr), f"no line has {word}"
         time.sleep(0.005)
         process.send_signal(signal.SIGINT)
         printed = process.stderr.read()

@@ -3397,7 +3397,8 @@ class SepRow:
         it is; then come the gates that `gate_sizes` names.
 
         Gates that come at the start leave each group fewer images to learn from, and ended below
-        those that come later, in one run and within chance (RESULTS.md, section 6). The optimizer's momentum begins anew with the gates.
+        those that come later, in one run and within chance (RESULTS.md, section 6). The optimizer's
+        momentum begins anew with the gates.
         """
         images, plan = self.data.all, self.settings.final
         epochs_before_gates, epochs_with_gates = split_epochs(plan)

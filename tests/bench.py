@@ -17,6 +17,7 @@
     bench.py DATA_DIR signals BASELINE CUT COUNT   do images that the baseline saw rank alike?
     bench.py DATA_DIR budgets BASELINE CUT COUNT   which recovery ranks as final trainings do?
     bench.py DATA_DIR seeds RUN SEED [...]         a run's final trainings by other seeds
+    bench.py DATA_DIR finalists RUN COUNT [SEED]   do a search's best candidates stay the best?
     bench.py DATA_DIR leads GROUP GROUP [...]      how sure is the lead of the first group of nets?
     bench.py DATA_DIR rivals RUN                   a run's rows beside those of torch-pruning
 
@@ -1043,6 +1044,51 @@ def seeds(folder, run, *numbers):
             say(f"seed {seed}, {row['method']}: loss {loss:.4f}, test accuracy {accuracy:.2%}")
 
 
+def finalists(folder, run, count, seed="0"):
+    """Do the best candidates of a finished search of `lstm` by `fast` stay the best?
+
+    The `count` best ones and the first, which is `uniform`'s, each pruned anew: after the recovery,
+    after a short training, as those that compare gates, and after the final training, on the
+    images that do not validate. All are judged by the images that do.
+    """
+    results = controller.read_results(Path(run))
+    plans = {name: TrainingPlan(**results["settings"][name]) for name in ("recovery", "final")}
+    baseline = load_baseline(folder, Path(run) / "baseline.pt")
+    plans["trial"] = controller.plan_gate_trial(plans["final"], len(baseline.train))
+    teacher = Teacher(baseline.net, baseline.train, int(seed))
+    logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
+    search = results["search"]["lstm"]
+    candidates = [controller.read_candidate(values) for values in search["candidates"]]
+    reached = [each for each in candidates if each.macs_reduction >= search["target"]]
+    chosen = controller.rank_by_reward(reached, int(count))
+    rows = []
+    for structure in dict.fromkeys(each.structure for each in (candidates[0], *chosen)):
+        small = models.prune_channels(baseline.net, structure)
+        trained = {
+            "recovery": train_to_the_end(
+                small, plans["recovery"], baseline.train, teacher, int(seed)
+            )
+        }
+        for name in ("trial", "final"):
+            trained[name] = train_to_the_end(
+                trained["recovery"], plans[name], baseline.train, teacher, int(seed)
+            )
+        row, texts = [], []
+        for name, net in trained.items():
+            accuracy, loss = judge(net, baseline.validation, logits.softmax(1))
+            row += [accuracy, -loss]
+            texts.append(f"{name} {accuracy:.2%} {loss:.4f}")
+        rows.append(row)
+        say(f"{structure}: {', '.join(texts)}")
+    table = rank_correlations(rows)
+    for n, name in enumerate(("recovery", "trial")):
+        by_accuracy, by_loss = table[2 * n, 4], table[2 * n + 1, 5]
+        say(
+            f"{name}: rank correlation with the final training's, of the accuracies "
+            f"{by_accuracy:.2f}, of the losses {by_loss:.2f}"
+        )
+
+
 def leads(folder, *groups):
     """By how much is the first group of nets ahead of each other one, in test accuracy, and how
     sure is that? A group is CHECKPOINT[,CHECKPOINT ...], as one of each seed.
@@ -1447,7 +1493,8 @@ def save_enlarged(data_folder, folder):
 
 USUAL = (exactness, speed, size, search)
 OTHERS = (
-    *(narrow, structures, recipes, gates, signals, budgets, seeds, leads, rivals),
+    *(narrow, structures, recipes, gates, signals, budgets, seeds),
+    *(finalists, leads, rivals),
     *(small, families, photographs),
 )
 

@@ -1701,15 +1701,16 @@ UNIFORM_TOLERANCE = 0.03
 # ours: the first structure that removes so much more than the target ends the search for a uniform
 # one, for smaller shares only lead further away.
 UNIFORM_EXCESS = 0.05
-# ours: where few channels are left, one channel more or less is much. No layer is to keep so many
-# times the share that another keeps.
+# ours: where few channels are left, one channel is a large share. The largest share that a layer
+# keeps is to be at most so many times the smallest.
 UNIFORM_MAX_RATIO = 3
 
 
 def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
-    """The structure that keeps the same share of channels in every layer and comes nearest to
-    removing `target`: `widths` themselves where that is nearest. Layers may differ by
-    UNIFORM_TOLERANCE, and by UNIFORM_MAX_RATIO if that can be had."""
+    """The structure that keeps nearly the same share of channels in every layer and comes nearest
+    to removing `target`: `widths` themselves where that is nearest. A layer may get up to
+    UNIFORM_TOLERANCE of its channels back. Uneven structures (`is_even`) are taken only where there
+    are no others."""
     found = []
     # Layers whose channels cost the most MACs get theirs back first.
     costliest_first = sorted(

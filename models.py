@@ -1313,12 +1313,9 @@ def place_by_numbers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple]:
 
 
 def find_first_module(convolutions: list[str], tensors: dict[str, torch.Tensor]) -> str | None:
-    """How the names begin of the module with the convolution that reads images, as "features.";
-    None where several convolutions may be that one.
-
-    `convolutions` are the names of all their weights. Of the module's parts as many count as tell
-    it apart from the others.
-    """
+    """How the name of the convolution that reads the images begins, up to the first part in which
+    the names of the `convolutions`' weights differ: "features.", "model.conv1."; None where several
+    convolutions may read the images."""
     readers = [key for key in convolutions if tensors[key].shape[1] in (1, 3)]
     if len(readers) != 1:
         return None

@@ -1979,7 +1979,7 @@ def test_memory_that_ran_out_is_one_line(capsys, monkeypatch, error):
     assert call(capsys, "evaluate", "a.pt") == (1, "", "wtp: out of memory\n")
 
 
-def test_an_accuracy_on_other_images_is_not_shown_beside():
+def test_a_baselines_accuracy_on_other_images_is_not_shown():
     facts = {"data": "mnist", "test_images": 9, "baseline": {"test_accuracy": 0.99}}
 
     assert "test_accuracy" in wtp.known_baseline(facts, None, 9, "mnist")

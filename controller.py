@@ -1651,8 +1651,17 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     if reduction_of(structure) < target:
         return structure
     # The last channel may have removed much: what it makes up for comes back.
-    for layer in dict.fromkeys(reversed(order[:removed_count])):
-        while structure[layer] < parent[layer]:
+    layers = dict.fromkeys(reversed(order[:removed_count]))
+    return fill_up(structure, parent, layers, reduction_of, target)
+
+
+def fill_up(structure, limits, layers: Iterable[int], reduction_of, target: float) -> tuple:
+    """The structure with channels given back, as long as it removes at least `target`.
+
+    Each of the `layers`, in their order, gets as many as it can, at most its number in `limits`.
+    """
+    for layer in layers:
+        while structure[layer] < limits[layer]:
             wider = add_at(structure, layer)
             if reduction_of(wider) < target:
                 break
@@ -1936,6 +1945,8 @@ class ScoredStructure:
     macs: int
     macs_reduction: float
     reward: float
+    # What a finalist of a search came to in its trial: see `try_finalists`.
+    trial_loss: float | None = field(default=None, kw_only=True)
 
 
 @dataclass
@@ -1945,7 +1956,7 @@ class Candidate(ScoredStructure):
     parent: tuple[int, ...]
     actions: tuple[int, ...]
     lstm_epoch: int
-    seconds: float
+    seconds: float  # of its recovery and its trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -1975,9 +1986,15 @@ def rank_by_reward(scored: Iterable[ScoredStructure], count: int) -> list[Scored
 
 
 def choose_best(scored: Iterable[ScoredStructure], target: float | None) -> ScoredStructure:
-    """The structure of the largest reward among those that reach the target; where none does, the
-    one that removes the most."""
+    """The structure that a search ends with.
+
+    Where there were trials, it is that of the lowest loss in them. Else it is that of the largest
+    reward among those that reach the target; where none does, the one that removes the most.
+    """
     scored = list(scored)
+    finalists = [item for item in scored if item.trial_loss is not None]
+    if finalists:
+        return min(finalists, key=lambda item: item.trial_loss)
     reached = [item for item in scored if target is None or item.macs_reduction >= target]
     if reached:
         return max(reached, key=lambda item: item.reward)
@@ -2042,6 +2059,10 @@ class Search:
     def structures_in_use(self) -> set:
         """The structures whose weights may still be asked for."""
         raise NotImplementedError
+
+    def list_finalists(self) -> list[Candidate]:
+        """The candidates among which trials decide at the end; none where the reward decides."""
+        return []
 
     def describe_end(self) -> str:
         """When the search ends, for the user."""
@@ -2170,6 +2191,9 @@ class RegressionSearch(Search):
     A walk goes in *moves*, each a step of a few layers at once. Layers that save many MACs for
     little predicted cost are likely to take part, and the likelier the later in the search. The
     first candidate has the same share of every layer.
+
+    A recovery is too short to tell which of the best candidates is the best in the end. So these
+    finalists, and the first candidate, have a trial.
     """
 
     rule = "regression"
@@ -2182,7 +2206,8 @@ class RegressionSearch(Search):
     # cost has 2^(1 / temperature) times the odds to be pruned in a move.
     odds_temperatures = (0.5, 0.1)
     share_of_layers = 0.25  # that a move prunes, about
-    idle_walks_per_patience = 5  # a walk is cheap where its structure is known already
+    idle_walks_per_patience = 10  # a walk is cheap where its structure is known already
+    max_finalists = 4  # beside the first candidate (RESULTS.md, section 5)
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -2211,7 +2236,7 @@ class RegressionSearch(Search):
     def propose(self) -> Proposal | None:
         if len(self.candidates) >= self.settings.max_candidates:
             return None
-        if self.idle_walks >= self.idle_walks_per_patience * self.settings.patience:
+        if self.idle_walks >= self.max_idle_walks:
             return None
         seed = seed_for(self.settings.seed, self.method, "decisions", self.walks)
         generator = torch.Generator().manual_seed(seed)
@@ -2223,8 +2248,24 @@ class RegressionSearch(Search):
             if smaller is None:
                 break
             structure = smaller
+        if self.walks > 0:
+            # Channels that still fit under the target cost nothing. They are the cheapest ones in
+            # MACs, which are mostly those of the last layers.
+            structure = self.fill_up(structure)
         parent = self.baseline_score.structure
         return Proposal(parent, actions_between(parent, structure), structure)
+
+    def fill_up(self, structure) -> tuple[int, ...]:
+        """The structure with all channels that it may keep at the target, last layers first."""
+        last_layers_first = reversed(range(len(structure)))
+        return fill_up(
+            structure, self.net.widths, last_layers_first, self.reduction_of, self.target
+        )
+
+    @property
+    def max_idle_walks(self) -> int:
+        """After so many walks in a row that led to known structures, the search ends."""
+        return self.idle_walks_per_patience * self.settings.patience
 
     def take_move(self, structure, generator) -> tuple[int, ...] | None:
         """A smaller structure on the walk to the target; None where no step removes MACs.
@@ -2255,13 +2296,17 @@ class RegressionSearch(Search):
         steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
         log_saved_per_cost = saved.clamp_min(1e-9).log() - (cost_per_step * steps).log()
         threshold = log_saved_per_cost[saved > 0].quantile(1 - self.share_of_layers)
+        by_chance = torch.full_like(saved, self.share_of_layers)
         if self.is_random:
-            probabilities = torch.full_like(saved, self.share_of_layers)
+            probabilities = by_chance
         else:
             first, last = self.odds_temperatures
             share_done = min(1, (len(self.candidates) + 1) / self.settings.max_candidates)
             temperature = first * (last / first) ** share_done
-            probabilities = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
+            by_lstm = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
+            # Walks that only find what is known already are led by chance more and more.
+            share_of_chance = self.idle_walks / self.max_idle_walks
+            probabilities = torch.lerp(by_lstm, by_chance, share_of_chance)
         return torch.where(saved > 0, probabilities, 0)
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
@@ -2270,7 +2315,8 @@ class RegressionSearch(Search):
         self.idle_walks = self.idle_walks + 1 if is_known else 0
         self.add_candidate(score)
         if self.walks % self.settings.candidates_per_lstm_epoch == 0 and self.candidates:
-            if not self.is_random:
+            has_new_candidate = self.idle_walks < self.settings.candidates_per_lstm_epoch
+            if has_new_candidate and not self.is_random:
                 self.fit_policy()
             self.finish_lstm_epoch()
 
@@ -2308,7 +2354,17 @@ class RegressionSearch(Search):
         return self.predict_costs(self.read_layers(self.net.widths)).tolist()
 
     def structures_in_use(self) -> set:
-        return {self.best.structure}
+        return {self.best.structure, *(finalist.structure for finalist in self.list_finalists())}
+
+    def list_finalists(self) -> list[Candidate]:
+        reached = [
+            candidate
+            for candidate in self.candidates.values()
+            if candidate.macs_reduction >= self.target
+        ]
+        best = rank_by_reward(reached, self.max_finalists)
+        first = [candidate for candidate in reached[:1] if candidate not in best]
+        return best + first
 
     def describe_end(self) -> str:
         return f"at most {self.settings.max_candidates} candidates"
@@ -2420,8 +2476,8 @@ class RunFolder:
     results.json                the rows, every candidate of every search, learning curves
     sep-usage.json              for the pictures: which kernels `sep` uses for which class
     ROW-pool/                   what an unfinished row has: progress.pt, the training under way;
-                                search.pt, the state of the search; the weights of candidates; of
-                                `sep` also what was trained to find where gates help
+                                search.pt, the state of the search; the weights of candidates;
+                                what was trained in trials
     lock                        held by the process that works here
     """
 
@@ -2684,6 +2740,7 @@ def is_valid_search(log: dict, layers: list) -> bool:
         and all(has_number_per_layer(candidate.actions, layers) for candidate in candidates)
         and all(
             are_numbers([item.validation_accuracy, item.macs_reduction, item.reward, item.seconds])
+            and are_numbers([item.trial_loss or 0.0])
             for item in candidates
         )
         and all(has_number_per_layer(scores, layers) for scores in log.get("layer_scores", []))
@@ -2771,6 +2828,23 @@ def explain_divergence(title: str, epoch_number: int, plan: TrainingPlan) -> str
         f"{title}: the training diverged in epoch {epoch_number}, its loss is no longer a number: "
         f"the learning rate is too high for this net; {advice}"
     )
+
+
+# ours: a trial takes a tenth of the final training's epochs, at most 10: so that on many images
+# several trials together take less than the final training. But in fewer steps than 400 a small net
+# learns nothing that could be compared, so on few images they take longer.
+TRIAL_SHARE = 0.1
+MAX_TRIAL_EPOCHS = 10
+MIN_TRIAL_STEPS = 400
+
+
+def plan_trial(final: TrainingPlan, images: int) -> TrainingPlan:
+    """The short training that compares nets, on so many images: a part of the final training, as
+    TRIAL_SHARE and the numbers beside it say, and never more epochs than that has."""
+    epochs = min(MAX_TRIAL_EPOCHS, round(TRIAL_SHARE * final.epochs))
+    steps_per_epoch = max(1, images // BATCH_SIZE)
+    fewest = max(2, math.ceil(MIN_TRIAL_STEPS / steps_per_epoch))
+    return replace(final, epochs=min(max(epochs, fewest), final.epochs))
 
 
 class Trainer:
@@ -2971,6 +3045,45 @@ class Trainer:
         net, facts = self.load(path)
         return net, Candidate(**facts)
 
+    def load_or_train(
+        self, path: Path, title: str, net: Net, images: Images, plan: TrainingPlan, epochs: range
+    ) -> TrainedNet:
+        """`train` of a copy of `net`, with its loss on the validation images. Both are kept in a
+        file of the pool, and come from there the next time: on another machine the loss might put
+        another net ahead."""
+        if not path.exists():
+            trained = self.train(title, deepcopy(net), images, plan, epochs=epochs)
+            facts = {
+                "seconds": trained.seconds,
+                "curve": trained.curve,
+                "validation_loss": self.measure_validation_loss(trained.net),
+            }
+            models.save_checkpoint(path, trained.net, facts)
+        trained_net, facts = self.load(path)
+        return TrainedNet(
+            trained_net,
+            validation_accuracy=None,
+            seconds=facts["seconds"],
+            curve=facts["curve"],
+            validation_loss=facts["validation_loss"],
+        )
+
+    @cached_property
+    def validation_probabilities(self) -> torch.Tensor:
+        """The baseline's softmax outputs (N, classes) for the validation images."""
+        return compute_logits(self.baseline, self.data.validation).softmax(1)
+
+    def measure_validation_loss(self, net: Net) -> float | None:
+        """What the final training minimises, of `net` on the validation images; None where it is
+        no number."""
+        images = self.data.validation
+        logits = compute_logits(net, images)
+        temperature = self.settings.final.temperature
+        loss = float(
+            distillation_loss(logits, images.labels, self.validation_probabilities, temperature)
+        )
+        return round(loss, 5) if math.isfinite(loss) else None
+
 
 # ---- the run: the search loop ------------------------------------------------------------------
 
@@ -3020,7 +3133,44 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         in_use = {weights_of(structure) for structure in search.structures_in_use()}
         for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
             path.unlink()
+    try_finalists(trainer, search, weights_of)
     return trainer.load(weights_of(search.best.structure))[0], search.best
+
+
+def try_finalists(trainer: Trainer, search: Search, weights_of: Callable) -> None:
+    """ours: a trial for each finalist of a search, from its recovered weights, on the images that
+    do not validate. Its loss on those that do is kept in the candidate; a trial that diverges has
+    none.
+
+    The loss after a trial foretells that of the final training; the accuracy after the recovery,
+    which gives the reward, often does not (RESULTS.md, section 5). Nothing else is kept of a trial,
+    so that the nets of all rows have had the same trainings.
+    """
+    # A search that an earlier version began has removed most weights.
+    finalists = [each for each in search.list_finalists() if weights_of(each.structure).exists()]
+    if len(finalists) < 2:
+        return
+    folder = trainer.folder
+    images = trainer.data.train
+    plan = plan_trial(trainer.settings.final, len(images))
+    for number, finalist in enumerate(finalists, 1):
+        name = structure_name(finalist.structure)
+        try:
+            trained = trainer.load_or_train(
+                folder.pool(search.method) / f"trial-{name}.pt",
+                f"{search.method}: trial {number} of {len(finalists)}, {name}",
+                trainer.load(weights_of(finalist.structure))[0],
+                images,
+                plan,
+                range(plan.epochs),
+            )
+        except DivergenceError:
+            continue
+        finalist.trial_loss = trained.validation_loss
+        finalist.seconds = round(finalist.seconds + trained.seconds, 2)
+        log_search_state(search, folder)
+        folder.save_results()
+    folder.say(describe_trials(search, finalists))
 
 
 def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
@@ -3086,6 +3236,21 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
         f"{search.method}: {epoch}, {len(search.candidates)} candidates, {criterion}: accuracy "
         f"{best.validation_accuracy:.2%}, cut {best.macs_reduction:.1%} "
         f"({structure_name(best.structure)}); {search.describe_end()}"
+    )
+
+
+def describe_trials(search: Search, finalists: list[Candidate]) -> str:
+    """What the trials of the finalists came to, in one line for the user."""
+    losses = [
+        f"{structure_name(finalist.structure)} {finalist.trial_loss:.4f}"
+        for finalist in finalists
+        if finalist.trial_loss is not None
+    ]
+    if not losses:
+        return f"{search.method}: all trials diverged, so the largest reward decides"
+    return (
+        f"{search.method}: the trials choose {structure_name(search.best.structure)} (validation "
+        f"losses: {', '.join(losses)})"
     )
 
 
@@ -3195,12 +3360,6 @@ class RowCheckpoints:
 
 # ours: the share of a training that `sep` spends without gates (RESULTS.md, section 6).
 SHARE_WITHOUT_GATES = 0.3
-# ours: a trial of gates takes a tenth of the final training's epochs, at most 10: so that on many
-# images all trials together take less than the final training. But in fewer steps than 400 a small
-# net learns nothing that could be compared, so on few images they take longer.
-GATE_TRIAL_SHARE = 0.1
-MAX_GATE_TRIAL_EPOCHS = 10
-MIN_GATE_TRIAL_STEPS = 400
 # ours: gates find their clusters on so many training images. It takes a few seconds, and leaves
 # hundreds of images to each group.
 CLUSTERED_IMAGES = 5000
@@ -3210,15 +3369,6 @@ def split_epochs(plan: TrainingPlan) -> tuple[range, range]:
     """The epochs of a plan (before gates are put on, with gates)."""
     first_gated_epoch = round(SHARE_WITHOUT_GATES * plan.epochs)
     return range(first_gated_epoch), range(first_gated_epoch, plan.epochs)
-
-
-def plan_gate_trial(final: TrainingPlan, images: int) -> TrainingPlan:
-    """The short training that compares gates, on so many images: a part of the final training, as
-    GATE_TRIAL_SHARE and the numbers beside it say, and never more epochs than that has."""
-    epochs = min(MAX_GATE_TRIAL_EPOCHS, round(GATE_TRIAL_SHARE * final.epochs))
-    steps_per_epoch = max(1, images // BATCH_SIZE)
-    fewest = max(2, math.ceil(MIN_GATE_TRIAL_STEPS / steps_per_epoch))
-    return replace(final, epochs=min(max(epochs, fewest), final.epochs))
 
 
 def list_gate_counts(gate_sizes) -> list[int]:
@@ -3404,7 +3554,7 @@ class SepRow:
         images, plan = self.data.all, self.settings.final
         epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: final, without gates"
-        first_part = self.train_or_load(title, net, images, plan, epochs_before_gates)
+        first_part = self.load_or_train(title, net, images, plan, epochs_before_gates)
         gated = self.put_gates_on(first_part.net, gate_sizes)
         second_part = self.trainer.train(
             "sep: final", gated, images, plan, epochs=epochs_with_gates
@@ -3444,13 +3594,13 @@ class SepRow:
         DivergenceError where the nets without gates diverge.
         """
         images = self.data.train
-        plan = plan_gate_trial(self.settings.final, len(images))
+        plan = plan_trial(self.settings.final, len(images))
         epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: gates, trial without"
-        rival = self.train_or_load(title, rival_net, images, plan, range(plan.epochs))
+        rival = self.load_or_train(title, rival_net, images, plan, range(plan.epochs))
         # All trials with gates go on from here.
         title = "sep: gates, before the trials"
-        first_part = self.train_or_load(title, net, images, plan, epochs_before_gates)
+        first_part = self.load_or_train(title, net, images, plan, epochs_before_gates)
         seconds = rival.seconds + first_part.seconds
         trials = [{"gates": 0, "validation_loss": rival.validation_loss}]
         for count in list_gate_counts(gate_sizes):
@@ -3458,13 +3608,21 @@ class SepRow:
             title = f"sep: gates, trial with {count}"
             loss = None
             try:
-                second_part = self.train_or_load(title, gated, images, plan, epochs_with_gates)
+                second_part = self.load_or_train(title, gated, images, plan, epochs_with_gates)
                 seconds += second_part.seconds
                 loss = second_part.validation_loss
             except DivergenceError:
                 pass
             trials.append({"gates": count, "validation_loss": loss})
         return trials, seconds
+
+    def load_or_train(
+        self, title: str, net: Net, images: Images, plan: TrainingPlan, epochs: range
+    ) -> TrainedNet:
+        """`Trainer.load_or_train` with a file in `sep`'s pool, named by title and structure."""
+        name = re.sub(r"[:,]? ", "-", title)
+        path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
+        return self.trainer.load_or_train(path, title, net, images, plan, epochs)
 
     def put_gates_on(self, net: Net, gate_sizes) -> Net:
         """A copy of `net` with these gates; they divide some of the training images among their
@@ -3474,47 +3632,6 @@ class SepRow:
         order = torch.randperm(len(images), generator=generator)[:CLUSTERED_IMAGES]
         chunks = order.to(images.device).split(chunk_size_for(images))
         return sep.add_gates(net, gate_sizes, images.batches(chunks))
-
-    def train_or_load(
-        self, title: str, net: Net, images: Images, plan: TrainingPlan, epochs: range
-    ) -> TrainedNet:
-        """`Trainer.train` of a copy of `net`, with its loss on the validation images. Both are kept
-        in `sep`'s pool, and come from there the next time: on another machine the loss might put
-        another trial ahead."""
-        name = title.replace(": ", "-").replace(", ", "-").replace(" ", "-")
-        path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
-        if not path.exists():
-            trained = self.trainer.train(title, deepcopy(net), images, plan, epochs=epochs)
-            facts = {
-                "seconds": trained.seconds,
-                "curve": trained.curve,
-                "validation_loss": self.measure_validation_loss(trained.net),
-            }
-            models.save_checkpoint(path, trained.net, facts)
-        trained_net, facts = self.trainer.load(path)
-        return TrainedNet(
-            trained_net,
-            validation_accuracy=None,
-            seconds=facts["seconds"],
-            curve=facts["curve"],
-            validation_loss=facts["validation_loss"],
-        )
-
-    @cached_property
-    def validation_probabilities(self) -> torch.Tensor:
-        """The baseline's softmax outputs (N, classes) for the validation images."""
-        return compute_logits(self.trainer.baseline, self.data.validation).softmax(1)
-
-    def measure_validation_loss(self, net: Net) -> float | None:
-        """What the final training minimises, of `net` on the validation images; None where it is
-        no number."""
-        images = self.data.validation
-        logits = compute_logits(net, images)
-        temperature = self.settings.final.temperature
-        loss = float(
-            distillation_loss(logits, images.labels, self.validation_probabilities, temperature)
-        )
-        return round(loss, 5) if math.isfinite(loss) else None
 
 
 # ---- the run: its rows -------------------------------------------------------------------------

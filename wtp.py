@@ -299,19 +299,31 @@ def estimate_epochs(
         if method == "static":
             total += recovery
             continue
-        total += recovery * estimate_candidates(settings, method, has_row=has_row) + final
+        candidates = estimate_candidates(settings, method, has_row=has_row)
+        total += recovery * candidates + final
+        is_regression_search = candidates == settings.max_candidates
+        if is_regression_search:
+            total += estimate_trials(settings, images)
         if method == "sep":
             total += estimate_gate_trials(settings, images)
         has_row = True
     return total
 
 
+def estimate_trials(settings, images: int) -> float:
+    """How many epochs the trials of a search's finalists may take."""
+    from controller import RegressionSearch, plan_trial
+
+    finalists = min(RegressionSearch.max_finalists + 1, settings.max_candidates)
+    return finalists * plan_trial(settings.final, images).epochs
+
+
 def estimate_gate_trials(settings, images: int) -> float:
     """How many epochs `sep` may spend on where to put gates: one trial without and six with gates,
     as for ResNet-56, in 1, 2, 4, 8, 16 and all 27 layers. Deeper nets have one or two more."""
-    from controller import plan_gate_trial, split_epochs
+    from controller import plan_trial, split_epochs
 
-    plain_epochs, gated_epochs = split_epochs(plan_gate_trial(settings.final, images))
+    plain_epochs, gated_epochs = split_epochs(plan_trial(settings.final, images))
     trial_without = len(plain_epochs) + len(gated_epochs)
     # The trials with gates begin with one net, so they share its epochs without gates.
     trials_with_gates = len(plain_epochs) + 6 * len(gated_epochs)
@@ -588,6 +600,9 @@ def has_shared_search(results: dict) -> bool:
 def describe_search(results: dict, method: str, *, has_ended: bool) -> str:
     candidates = results["search"][method]["candidates"]
     line = f"{method} tried {len(candidates)} candidates"
+    finalists = sum(candidate.get("trial_loss") is not None for candidate in candidates)
+    if finalists:
+        line += f", the best {finalists} in trials, too"
     if not has_ended:
         line += " so far"
     if len(results["layers"]) > FEW_LAYERS:
@@ -788,6 +803,13 @@ def draw_candidates(axis, results: dict, method: str) -> None:
     places = list(range(1, len(candidates) + 1)) if is_in_order else cuts
     colour, marker = ROW_STYLES[method]
     axis.plot(places, accuracies, marker, color=colour, alpha=0.5, label="candidate")
+    finalists = [
+        (place, accuracy)
+        for place, accuracy, candidate in zip(places, accuracies, candidates)
+        if candidate.get("trial_loss") is not None
+    ]
+    if finalists:
+        axis.plot(*zip(*finalists), "x", color="#000000", markersize=5, label="in a trial, too")
     chosen_widths = [row["widths"] for row in results["rows"] if row["method"] == method]
     for place, accuracy, candidate in zip(places, accuracies, candidates):
         if candidate["structure"] in chosen_widths:

@@ -1054,7 +1054,7 @@ def finalists(folder, run, count, seed="0"):
     results = controller.read_results(Path(run))
     plans = {name: TrainingPlan(**results["settings"][name]) for name in ("recovery", "final")}
     baseline = load_baseline(folder, Path(run) / "baseline.pt")
-    plans["trial"] = controller.plan_gate_trial(plans["final"], len(baseline.train))
+    plans["trial"] = controller.plan_trial(plans["final"], len(baseline.train))
     teacher = Teacher(baseline.net, baseline.train, int(seed))
     logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
     search = results["search"]["lstm"]

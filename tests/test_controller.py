@@ -27,8 +27,8 @@ from controller import (
     RecoveredNet,
     Reporter,
     Run,
-    SepRow,
     Settings,
+    Trainer,
     TrainingPlan,
     fit,
     make_optimizer,
@@ -823,6 +823,20 @@ def test_a_pruned_step_lands_on_the_target(arch):
     assert controller.prune_to_target(parent, child, reduction_of, 0.99) == child
 
 
+def test_channels_come_back_layer_by_layer_as_long_as_the_target_is_reached():
+    def reduction_of(structure):
+        return 1 - (5 * structure[0] + 2 * structure[1] + structure[2]) / 80
+
+    def fill_up(layers):
+        return controller.fill_up((2, 2, 2), (8, 8, 8), layers, reduction_of, 0.7)
+
+    assert reduction_of((2, 2, 2)) == 0.8  # so that a cost of 8 is free
+    assert fill_up([2, 1, 0]) == (2, 3, 8)
+    assert fill_up([0, 1, 2]) == (3, 3, 3)
+    assert fill_up([1]) == (2, 6, 2)
+    assert controller.fill_up((3, 5, 2), (8, 8, 8), [0, 1, 2], reduction_of, 0.7) == (3, 5, 2)
+
+
 @pytest.mark.parametrize("arch", ["lenet5", "vgg19"])
 def test_a_structure_lands_with_its_gates_on_the_target(arch):
     net = models.build(arch, **NETS[arch])
@@ -989,6 +1003,45 @@ def test_the_best_network_is_the_best_at_or_past_the_target():
     assert controller.choose_best(scored, 0.5).structure == (5,)
     assert controller.choose_best(scored, 0.9).structure == (5,)
     assert controller.choose_best(without_target, None).structure == (6,)
+
+
+def test_the_best_network_is_that_of_the_lowest_loss_where_there_were_trials():
+    scored = [
+        make_candidate((6,), 0.95, 0.51, 0.5),
+        make_candidate((5,), 0.93, 0.6, 0.5),
+        make_candidate((4,), 0.94, 0.6, 0.5),
+    ]
+    scored[1].trial_loss, scored[2].trial_loss = 0.0, 0.1
+
+    assert controller.choose_best(scored, 0.5).structure == (5,)
+
+
+def test_the_finalists_are_the_best_candidates_and_the_first_one():
+    problem = MadeUpProblem(0)
+    search = problem.run_search(12)
+    candidates = list(search.candidates.values())
+    for number, candidate in enumerate(candidates):
+        candidate.reward = number  # the first is the worst
+    candidates[-1].macs_reduction = 0.4  # does not reach the target
+
+    finalists = search.list_finalists()
+
+    assert finalists == [*candidates[-2:-6:-1], candidates[0]]
+    assert search.structures_in_use() >= {candidate.structure for candidate in finalists}
+    candidates[0].reward = 99
+    assert search.list_finalists() == [candidates[0], *candidates[-2:-5:-1]]
+    assert problem.run_search(None, search_class=controller.ReinforceSearch).list_finalists() == []
+
+
+def test_no_walk_leaves_out_a_channel_that_the_target_allows():
+    for arch in ("lenet5", "resnet20"):
+        problem = MadeUpProblem(0, arch, target=0.6)
+        candidates = list(problem.run_search(6).candidates)
+        for structure in candidates[1:]:  # the first is uniform's
+            for layer, width in enumerate(structure):
+                wider = controller.add_at(structure, layer)
+                if width < problem.net.widths[layer]:
+                    assert problem.reduction_of(wider) < 0.6, (structure, layer)
 
 
 class MadeUpProblem:
@@ -1932,7 +1985,7 @@ def test_the_recovery_of_a_plain_net_stays_only_where_it_helps(tmp_path, monkeyp
     monkeypatch.setattr(controller.Trainer, "train", train_and_record)
     monkeypatch.setattr(sep, "to_static", make_worse)
     monkeypatch.setattr(
-        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is None)
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
     )
 
     results = make_rows(tmp_path, Spy(), methods=("static",))
@@ -1948,7 +2001,7 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
     settings = replace(
         TINY,
         max_candidates=3,
-        target=0.6,
+        target=0.5,
         recovery=TrainingPlan(1, 0.05),
         baseline=TrainingPlan(3, 0.1, is_one_cycle=True),
     )
@@ -1959,7 +2012,7 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
         run = make_run(tmp_path / name, spy, settings)
         baseline = run.make_baseline(make_lenet())
         for method in methods:
-            run.make_row(method, Goal(0.6, is_required=True))
+            run.make_row(method, Goal(0.5, is_required=True))
         found.append(without_seconds({method: run.find_row(method) for method in methods}))
         assert sum(title.startswith("lstm: candidate") for title in spy.titles) == 3
         assert sum(title.startswith("sep: candidate") for title in spy.titles) == 1
@@ -1967,10 +2020,106 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
 
     hard, soft = found[0]["lstm"], found[0]["sep"]
     assert found[0] == found[1]
-    assert soft["macs_reduction"] >= 0.6
+    assert soft["macs_reduction"] >= 0.5
     for hard_width, soft_width, whole in zip(hard["widths"], soft["widths"], baseline.widths):
         assert hard_width >= soft_width
         assert (hard_width < whole) == (soft_width < whole)
+
+
+TINY_FAST = replace(TINY, max_candidates=4, target=0.5, recovery=TrainingPlan(1, 0.05))
+
+
+def prefer_narrow_first_layers(monkeypatch):
+    """The fewer channels a trained net has in its first layer, the lower is its loss."""
+    monkeypatch.setattr(
+        Trainer, "measure_validation_loss", lambda self, net: float(net.structure[0])
+    )
+
+
+def test_trials_choose_among_the_best_candidates_for_lstm_and_sep(tmp_path, monkeypatch):
+    prefer_narrow_first_layers(monkeypatch)
+    spy = Spy()
+    run = make_run(tmp_path, spy, TINY_FAST)
+    run.make_baseline(make_lenet())
+
+    run.make_row("lstm", Goal(0.5, is_required=True))
+
+    candidates = run.folder.searched_candidates("lstm")
+    finalists = [candidate for candidate in candidates if candidate.trial_loss is not None]
+    assert 2 <= len(finalists) <= 5
+    assert candidates[0] in finalists
+    chosen = min(finalists, key=lambda finalist: finalist.structure[0])
+    assert chosen.reward < max(finalist.reward for finalist in finalists)
+    row = run.find_row("lstm")
+    assert tuple(row["widths"]) == chosen.structure
+    assert row["validation_accuracy"] == chosen.validation_accuracy
+    assert row["seconds"] > sum(candidate.seconds for candidate in candidates)
+    assert sum(title.startswith("lstm: trial ") for title in spy.titles) == len(finalists)
+    assert any(line.startswith("lstm: the trials choose ") for line in spy.lines)
+    assert run.sep_row.find_lstm_structure(0.5) == chosen.structure
+
+
+def test_a_run_with_trials_that_is_interrupted_ends_like_an_undisturbed_one(tmp_path):
+    undisturbed_spy = Spy()
+    expected = make_rows(tmp_path / "whole", undisturbed_spy, TINY_FAST, methods=("lstm", "sep"))
+    assert any(title.startswith("lstm: trial 2") for title in undisturbed_spy.titles)
+    total = 0
+
+    def make_results():
+        nonlocal total
+        spy = Spy(3)
+        try:
+            return make_rows(tmp_path / "stopped", spy, TINY_FAST, methods=("lstm", "sep"))
+        finally:
+            total += spy.epochs
+
+    results = run_until_done(make_results)
+
+    assert without_seconds(results) == without_seconds(expected)
+    assert total == undisturbed_spy.epochs
+
+
+def test_a_finalist_whose_trial_diverges_is_not_chosen(tmp_path, monkeypatch):
+    trainer = make_run(tmp_path, settings=TINY_FAST).trainer
+    finalists = [make_candidate((3,), 0.95, 0.9), make_candidate((2,), 0.9, 0.9)]
+    search = SimpleNamespace(method="lstm", list_finalists=lambda: finalists)
+    monkeypatch.setattr(trainer, "load", lambda path: ("net", {}))
+    monkeypatch.setattr(controller, "log_search_state", lambda *_: None)
+    monkeypatch.setattr(controller, "describe_trials", lambda *_: "")
+
+    def train_or_diverge(path, title, *_):
+        if "trial 1 of 2" in title:
+            raise controller.DivergenceError(title)
+        return controller.TrainedNet(None, None, 1.5, validation_loss=0.3)
+
+    monkeypatch.setattr(trainer, "load_or_train", train_or_diverge)
+    controller.try_finalists(trainer, search, lambda structure: Path(__file__))
+
+    assert [finalist.trial_loss for finalist in finalists] == [None, 0.3]
+    assert [finalist.seconds for finalist in finalists] == [0.0, 1.5]
+    assert controller.choose_best(finalists, 0.9).structure == (2,)
+
+
+def test_what_the_trials_came_to_is_told():
+    finalists = [make_candidate((3, 2), 0.95, 0.9), make_candidate((2, 9), 0.9, 0.9)]
+    search = SimpleNamespace(method="lstm", best=finalists[1])
+
+    assert controller.describe_trials(search, finalists) == (
+        "lstm: all trials diverged, so the largest reward decides"
+    )
+    finalists[1].trial_loss = 0.25
+    assert controller.describe_trials(search, finalists) == (
+        "lstm: the trials choose 2-9 (validation losses: 2-9 0.2500)"
+    )
+
+
+def test_a_search_of_an_earlier_version_without_weights_ends_by_the_reward(tmp_path):
+    finalists = [make_candidate((6,), 0.95, 0.51), make_candidate((5,), 0.9, 0.6)]
+    search = SimpleNamespace(list_finalists=lambda: finalists)
+
+    controller.try_finalists(None, search, lambda structure: tmp_path / f"{structure}.pt")
+
+    assert [finalist.trial_loss for finalist in finalists] == [None, None]
 
 
 def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypatch):
@@ -1983,7 +2132,7 @@ def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypat
 
     monkeypatch.setattr(controller.Trainer, "train", diverge)
     monkeypatch.setattr(
-        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is None)
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
     )
     spy = Spy()
 
@@ -1995,7 +2144,7 @@ def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypat
 
 def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is None)
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
     )
     settings = replace(TINY, max_candidates=2, recovery=TrainingPlan(1, 0.05))
     run = make_run(tmp_path, Spy(), settings)
@@ -2024,7 +2173,7 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
     def measure_loss(self, net):
         return 2.0 if net.gates is None else 1.0
 
-    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(Trainer, "measure_validation_loss", measure_loss)
     settings = replace(
         TINY,
         max_candidates=max_candidates,
@@ -2082,7 +2231,7 @@ def test_gates_are_tried_in_the_last_layers_first():
 def test_a_trial_of_gates_is_the_final_training_in_few_epochs(epochs, images, expected):
     final = TrainingPlan(epochs, 0.02, is_one_cycle=True, temperature=4.0)
 
-    trial = controller.plan_gate_trial(final, images)
+    trial = controller.plan_trial(final, images)
 
     assert trial == replace(final, epochs=expected)
     before, after = controller.split_epochs(trial)
@@ -2096,7 +2245,7 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
         gates = sum(gate is not None for gate in sep.gates_of(net))
         return abs(gates - best) + 0.25
 
-    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(Trainer, "measure_validation_loss", measure_loss)
     spy = Spy()
     settings = replace(TINY, final=TrainingPlan(4, 0.01))
     run = make_run(tmp_path, spy, settings)
@@ -2147,7 +2296,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
     def measure_loss(self, net):
         return abs(sum(gate is not None for gate in sep.gates_of(net)) - best) + 0.25
 
-    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(Trainer, "measure_validation_loss", measure_loss)
 
     def train(spy):
         run = make_run(tmp_path, spy, settings)
@@ -2179,7 +2328,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("methods", [("lstm", "sep"), ("sep",)])
 def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
     monkeypatch.setattr(
-        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     settings = replace(TINY, max_candidates=2, target=0.7)
     lstm_run = make_run(tmp_path / "lstm", settings=settings)
@@ -2202,7 +2351,7 @@ def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
 
 def test_without_gates_sep_takes_what_the_papers_search_found(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     run = make_run(tmp_path, settings=replace(TINY, max_candidates=2))
     run.make_baseline(make_lenet())
@@ -2229,7 +2378,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
     def remove_one_kernel(structure, *_):
         return (*structure[:-1], structure[-1] - 1)
 
-    monkeypatch.setattr(SepRow, "measure_validation_loss", measure_loss)
+    monkeypatch.setattr(Trainer, "measure_validation_loss", measure_loss)
     monkeypatch.setattr(controller, "prune_further", remove_one_kernel)
     settings = replace(TINY, max_candidates=2, target=0.7)
     run = make_run(tmp_path, settings=settings)
@@ -2257,7 +2406,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
 
 def test_static_is_seps_net_where_that_has_no_gates(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        SepRow, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is not None)
     )
     spy = Spy()
     settings = replace(TINY, max_candidates=2, target=0.7)

@@ -163,11 +163,12 @@ def test_what_a_run_may_take_is_counted():
     recovery = 50 * 128 / 45_000
     assert count("published", "lstm") == pytest.approx(20 * 5 * 30 + 250 / 0.9)
     assert count("published", "uniform") == pytest.approx(10 * 30 + 250 / 0.9)
-    assert count("fast", "lstm") == pytest.approx(60 * recovery + 20 / 0.9)
+    # Five finalists have a trial of two epochs.
+    assert count("fast", "lstm") == pytest.approx(60 * recovery + 5 * 2 + 20 / 0.9)
     assert count("fast", "uniform") == pytest.approx(recovery + 20 / 0.9)
     # 9 epochs are for where to put gates: two for the trial without, one before all those with
     # gates, then one for each of up to six.
-    assert count("fast", "lstm", "sep") == pytest.approx(62 * recovery + 40 / 0.9 + 9)
+    assert count("fast", "lstm", "sep") == pytest.approx(62 * recovery + 5 * 2 + 40 / 0.9 + 9)
 
     digits = settings_of("digits", "smoke")  # no target: the papers' rules
     alone = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False)
@@ -289,7 +290,7 @@ def put_gates_everywhere(monkeypatch):
     def count_missing_gates(self, net):
         return sum(gate is None for gate in sep.gates_of(net))
 
-    monkeypatch.setattr(controller.SepRow, "measure_validation_loss", count_missing_gates)
+    monkeypatch.setattr(controller.Trainer, "measure_validation_loss", count_missing_gates)
 
 
 @pytest.fixture(scope="module")

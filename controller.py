@@ -1945,7 +1945,7 @@ class ScoredStructure:
     macs: int
     macs_reduction: float
     reward: float
-    # What a finalist of a search came to in its trial: see `try_finalists`.
+    # The validation loss after its trial (see `try_finalists`); None without one.
     trial_loss: float | None = field(default=None, kw_only=True)
 
 
@@ -2183,17 +2183,17 @@ class RegressionSearch(Search):
     of a walk from the baseline to the target.
 
     A *step* of a layer takes `pruning_rate` of its channels. For a structure the LSTM predicts, for
-    each layer, how much accuracy such a step costs. After each LSTM epoch it is trained again on
-    all candidates: over all layers, the predicted cost of a step times the number of steps is to be
-    the accuracy that the candidate lost. So it takes the cost of a step as the same on the whole
-    way to a structure.
+    each layer, how much accuracy such a step costs. An LSTM epoch is a few walks, at least one of
+    them to a new structure. After each the LSTM is trained again on all candidates: over all
+    layers, the predicted cost of a step times the number of steps is to be the accuracy that the
+    candidate lost. So it takes the cost of a step as the same on the whole way to a structure.
 
     A walk goes in *moves*, each a step of a few layers at once. Layers that save many MACs for
     little predicted cost are likely to take part, and the likelier the later in the search. The
     first candidate has the same share of every layer.
 
-    A recovery is too short to tell which of the best candidates is the best in the end. So these
-    finalists, and the first candidate, have a trial.
+    A recovery is too short to tell which of the best candidates ends as the best. So the best few
+    and the first one, the *finalists*, have a trial when the search is done.
     """
 
     rule = "regression"
@@ -2207,7 +2207,7 @@ class RegressionSearch(Search):
     odds_temperatures = (0.5, 0.1)
     share_of_layers = 0.25  # that a move prunes, about
     idle_walks_per_patience = 10  # a walk is cheap where its structure is known already
-    max_finalists = 4  # beside the first candidate (RESULTS.md, section 5)
+    finalists_by_reward = 4  # the first candidate is a finalist in any case
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -2238,34 +2238,34 @@ class RegressionSearch(Search):
             return None
         if self.idle_walks >= self.max_idle_walks:
             return None
-        seed = seed_for(self.settings.seed, self.method, "decisions", self.walks)
-        generator = torch.Generator().manual_seed(seed)
-        structure = self.baseline_score.structure
         if self.walks == 0:
             structure = uniform_structure(self.net.widths, self.reduction_of, self.target)
-        while self.reduction_of(structure) < self.target:
-            smaller = self.take_move(structure, generator)
-            if smaller is None:
-                break
-            structure = smaller
-        if self.walks > 0:
-            # Channels that still fit under the target cost nothing. They are the cheapest ones in
-            # MACs, which are mostly those of the last layers.
-            structure = self.fill_up(structure)
+        else:
+            structure = self.walk_to_target()
         parent = self.baseline_score.structure
         return Proposal(parent, actions_between(parent, structure), structure)
-
-    def fill_up(self, structure) -> tuple[int, ...]:
-        """The structure with all channels that it may keep at the target, last layers first."""
-        last_layers_first = reversed(range(len(structure)))
-        return fill_up(
-            structure, self.net.widths, last_layers_first, self.reduction_of, self.target
-        )
 
     @property
     def max_idle_walks(self) -> int:
         """After so many walks in a row that led to known structures, the search ends."""
         return self.idle_walks_per_patience * self.settings.patience
+
+    def walk_to_target(self) -> tuple[int, ...]:
+        """The structure at the end of the next walk."""
+        seed = seed_for(self.settings.seed, self.method, "decisions", self.walks)
+        generator = torch.Generator().manual_seed(seed)
+        structure = self.baseline_score.structure
+        while self.reduction_of(structure) < self.target:
+            smaller = self.take_move(structure, generator)
+            if smaller is None:
+                break
+            structure = smaller
+        # The last move may have removed more than it had to. Channels that still fit under the
+        # target come back, first in the last layers, where most nets' channels have few MACs.
+        last_layers_first = reversed(range(len(structure)))
+        return fill_up(
+            structure, self.net.widths, last_layers_first, self.reduction_of, self.target
+        )
 
     def take_move(self, structure, generator) -> tuple[int, ...] | None:
         """A smaller structure on the walk to the target; None where no step removes MACs.
@@ -2314,9 +2314,10 @@ class RegressionSearch(Search):
         self.walks += 1
         self.idle_walks = self.idle_walks + 1 if is_known else 0
         self.add_candidate(score)
-        if self.walks % self.settings.candidates_per_lstm_epoch == 0 and self.candidates:
-            has_new_candidate = self.idle_walks < self.settings.candidates_per_lstm_epoch
-            if has_new_candidate and not self.is_random:
+        walks_per_epoch = self.settings.candidates_per_lstm_epoch
+        has_new_candidate = self.idle_walks < walks_per_epoch
+        if self.walks % walks_per_epoch == 0 and has_new_candidate:
+            if not self.is_random:
                 self.fit_policy()
             self.finish_lstm_epoch()
 
@@ -2362,7 +2363,7 @@ class RegressionSearch(Search):
             for candidate in self.candidates.values()
             if candidate.macs_reduction >= self.target
         ]
-        best = rank_by_reward(reached, self.max_finalists)
+        best = rank_by_reward(reached, self.finalists_by_reward)
         first = [candidate for candidate in reached[:1] if candidate not in best]
         return best + first
 
@@ -2603,7 +2604,7 @@ class RunFolder:
         return [read_candidate(values) for values in log["candidates"]]
 
     def search_seconds(self, method: str) -> float:
-        """How long the recoveries of a method's candidates took."""
+        """How long the recoveries and trials of a method's candidates took."""
         return sum(candidate.seconds for candidate in self.searched_candidates(method))
 
 
@@ -2740,7 +2741,7 @@ def is_valid_search(log: dict, layers: list) -> bool:
         and all(has_number_per_layer(candidate.actions, layers) for candidate in candidates)
         and all(
             are_numbers([item.validation_accuracy, item.macs_reduction, item.reward, item.seconds])
-            and are_numbers([item.trial_loss or 0.0])
+            and (item.trial_loss is None or are_numbers([item.trial_loss]))
             for item in candidates
         )
         and all(has_number_per_layer(scores, layers) for scores in log.get("layer_scores", []))
@@ -2785,7 +2786,7 @@ class RecoveredNet:
 
     net: Net
     score: ScoredStructure
-    seconds: float  # that it took to find its structure, with all recoveries
+    seconds: float  # that it took to find its structure, with all recoveries and trials
 
 
 @dataclass
@@ -3046,17 +3047,35 @@ class Trainer:
         return net, Candidate(**facts)
 
     def load_or_train(
-        self, path: Path, title: str, net: Net, images: Images, plan: TrainingPlan, epochs: range
+        self,
+        path: Path,
+        title: str,
+        net: Net,
+        images: Images,
+        plan: TrainingPlan,
+        epochs: range,
+        *,
+        may_diverge: bool = False,
     ) -> TrainedNet:
         """`train` of a copy of `net`, with its loss on the validation images. Both are kept in a
         file of the pool, and come from there the next time: on another machine the loss might put
-        another net ahead."""
+        another net ahead.
+
+        With `may_diverge` a training that diverges is kept, too: `net` as it was, no loss, and 0
+        seconds. Else it raises DivergenceError.
+        """
         if not path.exists():
-            trained = self.train(title, deepcopy(net), images, plan, epochs=epochs)
+            try:
+                trained = self.train(title, deepcopy(net), images, plan, epochs=epochs)
+                trained.validation_loss = self.measure_validation_loss(trained.net)
+            except DivergenceError:
+                if not may_diverge:
+                    raise
+                trained = TrainedNet(net, validation_accuracy=None, seconds=0.0)
             facts = {
                 "seconds": trained.seconds,
                 "curve": trained.curve,
-                "validation_loss": self.measure_validation_loss(trained.net),
+                "validation_loss": trained.validation_loss,
             }
             models.save_checkpoint(path, trained.net, facts)
         trained_net, facts = self.load(path)
@@ -3138,39 +3157,41 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
 
 
 def try_finalists(trainer: Trainer, search: Search, weights_of: Callable) -> None:
-    """ours: a trial for each finalist of a search, from its recovered weights, on the images that
-    do not validate. Its loss on those that do is kept in the candidate; a trial that diverges has
-    none.
+    """ours: a trial for each finalist of a search. Its validation loss is kept in the candidate.
 
-    The loss after a trial foretells that of the final training; the accuracy after the recovery,
-    which gives the reward, often does not (RESULTS.md, section 5). Nothing else is kept of a trial,
-    so that the nets of all rows have had the same trainings.
+    A trial trains the recovered net some more, on the images that do not validate. Its loss
+    foretells that of the final training. The accuracy after the recovery, which gives the reward,
+    often does not (RESULTS.md, section 5). The net of a trial is not used further, so that the nets
+    of all rows have had the same trainings. A trial that diverges has no loss, and its seconds are
+    not counted.
     """
     # A search that an earlier version began has removed most weights.
-    finalists = [each for each in search.list_finalists() if weights_of(each.structure).exists()]
+    finalists = [item for item in search.list_finalists() if weights_of(item.structure).exists()]
     if len(finalists) < 2:
         return
     folder = trainer.folder
     images = trainer.data.train
     plan = plan_trial(trainer.settings.final, len(images))
+    is_new = False
     for number, finalist in enumerate(finalists, 1):
         name = structure_name(finalist.structure)
-        try:
-            trained = trainer.load_or_train(
-                folder.pool(search.method) / f"trial-{name}.pt",
-                f"{search.method}: trial {number} of {len(finalists)}, {name}",
-                trainer.load(weights_of(finalist.structure))[0],
-                images,
-                plan,
-                range(plan.epochs),
-            )
-        except DivergenceError:
-            continue
+        path = folder.pool(search.method) / f"trial-{name}.pt"
+        is_new = is_new or not path.exists()
+        trained = trainer.load_or_train(
+            path,
+            f"{search.method}: trial {number} of {len(finalists)}, {name}",
+            trainer.load(weights_of(finalist.structure))[0],
+            images,
+            plan,
+            range(plan.epochs),
+            may_diverge=True,
+        )
         finalist.trial_loss = trained.validation_loss
         finalist.seconds = round(finalist.seconds + trained.seconds, 2)
         log_search_state(search, folder)
         folder.save_results()
-    folder.say(describe_trials(search, finalists))
+    if is_new:
+        folder.say(describe_trials(search, finalists))
 
 
 def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
@@ -3241,17 +3262,13 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
 
 def describe_trials(search: Search, finalists: list[Candidate]) -> str:
     """What the trials of the finalists came to, in one line for the user."""
-    losses = [
-        f"{structure_name(finalist.structure)} {finalist.trial_loss:.4f}"
-        for finalist in finalists
-        if finalist.trial_loss is not None
-    ]
+    losses = sorted(item.trial_loss for item in finalists if item.trial_loss is not None)
     if not losses:
         return f"{search.method}: all trials diverged, so the largest reward decides"
-    return (
-        f"{search.method}: the trials choose {structure_name(search.best.structure)} (validation "
-        f"losses: {', '.join(losses)})"
-    )
+    chosen = structure_name(search.best.structure)
+    lowest, *others = (f"{loss:.4f}" for loss in losses)
+    text = f"{search.method}: trials choose {chosen}, with a validation loss of {lowest}"
+    return f"{text}; others {', '.join(others)}" if others else text
 
 
 # ---- the run: the checkpoints of its rows ------------------------------------------------------
@@ -3606,23 +3623,18 @@ class SepRow:
         for count in list_gate_counts(gate_sizes):
             gated = self.put_gates_on(first_part.net, keep_last_gates(gate_sizes, count))
             title = f"sep: gates, trial with {count}"
-            loss = None
-            try:
-                second_part = self.load_or_train(title, gated, images, plan, epochs_with_gates)
-                seconds += second_part.seconds
-                loss = second_part.validation_loss
-            except DivergenceError:
-                pass
-            trials.append({"gates": count, "validation_loss": loss})
+            second_part = self.load_or_train(
+                title, gated, images, plan, epochs_with_gates, may_diverge=True
+            )
+            seconds += second_part.seconds
+            trials.append({"gates": count, "validation_loss": second_part.validation_loss})
         return trials, seconds
 
-    def load_or_train(
-        self, title: str, net: Net, images: Images, plan: TrainingPlan, epochs: range
-    ) -> TrainedNet:
+    def load_or_train(self, title: str, net: Net, *arguments, **options) -> TrainedNet:
         """`Trainer.load_or_train` with a file in `sep`'s pool, named by title and structure."""
         name = re.sub(r"[:,]? ", "-", title)
         path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
-        return self.trainer.load_or_train(path, title, net, images, plan, epochs)
+        return self.trainer.load_or_train(path, title, net, *arguments, **options)
 
     def put_gates_on(self, net: Net, gate_sizes) -> Net:
         """A copy of `net` with these gates; they divide some of the training images among their

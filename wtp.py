@@ -280,11 +280,11 @@ def settings_for(
 
 
 def estimate_epochs(
-    settings, methods, images: int, *, trains_baseline: bool = True, has_row: bool = False
+    settings, methods, images: int, *, trains_baseline: bool = True, rows=()
 ) -> float:
     """How many epochs of so many training images the rows of `methods` may take.
 
-    `has_row`: another row is there already, and says what to cut. ours: under the papers' rules
+    `rows`: the pruned rows that are there already. ours: under the papers' rules
     rewards grow for about ten LSTM epochs; `uniform` then takes about ten steps.
     """
     from controller import BATCH_SIZE, VALIDATION_SHARE
@@ -299,14 +299,12 @@ def estimate_epochs(
         if method == "static":
             total += recovery
             continue
-        candidates = estimate_candidates(settings, method, has_row=has_row)
-        total += recovery * candidates + final
-        is_regression_search = candidates == settings.max_candidates
-        if is_regression_search:
+        total += recovery * estimate_candidates(settings, method, rows) + final
+        if runs_regression_search(settings, method, rows):
             total += estimate_trials(settings, images)
         if method == "sep":
             total += estimate_gate_trials(settings, images)
-        has_row = True
+        rows = [*rows, method]
     return total
 
 
@@ -314,7 +312,7 @@ def estimate_trials(settings, images: int) -> float:
     """How many epochs the trials of a search's finalists may take."""
     from controller import RegressionSearch, plan_trial
 
-    finalists = min(RegressionSearch.max_finalists + 1, settings.max_candidates)
+    finalists = min(RegressionSearch.finalists_by_reward + 1, settings.max_candidates)
     return finalists * plan_trial(settings.final, images).epochs
 
 
@@ -330,16 +328,24 @@ def estimate_gate_trials(settings, images: int) -> float:
     return trial_without + trials_with_gates
 
 
-def estimate_candidates(settings, method: str, *, has_row: bool) -> int:
-    """How many recoveries a row may take."""
-    by_regression = settings.max_candidates is not None
-    has_cut = settings.target is not None or has_row
+def runs_regression_search(settings, method: str, rows) -> bool:
+    """Whether a row, made after `rows`, needs a search by regression."""
+    has_cut = settings.target is not None or bool(rows)
+    if method == "uniform" or (method == "sep" and "lstm" in rows):
+        return False
+    return settings.max_candidates is not None and has_cut
+
+
+def estimate_candidates(settings, method: str, rows) -> int:
+    """How many recoveries a row, made after `rows`, may take."""
     if method == "uniform":
         return 1 if settings.searches_by_regression(settings.target) else 10
-    if method == "sep" and by_regression and has_row:
-        return 2  # `lstm`'s search serves it: its structure, and one that pays for gates
-    if by_regression and has_cut:
-        return settings.max_candidates
+    # `lstm`'s search serves `sep`: its structure, and one that pays for gates.
+    shared_candidates = 2 if method == "sep" else 0
+    if runs_regression_search(settings, method, rows):
+        return settings.max_candidates + shared_candidates
+    if method == "sep" and "lstm" in rows and settings.max_candidates is not None:
+        return shared_candidates
     return (settings.patience + 10) * settings.candidates_per_lstm_epoch
 
 
@@ -600,11 +606,11 @@ def has_shared_search(results: dict) -> bool:
 def describe_search(results: dict, method: str, *, has_ended: bool) -> str:
     candidates = results["search"][method]["candidates"]
     line = f"{method} tried {len(candidates)} candidates"
-    finalists = sum(candidate.get("trial_loss") is not None for candidate in candidates)
-    if finalists:
-        line += f", the best {finalists} in trials, too"
     if not has_ended:
         line += " so far"
+    finalists = sum(candidate.get("trial_loss") is not None for candidate in candidates)
+    if finalists:
+        line += f", {finalists} of them also in trials"
     if len(results["layers"]) > FEW_LAYERS:
         return line
     measure, first, second = summarise_search(results, method)
@@ -1455,7 +1461,7 @@ def announce(run, reporter, methods, *, is_given: bool) -> None:
         methods,
         images,
         trains_baseline=not is_given and not run.find_row("baseline"),
-        has_row=len(run.results["rows"]) > 1,
+        rows=[row["method"] for row in run.results["rows"] if row["method"] != "baseline"],
     )
     reporter.plan(epochs, images // BATCH_SIZE)
     if epochs < 0.5:

@@ -172,9 +172,14 @@ def test_what_a_run_may_take_is_counted():
 
     digits = settings_of("digits", "smoke")  # no target: the papers' rules
     alone = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False)
-    after_lstm = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False, has_row=True)
+    after_lstm = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False, rows=["lstm"])
     assert alone > after_lstm
     assert after_lstm == 2 + 1 / 0.9 + 7
+    # `sep` searches for itself what `lstm` would have found, at the cut of the other row.
+    after_uniform = wtp.estimate_epochs(
+        digits, ["sep"], 2700, trains_baseline=False, rows=["uniform"]
+    )
+    assert after_uniform == after_lstm + 4 + 4 * 1
 
 
 # ---- the house
@@ -1005,6 +1010,21 @@ def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
     assert filecmp.cmp(folder / "report.svg", first, shallow=False)
 
 
+def test_trials_are_named_beside_the_candidates(smoke, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = read_results(smoke[0])
+    for candidate in results["search"]["lstm"]["candidates"][:2]:
+        candidate["trial_loss"] = 0.5
+
+    line = wtp.describe_search(results, "lstm", has_ended=True)
+    unfinished_line = wtp.describe_search(results, "lstm", has_ended=False)
+
+    assert re.match(r"lstm tried \d+ candidates, 2 of them also in trials;", line)
+    assert re.match(r"lstm tried \d+ candidates so far, 2 of them also in trials;", unfinished_line)
+    wtp.draw_report(results, tmp_path / "report.svg")
+    assert "in a trial, too" in read_words(tmp_path / "report.svg")
+
+
 def test_a_report_draws_what_the_gates_choose_for_each_class(tmp_path, smoke):
     pytest.importorskip("matplotlib")
     shares = [[1, 0, 0.75, 0.25, 0], [1, 0, 0.25, 0.75, 0]]
@@ -1169,6 +1189,9 @@ EDITS = {
     "short structures": with_short_structures,
     "a word for a cut": lambda results: results["rows"][0].update(macs_reduction="x"),
     "a word for seconds": lambda results: results.update(seconds="x"),
+    "a word for a trial": lambda results: results["search"]["lstm"]["candidates"][0].update(
+        trial_loss=""
+    ),
     "a word for gates": lambda results: results["search"]["sep"].update(
         gate_trials=[{"gates": "x"}]
     ),

@@ -1918,7 +1918,7 @@ class Settings:
     final: TrainingPlan  # of the net that a row ends with
     pruning_rate: float  # share of a layer's channels that one step removes
     target: float | None  # the MACs reduction that the user or the paper asks for
-    candidates_per_lstm_epoch: int
+    candidates_per_lstm_epoch: int  # of a RegressionSearch: walks, also to known structures
     # A ReinforceSearch ends after so many LSTM epochs in a row without a larger reward. A
     # RegressionSearch ends after `idle_walks_per_patience` times as many walks in a row that led to
     # known structures.
@@ -1930,8 +1930,8 @@ class Settings:
     def searches_by_regression(self, target: float | None) -> bool:
         """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch.
 
-        A walk needs a target above 0 to go to. So without a target the first row's search may be by
-        REINFORCE, and that of a later one, which has the first one's cut as target, by regression.
+        A walk needs a target above 0 to go to. A pruned row without one is searched by REINFORCE.
+        Later rows then take its cut as their target, so they may be searched by regression.
         """
         return bool(self.max_candidates and target)
 
@@ -1945,7 +1945,8 @@ class ScoredStructure:
     macs: int
     macs_reduction: float
     reward: float
-    # The validation loss after its trial (see `try_finalists`); None without one.
+    # What the final training minimises, after a trial, on the validation images (see
+    # `try_finalists`). None: it had no trial, or that diverged.
     trial_loss: float | None = field(default=None, kw_only=True)
 
 
@@ -2065,7 +2066,7 @@ class Search:
         return []
 
     def describe_end(self) -> str:
-        """When the search ends, for the user."""
+        """What ends the search, and how near that is, for the user."""
         raise NotImplementedError
 
     @property
@@ -2183,10 +2184,11 @@ class RegressionSearch(Search):
     of a walk from the baseline to the target.
 
     A *step* of a layer takes `pruning_rate` of its channels. For a structure the LSTM predicts, for
-    each layer, how much accuracy such a step costs. An LSTM epoch is a few walks, at least one of
-    them to a new structure. After each the LSTM is trained again on all candidates: over all
-    layers, the predicted cost of a step times the number of steps is to be the accuracy that the
-    candidate lost. So it takes the cost of a step as the same on the whole way to a structure.
+    each layer, how much accuracy such a step costs, compared with the others: only ratios count. An
+    LSTM epoch is a few walks, at least one of them to a new structure. After each LSTM epoch the
+    LSTM is trained again on all candidates: over all layers, the predicted cost of a step times the
+    number of steps is to be the accuracy that the candidate lost. This assumes that all steps of a
+    layer on the way to a candidate cost the same.
 
     A walk goes in *moves*, each a step of a few layers at once. Layers that save many MACs for
     little predicted cost are likely to take part, and the likelier the later in the search. The
@@ -2197,17 +2199,17 @@ class RegressionSearch(Search):
     """
 
     rule = "regression"
-    layer_score_label = "predicted cost of a step"
+    layer_score_label = "predicted cost of a step (relative)"
     state_keys = (*Search.state_keys, "walks", "idle_walks")
 
     policy_lr = 0.003  # of Adam
     adam_steps = 60  # after each LSTM epoch
-    # At the start and at the end of a search. A layer that saves twice the MACs for its predicted
-    # cost has 2^(1 / temperature) times the odds to be pruned in a move.
+    # At the start and at the end of a search. To save twice the MACs for the same predicted cost
+    # multiplies a layer's odds to be pruned in a move by 2^(1 / temperature).
     odds_temperatures = (0.5, 0.1)
     share_of_layers = 0.25  # that a move prunes, about
     idle_walks_per_patience = 10  # a walk is cheap where its structure is known already
-    finalists_by_reward = 4  # the first candidate is a finalist in any case
+    finalists_by_reward = 4  # the first candidate is a finalist, too
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -2260,9 +2262,10 @@ class RegressionSearch(Search):
             if smaller is None:
                 break
             structure = smaller
-        # The last move may have removed more than it had to. Channels that still fit under the
-        # target come back, first in the last layers, where most nets' channels have few MACs.
-        last_layers_first = reversed(range(len(structure)))
+        # One channel of the last move may have removed more than was missing. Channels of other
+        # layers come back for that, as long as the target is reached. The last layers come first:
+        # in most nets their channels have the fewest MACs.
+        last_layers_first = range(len(structure) - 1, -1, -1)
         return fill_up(
             structure, self.net.widths, last_layers_first, self.reduction_of, self.target
         )
@@ -2291,23 +2294,21 @@ class RegressionSearch(Search):
     def move_probabilities(self, structure, smaller, saved: torch.Tensor) -> torch.Tensor:
         """(L,): how likely each layer goes from `structure` to `smaller` in a move, which would
         save it `saved` (L,), as a share of the baseline's MACs."""
+        by_chance = torch.where(saved > 0, self.share_of_layers, 0.0)
+        if self.is_random:
+            return by_chance
         # The smallest values keep logarithms finite.
         cost_per_step = self.predict_costs(self.read_layers(structure)).clamp_min(1e-3)
         steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
         log_saved_per_cost = saved.clamp_min(1e-9).log() - (cost_per_step * steps).log()
         threshold = log_saved_per_cost[saved > 0].quantile(1 - self.share_of_layers)
-        by_chance = torch.full_like(saved, self.share_of_layers)
-        if self.is_random:
-            probabilities = by_chance
-        else:
-            first, last = self.odds_temperatures
-            share_done = min(1, (len(self.candidates) + 1) / self.settings.max_candidates)
-            temperature = first * (last / first) ** share_done
-            by_lstm = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
-            # Walks that only find what is known already are led by chance more and more.
-            share_of_chance = self.idle_walks / self.max_idle_walks
-            probabilities = torch.lerp(by_lstm, by_chance, share_of_chance)
-        return torch.where(saved > 0, probabilities, 0)
+        first, last = self.odds_temperatures
+        share_done = (len(self.candidates) + 1) / self.settings.max_candidates
+        temperature = first * (last / first) ** share_done
+        by_lstm = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
+        # The longer walks have found nothing new, the more chance decides in place of the LSTM.
+        share_of_chance = self.idle_walks / self.max_idle_walks
+        return torch.lerp(torch.where(saved > 0, by_lstm, 0.0), by_chance, share_of_chance)
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
         is_known = score.structure in self.known
@@ -2328,6 +2329,8 @@ class RegressionSearch(Search):
         steps = torch.stack([self.count_steps(c.structure) for c in candidates], 1)  # (L, B)
         accuracies = torch.tensor([c.validation_accuracy for c in candidates])
         lost = self.lost_accuracies(accuracies)
+        if not lost.any():
+            return  # all are as good as the baseline: nothing tells the layers apart
         # An untrained LSTM predicts softplus(0) = log 2 for a step, so a candidate's cost is about
         # log 2 times its steps. What was lost is scaled to that mean.
         lost = lost / lost.mean().clamp_min(1e-6) * steps.sum(0).mean() * math.log(2)
@@ -2368,7 +2371,10 @@ class RegressionSearch(Search):
         return best + first
 
     def describe_end(self) -> str:
-        return f"at most {self.settings.max_candidates} candidates"
+        return (
+            f"at most {self.settings.max_candidates} candidates, {self.idle_walks} of "
+            f"{self.max_idle_walks} walks in a row without a new one"
+        )
 
 
 # ---- the run: its methods ----------------------------------------------------------------------
@@ -2746,7 +2752,8 @@ def is_valid_search(log: dict, layers: list) -> bool:
         )
         and all(has_number_per_layer(scores, layers) for scores in log.get("layer_scores", []))
         and all(
-            are_numbers([trial["gates"], trial["validation_loss"] or 0.0])
+            are_numbers([trial["gates"]])
+            and (trial["validation_loss"] is None or are_numbers([trial["validation_loss"]]))
             for trial in log.get("gate_trials", [])
         )
     )
@@ -3126,7 +3133,9 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
 
     log_search_state(search, folder)  # also where the search has ended already
     reported_best = None
+    has_gone_on = False
     while (proposal := search.propose()) is not None:
+        has_gone_on = True
         score = search.known.get(proposal.structure)
         if score is None:
             net, score = trainer.make_candidate(
@@ -3148,10 +3157,12 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         save_search(search, folder)
         log_search_state(search, folder)
         folder.save_results()
-        # Remove weights that no later proposal can start from.
+        # Remove what neither a later proposal nor a trial nor the result starts from.
         in_use = {weights_of(structure) for structure in search.structures_in_use()}
         for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
             path.unlink()
+    if has_gone_on:
+        folder.say(f"{method}: the search has ended; {search.describe_end()}")
     try_finalists(trainer, search, weights_of)
     return trainer.load(weights_of(search.best.structure))[0], search.best
 
@@ -3186,6 +3197,7 @@ def try_finalists(trainer: Trainer, search: Search, weights_of: Callable) -> Non
             range(plan.epochs),
             may_diverge=True,
         )
+        # Not in search.pt: a run that goes on has both from the trial's file again.
         finalist.trial_loss = trained.validation_loss
         finalist.seconds = round(finalist.seconds + trained.seconds, 2)
         log_search_state(search, folder)

@@ -1062,6 +1062,18 @@ def test_chance_leads_a_search_that_finds_nothing_new():
     assert torch.allclose(half, (by_lstm + by_chance) / 2)
 
 
+def test_candidates_that_lose_nothing_teach_the_lstm_nothing():
+    problem = MadeUpProblem(0)
+    search = problem.make_search(5)
+    search.add_candidate(make_candidate(controller.shrink_all(search.net.widths, 0.2), 1.0, 0.3))
+    weights = deepcopy(search.policy.state_dict())
+
+    search.fit_policy()
+
+    for before, after in zip(weights.values(), search.policy.state_dict().values()):
+        assert torch.equal(before, after)
+
+
 def test_the_lstm_learns_only_where_there_is_something_new():
     problem = MadeUpProblem(0)
     search = problem.run_search(6)
@@ -2094,6 +2106,7 @@ def test_trials_choose_among_the_best_candidates_for_lstm_and_sep(tmp_path, monk
     assert row["validation_accuracy"] == chosen.validation_accuracy
     assert row["seconds"] > sum(candidate.seconds for candidate in candidates) - 0.1
     assert sum(title.startswith("lstm: trial ") for title in spy.titles) == len(finalists)
+    assert sum(line.startswith("lstm: the search has ended; ") for line in spy.lines) == 1
     assert any(line.startswith("lstm: trials choose ") for line in spy.lines)
     assert run.sep_row.find_lstm_structure(0.5) == chosen.structure
 

@@ -3234,7 +3234,7 @@ def load_search(search: Search, folder: RunFolder) -> None:
     path = folder.pool(search.method) / "search.pt"
     keys = search.state_dict().keys()
     state = models.read_unfinished_work(path, title_of(search), keys)
-    if state:
+    if state and not models.find_mismatch(search.policy, state["policy"]):
         search.load_state_dict(state)
     elif path.exists():
         folder.say(

@@ -1939,10 +1939,17 @@ def test_a_training_of_another_version_starts_over(tmp_path):
     assert spy.epochs == TINY.baseline.epochs
 
 
-def test_a_search_of_another_version_starts_over(tmp_path):
+@pytest.mark.parametrize("is_other_lstm", [False, True])
+def test_a_search_of_another_version_starts_over(tmp_path, is_other_lstm):
     with pytest.raises(Interrupted):
         make_rows(tmp_path, Spy(12), methods=("lstm",))
-    lose_optimizer(tmp_path / "lstm-pool" / "search.pt")
+    path = tmp_path / "lstm-pool" / "search.pt"
+    if is_other_lstm:
+        state = torch.load(path)
+        name, weights = next(iter(state["policy"].items()))
+        torch.save(state | {"policy": state["policy"] | {name: weights[1:]}}, path)
+    else:
+        lose_optimizer(path)
     spy = Spy()
 
     make_rows(tmp_path, spy, methods=("lstm",))

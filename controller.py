@@ -3157,14 +3157,21 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         save_search(search, folder)
         log_search_state(search, folder)
         folder.save_results()
-        # Remove what neither a later proposal nor a trial nor the result starts from.
-        in_use = {weights_of(structure) for structure in search.structures_in_use()}
-        for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
-            path.unlink()
+        remove_unused_weights(search, pool, weights_of)
     if has_gone_on:
         folder.say(f"{method}: the search has ended; {search.describe_end()}")
     try_finalists(trainer, search, weights_of)
     return trainer.load(weights_of(search.best.structure))[0], search.best
+
+
+def remove_unused_weights(search: Search, pool: Path, weights_of: Callable) -> None:
+    """Remove what neither a later proposal nor a trial nor the result starts from.
+
+    progress.pt is of a training that has ended, and goes, too.
+    """
+    in_use = {weights_of(structure) for structure in search.structures_in_use()}
+    for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
+        path.unlink()
 
 
 def try_finalists(trainer: Trainer, search: Search, weights_of: Callable) -> None:

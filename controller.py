@@ -1335,27 +1335,27 @@ def list_normalisations(train: Images) -> dict[str, tuple]:
 
 
 @dataclass(frozen=True)
-class TrialRound:
-    """All trials are measured on the first `max_images` images, and the best ones stay."""
+class AttemptRound:
+    """All attempts are measured on the first `max_images` images, and the best ones stay."""
 
     max_images: int | None  # None: all
     survivors: int
 
 
-TRIAL_ROUNDS = (  # ours
-    TrialRound(32, survivors=100),
-    TrialRound(128, survivors=12),
-    TrialRound(1024, survivors=3),
-    TrialRound(None, survivors=1),
+ATTEMPT_ROUNDS = (  # ours
+    AttemptRound(32, survivors=100),
+    AttemptRound(128, survivors=12),
+    AttemptRound(1024, survivors=3),
+    AttemptRound(None, survivors=1),
 )
-# ours: where there are more trials (readings times normalisations), all readings are first tried
+# ours: where there are more attempts (readings times normalisations), all readings are first tried
 # with one normalisation, and only so many of the best with all of them.
-MAX_TRIALS = 2000
+MAX_ATTEMPTS = 2000
 MAX_SHORTLIST = 25
 # ours: the same limit where all readings are tried with rare activations (models.RARE_ACTIVATIONS).
-MAX_RARE_TRIALS = 100
-# ours: with so many of the best trials rare activations are tried in any case.
-TRIALS_WITH_RARE_ACTIVATIONS = 2
+MAX_RARE_ATTEMPTS = 100
+# ours: with so many of the best attempts rare activations are tried in any case.
+ATTEMPTS_WITH_RARE_ACTIVATIONS = 2
 # ours: where the best accuracy is below this, rare activations are tried with all readings. Below
 # it the loss says little, and decides nothing.
 POOR_ACCURACY = 0.5
@@ -1366,7 +1366,7 @@ MIN_HANDICAP = 0.05
 
 @dataclass(frozen=True, eq=False)
 class KnownNet:
-    """A net of which only the normalisation is unknown. In a Trial it takes the place of a
+    """A net of which only the normalisation is unknown. In an Attempt it takes the place of a
     models.Reading; it has one activation."""
 
     net: Net
@@ -1380,7 +1380,7 @@ class KnownNet:
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class Attempt:
     """One way to use foreign weights."""
 
     reading: models.Reading | KnownNet
@@ -1397,9 +1397,9 @@ class Trial:
         # An accuracy has a standard deviation of at most 0.5 / sqrt(images).
         return max(MIN_HANDICAP, 2 * 0.5 * images**-0.5)
 
-    def with_rare_activations(self) -> list["Trial"]:
+    def with_rare_activations(self) -> list["Attempt"]:
         readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
-        return [Trial(reading, self.normalisation) for reading in readings]
+        return [Attempt(reading, self.normalisation) for reading in readings]
 
 
 @dataclass(frozen=True)
@@ -1415,18 +1415,23 @@ class FoundReading:
 
 
 def find_reading(
-    readings: list, train: Images, seed: int, *, tries_activations=False, wrap=lambda trials: trials
+    readings: list,
+    train: Images,
+    seed: int,
+    *,
+    tries_activations=False,
+    wrap=lambda attempts: attempts,
 ) -> FoundReading:
     """The reading and the normalisation by which a foreign net gets most images right.
 
     `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with each of
     `list_normalisations`, in rounds; with `tries_activations` rare ones are tried, too.
-    `wrap(trials)` passes on the trials of a round, to show them.
+    `wrap(attempts)` passes on the attempts of a round, to show them.
     """
     # Those that validate in a run with this seed (`split_indices`), but at least 100.
     count = max(100, int(VALIDATION_SHARE * len(train)))
     sample = train.select(shuffle_for_split(train, seed)[:count])
-    best, accuracy = choose_trial(readings, sample, wrap, tries_activations=tries_activations)
+    best, accuracy = choose_attempt(readings, sample, wrap, tries_activations=tries_activations)
     if tries_activations and (best.is_rare or accuracy < POOR_ACCURACY):
         # Poolings and paddings were chosen under a usual activation. They are chosen anew.
         activations = models.RARE_ACTIVATIONS
@@ -1437,7 +1442,9 @@ def find_reading(
             for activation in activations
             for reading in models.change_activation(readings, activation)
         ]
-        rare, rare_accuracy = choose_trial(rare_readings, sample, wrap, max_trials=MAX_RARE_TRIALS)
+        rare, rare_accuracy = choose_attempt(
+            rare_readings, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS
+        )
         images = len(sample)
         if rare_accuracy - rare.handicap(images) > accuracy - best.handicap(images):
             best, accuracy = rare, rare_accuracy
@@ -1446,37 +1453,37 @@ def find_reading(
     return FoundReading(net, best.normalisation, mean, std, accuracy, len(sample))
 
 
-def choose_trial(
+def choose_attempt(
     readings: list,
     sample: Images,
     wrap: Callable,
     *,
     tries_activations=False,
-    max_trials=MAX_TRIALS,
-) -> tuple[Trial, float]:
+    max_attempts=MAX_ATTEMPTS,
+) -> tuple[Attempt, float]:
     """The best way to use foreign weights, and its accuracy: the rounds of `find_reading`."""
     names = list(list_normalisations(sample))
-    first_round, *later_rounds = TRIAL_ROUNDS
-    if len(readings) * len(names) > max_trials:
-        trials = [Trial(reading, names[0]) for reading in readings]
-        ranked = rank_trials(trials, sample, first_round.max_images, wrap)
-        readings = [trial.reading for trial, _ in ranked[:MAX_SHORTLIST]]
-    trials = [Trial(reading, name) for reading in readings for name in names]
-    ranked = rank_trials(trials, sample, first_round.max_images, wrap)
-    trials = [trial for trial, _ in ranked[: first_round.survivors]]
+    first_round, *later_rounds = ATTEMPT_ROUNDS
+    if len(readings) * len(names) > max_attempts:
+        attempts = [Attempt(reading, names[0]) for reading in readings]
+        ranked = rank_attempts(attempts, sample, first_round.max_images, wrap)
+        readings = [attempt.reading for attempt, _ in ranked[:MAX_SHORTLIST]]
+    attempts = [Attempt(reading, name) for reading in readings for name in names]
+    ranked = rank_attempts(attempts, sample, first_round.max_images, wrap)
+    attempts = [attempt for attempt, _ in ranked[: first_round.survivors]]
     if tries_activations:
-        for trial in trials[:TRIALS_WITH_RARE_ACTIVATIONS]:
-            trials.extend(trial.with_rare_activations())
-    for trial_round in later_rounds:
-        ranked = rank_trials(trials, sample, trial_round.max_images, wrap)
-        trials = [trial for trial, _ in ranked[: trial_round.survivors]]
+        for attempt in attempts[:ATTEMPTS_WITH_RARE_ACTIVATIONS]:
+            attempts.extend(attempt.with_rare_activations())
+    for attempt_round in later_rounds:
+        ranked = rank_attempts(attempts, sample, attempt_round.max_images, wrap)
+        attempts = [attempt for attempt, _ in ranked[: attempt_round.survivors]]
     return ranked[0]
 
 
-def rank_trials(
-    trials: list[Trial], sample: Images, max_images: int | None, wrap: Callable
-) -> list[tuple[Trial, float]]:
-    """(trial, accuracy) of each, the best first.
+def rank_attempts(
+    attempts: list[Attempt], sample: Images, max_images: int | None, wrap: Callable
+) -> list[tuple[Attempt, float]]:
+    """(attempt, accuracy) of each, the best first.
 
     Of equal ones that of the smaller loss comes first, or, where the accuracy is poor and the loss
     says little, the likelier.
@@ -1487,17 +1494,17 @@ def rank_trials(
         images = images.load_into_memory()
     scored = []
     reading = net = None
-    for trial in wrap(trials):
-        if trial.reading is not reading:  # those of one reading often stand side by side
-            reading = trial.reading
+    for attempt in wrap(attempts):
+        if attempt.reading is not reading:  # those of one reading often stand side by side
+            reading = attempt.reading
             net = reading.build().to(images.device)
-        normalised = images.normalised_by(*normalisations[trial.normalisation])
+        normalised = images.normalised_by(*normalisations[attempt.normalisation])
         accuracy, loss = measure_if_fitting(net, normalised)
         if accuracy < POOR_ACCURACY:
             loss = math.inf
-        scored.append((trial.handicap(len(images)) - accuracy, loss, trial, accuracy))
+        scored.append((attempt.handicap(len(images)) - accuracy, loss, attempt, accuracy))
     scored.sort(key=lambda score: score[:2])
-    return [(trial, accuracy) for *_, trial, accuracy in scored]
+    return [(attempt, accuracy) for *_, attempt, accuracy in scored]
 
 
 @torch.no_grad()

@@ -1272,7 +1272,7 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
         train,
         seed,
         tries_activations=bool(user_net.readings) and user_net.activation is None,
-        wrap=show_trials,
+        wrap=show_attempts,
     )
     user_net.net, user_net.accuracy = found.net, found.accuracy
     say(
@@ -1291,13 +1291,13 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     return found.mean, found.std
 
 
-def show_trials(trials):
-    """Pass on the trials, with a bar on a terminal."""
+def show_attempts(attempts):
+    """Pass on the attempts, with a bar on a terminal."""
     from rich.progress import track
 
     console = make_console(is_stderr=True)
     is_hidden = not console.is_terminal
-    return track(trials, "trials", console=console, transient=True, disable=is_hidden)
+    return track(attempts, "attempts", console=console, transient=True, disable=is_hidden)
 
 
 def check_net_fits(net, facts: dict, images, description: str) -> None:

@@ -1795,10 +1795,14 @@ def refuse_other_parameters(found: dict[str, FoundModule], modules: list[FoundMo
     """Raise UnreadableError where something between the layers has parameters and is no batch norm:
     another norm, a PReLU, a learned scale.
 
-    Counters, the weights of losses and the like stand before or after the layers, and do no harm.
+    Before and after the layers stand counters, the weights of losses and the like, which do no
+    harm. Only a PReLU is refused there, too, as it may be of a list of their own.
     """
     names = list(found)
     first, last = names.index(modules[0].name), names.index(modules[-1].name)
+    for name in [*names[:first], *names[last + 1 :]]:
+        if is_prelu_outside(found[name], classes=modules[-1].outputs):
+            raise UnreadableError(f"{name} looks like a PReLU, whose slopes this tool cannot use")
     layers = {module.name for module in modules}
     for name in names[first : last + 1]:
         if name in layers or HARMLESS_MODULES.search(name):
@@ -1812,6 +1816,15 @@ def refuse_other_parameters(found: dict[str, FoundModule], modules: list[FoundMo
                 raise UnreadableError(f"{name} looks like {kind}, not a batch norm")
             key = f"{name}.{parameter}".strip(".")
             raise UnreadableError(f"{key} is a parameter of no known layer (a learned scale?)")
+
+
+def is_prelu_outside(module: FoundModule, classes: int) -> bool:
+    """Whether a module that stands before or after the layers is a PReLU: a single vector of
+    weights. One as long as there are classes is taken as the weights of a loss."""
+    if module.tensors.keys() - HARMLESS_TENSORS != {"weight"}:
+        return False
+    weight = module.weight
+    return weight.is_floating_point() and weight.dim() == 1 and len(weight) != classes
 
 
 def read_modules(modules: list[FoundModule]) -> list[Reading]:

@@ -480,6 +480,20 @@ def without(part):
             "scale is a parameter of no known layer",
         ),
         (
+            lambda state: (
+                {"conv1.weight": state["conv1.weight"], "act.weight": torch.ones(1)} | state
+            ),
+            "act looks like a PReLU, not a batch norm",
+        ),
+        (
+            lambda state: state | {"activations.0.weight": torch.ones(16)},
+            r"activations\.0 looks like a PReLU, whose slopes",
+        ),
+        (
+            lambda state: {"act.weight": torch.ones(1)} | state,
+            "act looks like a PReLU, whose slopes",
+        ),
+        (
             lambda state: state | {"linear.bias": torch.full((10,), float("nan"))},
             "not finite",
         ),
@@ -630,7 +644,9 @@ def test_what_lies_harmless_beside_the_weights_is_read(tmp_path):
             "total_ops": torch.zeros(1),
             "act.activation_post_process.scale": torch.ones(1),
         }
-        | net.state_dict(),
+        | net.state_dict()
+        # Behind them: the weights of the classes in a loss.
+        | {"criterion.weight": torch.ones(10)},
     }
     torch.save(content, tmp_path / "a.pt")
 

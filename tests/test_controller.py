@@ -455,7 +455,7 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
     ("name", "activation"),
     [
         ("CNN, averaged", "gelu"),
-        ("CNN, averaged", "leaky_relu_0.2"),
+        ("bottlenecks", "leaky_relu_0.2"),
         ("VGG-16, one linear layer", "elu"),
         ("wide ResNet", "leaky_relu_0.1"),
         ("ResNet, option A", "silu"),

@@ -1956,6 +1956,9 @@ class ScoredStructure:
     # `try_finalists`). None: it had no trial, or that diverged.
     trial_loss: float | None = field(default=None, kw_only=True)
 
+    def reaches(self, target: float | None) -> bool:
+        return target is None or self.macs_reduction >= target
+
 
 @dataclass
 class Candidate(ScoredStructure):
@@ -2003,7 +2006,7 @@ def choose_best(scored: Iterable[ScoredStructure], target: float | None) -> Scor
     finalists = [item for item in scored if item.trial_loss is not None]
     if finalists:
         return min(finalists, key=lambda item: item.trial_loss)
-    reached = [item for item in scored if target is None or item.macs_reduction >= target]
+    reached = [item for item in scored if item.reaches(target)]
     if reached:
         return max(reached, key=lambda item: item.reward)
     return max(scored, key=lambda item: item.macs_reduction)
@@ -2368,11 +2371,8 @@ class RegressionSearch(Search):
         return {self.best.structure, *(finalist.structure for finalist in self.list_finalists())}
 
     def list_finalists(self) -> list[Candidate]:
-        reached = [
-            candidate
-            for candidate in self.candidates.values()
-            if candidate.macs_reduction >= self.target
-        ]
+        candidates = self.candidates.values()
+        reached = [candidate for candidate in candidates if candidate.reaches(self.target)]
         best = rank_by_reward(reached, self.finalists_by_reward)
         first = [candidate for candidate in reached[:1] if candidate not in best]
         return best + first
@@ -3277,8 +3277,7 @@ def describe_search(search: Search, lstm_epoch: int) -> str:
     """How far a search is, in one line for the user."""
     best = search.best
     epoch = f"round {lstm_epoch}" if search.is_random else f"LSTM epoch {lstm_epoch}"
-    has_reached_target = search.target is None or best.macs_reduction >= search.target
-    criterion = "largest reward" if has_reached_target else "largest cut"
+    criterion = "largest reward" if best.reaches(search.target) else "largest cut"
     return (
         f"{search.method}: {epoch}, {len(search.candidates)} candidates, {criterion}: accuracy "
         f"{best.validation_accuracy:.2%}, cut {best.macs_reduction:.1%} "

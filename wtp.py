@@ -284,7 +284,7 @@ def estimate_epochs(
 ) -> float:
     """How many epochs of so many training images the rows of `methods` may take.
 
-    `rows`: the pruned rows that are there already. ours: under the papers' rules
+    `rows`: the methods of the pruned rows that are there already. ours: under the papers' rules
     rewards grow for about ten LSTM epochs; `uniform` then takes about ten steps.
     """
     from controller import BATCH_SIZE, VALIDATION_SHARE

@@ -1048,8 +1048,8 @@ def finalists(folder, run, count, seed="0"):
     """Do the best candidates of a finished search of `lstm` by `fast` stay the best?
 
     The `count` best ones and the first, which is `uniform`'s, each pruned anew: after the recovery,
-    after a short training, as those that compare gates, and after the final training, on the
-    images that do not validate. All are judged by the images that do.
+    after a trial, and after the final training, on the images that do not validate. All are judged
+    by the images that do.
     """
     results = controller.read_results(Path(run))
     plans = {name: TrainingPlan(**results["settings"][name]) for name in ("recovery", "final")}
@@ -1059,10 +1059,10 @@ def finalists(folder, run, count, seed="0"):
     logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
     search = results["search"]["lstm"]
     candidates = [controller.read_candidate(values) for values in search["candidates"]]
-    reached = [each for each in candidates if each.macs_reduction >= search["target"]]
-    chosen = controller.rank_by_reward(reached, int(count))
+    reached = [candidate for candidate in candidates if candidate.reaches(search["target"])]
+    best = controller.rank_by_reward(reached, int(count))
     rows = []
-    for structure in dict.fromkeys(each.structure for each in (candidates[0], *chosen)):
+    for structure in dict.fromkeys(candidate.structure for candidate in (candidates[0], *best)):
         small = models.prune_channels(baseline.net, structure)
         trained = {
             "recovery": train_to_the_end(

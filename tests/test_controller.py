@@ -2059,7 +2059,7 @@ def test_the_recovery_of_a_plain_net_stays_only_where_it_helps(tmp_path, monkeyp
 def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
     settings = replace(
         TINY,
-        max_candidates=2,
+        max_candidates=3,
         target=0.6,
         recovery=TrainingPlan(1, 0.05),
         baseline=TrainingPlan(3, 0.1, is_one_cycle=True),
@@ -2073,8 +2073,8 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
         for method in methods:
             run.make_row(method, Goal(0.6, is_required=True))
         found.append(without_seconds({method: run.find_row(method) for method in methods}))
-        assert sum(title.startswith("lstm: candidate") for title in spy.titles) == 2
-        assert sum(title.startswith("sep: candidate") for title in spy.titles) in (1, 2)
+        assert sum(title.startswith("lstm: candidate") for title in spy.titles) == 3
+        assert sum(title.startswith("sep: candidate") for title in spy.titles) == 1
         assert run.results["search"]["sep"]["rule"] == "shared"
 
     hard, soft = found[0]["lstm"], found[0]["sep"]
@@ -2085,7 +2085,7 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
         assert (hard_width < whole) == (soft_width < whole)
 
 
-TINY_FAST = replace(TINY, max_candidates=4, target=0.6, recovery=TrainingPlan(1, 0.05))
+TINY_FAST = replace(TINY, max_candidates=4, target=0.5, recovery=TrainingPlan(1, 0.05))
 
 
 def prefer_narrow_first_layers(monkeypatch):

@@ -7,7 +7,7 @@
     bench.py DATA_DIR size                         the time of --help, the memory of a MNIST run
     bench.py . search                              what an LSTM learns where accuracies are made up
 
-    bench.py DATA_DIR narrow ARCH SHARE EPOCHS FILE
+    bench.py DATA_DIR narrow ARCH SHARE EPOCHS FILE [DATA_SET]
                                                    a baseline with that share of its widths
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and different structures
     bench.py DATA_DIR recipes BASELINE CUT EPOCHS [TEMPERATURE:PEAK[:OPTION ...] ...]
@@ -25,9 +25,9 @@
     bench.py . families [NAME]                     the nets of zoo.py by the commands, end to end
     bench.py DATA_DIR photographs FOLDER           a ResNet-18 on pictures in a folder, end to end
 
-DATA_DIR holds torchvision's MNIST and CIFAR-10, BASELINE is a checkpoint of `train` or `reproduce`,
-RUN a run folder, GROUP one checkpoint or several with commas between. This file has the
-measurements in that order.
+DATA_DIR holds torchvision's MNIST and CIFAR-10, for DATA_SET cifar100 also CIFAR-100. BASELINE is a
+checkpoint of `train` or `reproduce`, RUN a run folder, GROUP one checkpoint or several with commas
+between. This file has the measurements in that order.
 """
 
 import io
@@ -502,14 +502,14 @@ def rank_correlations(rows):
 # ---- baselines, structures, recipes ---------------------------------------------------
 
 
-def narrow(folder, arch, share, epochs, file):
+def narrow(folder, arch, share, epochs, file, data_set="cifar10"):
     """Train a narrower net than the papers', which stands in for them where time is short: to a
     checkpoint that has not seen its validation images."""
-    train, _, data = controller.load_data("cifar10", folder, crop=4, flip=True)
+    train, _, data = controller.load_data(data_set, folder, crop=4, flip=True)
     training, validation = (each.to(DEVICE) for each in controller.split_images(train, 0))
     torch.manual_seed(0)
     widths = [int(float(share) * width) for width in models.default_widths(arch)]
-    net = models.build(arch, widths, classes=10, channels=3, size=32).to(DEVICE)
+    net = models.build(arch, widths, classes=train.classes, channels=3, size=32).to(DEVICE)
     plan = TrainingPlan(int(epochs), 0.1, is_one_cycle=True)
     for epoch, trained in enumerate(train_copy(net, plan, training, None), 1):
         say(f"epoch {epoch}: validation accuracy {measure_accuracy(trained, validation):.2%}")

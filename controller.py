@@ -2832,7 +2832,11 @@ class TrainingState:
 
 
 class DivergenceError(UserError):
-    """The loss of a training is no longer a number."""
+    """The loss of a training is no longer a number. `seconds`: how long it was trained."""
+
+    def __init__(self, message: str, *, seconds: float):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 def explain_divergence(title: str, epoch_number: int, plan: TrainingPlan) -> str:
@@ -2946,7 +2950,8 @@ class Trainer:
         for _, loss in losses:
             if not math.isfinite(loss):
                 if not keeps_best:
-                    raise DivergenceError(explain_divergence(title, state.epochs + 1, plan))
+                    message = explain_divergence(title, state.epochs + 1, plan)
+                    raise DivergenceError(message, seconds=time.time() - start)
                 break
             accuracy = None if validation is None else measure_accuracy(net, validation)
             state.add_epoch(net, loss, accuracy, keeps_best=keeps_best)
@@ -3075,17 +3080,17 @@ class Trainer:
         file of the pool, and come from there the next time: on another machine the loss might put
         another net ahead.
 
-        With `may_diverge` a training that diverges is kept, too: `net` as it was, no loss, and 0
-        seconds. Else it raises DivergenceError.
+        With `may_diverge` a training that diverges is kept, too: `net` as it was, and no loss. Else
+        it raises DivergenceError.
         """
         if not path.exists():
             try:
                 trained = self.train(title, deepcopy(net), images, plan, epochs=epochs)
                 trained.validation_loss = self.measure_validation_loss(trained.net)
-            except DivergenceError:
+            except DivergenceError as error:
                 if not may_diverge:
                     raise
-                trained = TrainedNet(net, validation_accuracy=None, seconds=0.0)
+                trained = TrainedNet(net, validation_accuracy=None, seconds=error.seconds)
             facts = {
                 "seconds": trained.seconds,
                 "curve": trained.curve,
@@ -3187,8 +3192,7 @@ def try_finalists(trainer: Trainer, search: Search, weights_of: Callable) -> Non
     A trial trains the recovered net some more, on the images that do not validate. Its loss
     foretells that of the final training. The accuracy after the recovery, which gives the reward,
     often does not (RESULTS.md, section 5). The net of a trial is not used further, so that the nets
-    of all rows have had the same trainings. A trial that diverges has no loss, and its seconds are
-    not counted.
+    of all rows have had the same trainings. A trial that diverges has no loss.
     """
     # A search that an earlier version began has removed most weights.
     finalists = [item for item in search.list_finalists() if weights_of(item.structure).exists()]
@@ -3632,8 +3636,8 @@ class SepRow:
         """Short trainings with several numbers of gates, on the images that do not validate: (of
         each the number of gates and the validation loss, seconds spent).
 
-        A trial with gates that diverges has the loss None, and its seconds are not counted. Raises
-        DivergenceError where the nets without gates diverge.
+        A trial with gates that diverges has the loss None. Raises DivergenceError where the nets
+        without gates diverge.
         """
         images = self.data.train
         plan = plan_trial(self.settings.final, len(images))
@@ -3815,7 +3819,7 @@ class Run:
     def make_static_net(self) -> TrainedNet:
         """`sep`'s net made plain, with a recovery where that makes it more accurate on all training
         images. Its validation accuracy is that of `sep`'s candidate, its seconds include those of
-        `sep`, but not those of a recovery that diverged."""
+        `sep`."""
         gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
         accuracy, seconds = facts["validation_accuracy"], facts["seconds"]
         if gated.gates is None:
@@ -3827,9 +3831,9 @@ class Run:
             trained = self.trainer.train(
                 "static: recovery", deepcopy(static), images, self.settings.recovery
             )
-        except DivergenceError:
+        except DivergenceError as error:
             self.reporter.say("static: its recovery diverged, so the net stays as it was before")
-            return TrainedNet(static, accuracy, seconds)
+            return TrainedNet(static, accuracy, seconds + error.seconds)
         seconds += trained.seconds
         if measure_accuracy(trained.net, images) > measure_accuracy(static, images):
             return TrainedNet(trained.net, accuracy, seconds, trained.curve)

@@ -1450,9 +1450,12 @@ def test_the_search_keeps_the_published_rules(undisturbed):
 def test_a_training_that_diverges_says_so_and_stops(tmp_path):
     settings = replace(TINY, baseline=TrainingPlan(3, 1e9))
 
-    with pytest.raises(UserError, match="baseline: the training diverged in epoch 1, its loss"):
+    with pytest.raises(
+        controller.DivergenceError, match="baseline: the training diverged in epoch 1, its loss"
+    ) as caught:
         make_run(tmp_path, settings=settings).make_baseline(make_lenet())
 
+    assert 0 < caught.value.seconds < 100
     assert not (tmp_path / "baseline.pt").exists()
 
 
@@ -2152,7 +2155,7 @@ def test_a_finalist_whose_trial_diverges_is_not_chosen(tmp_path, monkeypatch):
     def train_or_diverge(title, net, *_, **options):
         titles.append(title)
         if "trial 1 of 2" in title:
-            raise controller.DivergenceError(title)
+            raise controller.DivergenceError(title, seconds=4.0)
         return controller.TrainedNet(net, None, 1.5)
 
     monkeypatch.setattr(trainer, "train", train_or_diverge)
@@ -2162,7 +2165,7 @@ def test_a_finalist_whose_trial_diverges_is_not_chosen(tmp_path, monkeypatch):
         controller.try_finalists(trainer, search, lambda structure: weights)
 
         assert [finalist.trial_loss for finalist in finalists] == [None, 0.3]
-        assert [finalist.seconds for finalist in finalists] == [0.5, 2.0]
+        assert [finalist.seconds for finalist in finalists] == [4.5, 2.0]
         assert controller.choose_best(finalists, 0.9).structure == (2,)
         assert titles == ["lstm: trial 1 of 2, 3", "lstm: trial 2 of 2, 2"]
         assert trainer.reporter.lines.count("told") == 1
@@ -2199,7 +2202,7 @@ def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypat
 
     def diverge(self, title, *arguments, **options):
         if title.startswith("static"):
-            raise controller.DivergenceError(title)
+            raise controller.DivergenceError(title, seconds=1000.0)
         return train(self, title, *arguments, **options)
 
     monkeypatch.setattr(controller.Trainer, "train", diverge)
@@ -2212,6 +2215,8 @@ def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypat
 
     assert [row["method"] for row in results["rows"]] == ["baseline", "sep", "static"]
     assert any("its recovery diverged" in line for line in spy.lines)
+    of_sep, of_static = (row["seconds"] for row in results["rows"][1:])
+    assert of_static == pytest.approx(of_sep + 1000, abs=0.1)
 
 
 def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path, monkeypatch):
@@ -2345,7 +2350,7 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
 
     def diverge(self, title, *arguments, **options):
         if title == "sep: gates, trial with 2":
-            raise controller.DivergenceError(title)
+            raise controller.DivergenceError(title, seconds=1000.0)
         return train(self, title, *arguments, **options)
 
     monkeypatch.setattr(controller.Trainer, "train", diverge)
@@ -2355,8 +2360,9 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     run.folder.log_search("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    run.sep_row.select_layers(net, net)
+    _, seconds = run.sep_row.select_layers(net, net)
 
+    assert 1000 < seconds < 1100
     losses = [t["validation_loss"] for t in run.results["search"]["sep"]["gate_trials"]]
     assert losses[2] is None
     assert all(loss > 0 for loss in losses[:2])

@@ -218,7 +218,30 @@ def read_commands(document, program="wtp.py"):
     return [command.partition("#")[0].split() for command in commands]
 
 
-@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+DOCUMENTS = ["README.md", "RESULTS.md", "docs/your-net.md", "docs/differences.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_of_a_document_leads_somewhere(document):
+    text = (ROOT / document).read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, heading = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), link
+        assert not heading or heading in list_anchors(target), link
+
+
+def list_anchors(document):
+    """The names by which links reach the headings of a document, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_of_a_document_is_one(document):
     group = typer.main.get_command(wtp.app)
     commands = read_commands(document)

@@ -292,7 +292,7 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = sep.prune_softly(models.build("resnet8"), (8, 16, 32), [torch.randn(8, 3, 32, 32)])
     facts = {"mean": [0.5] * 3, "std": [0.2] * 3}
-    models.save_checkpoint(tmp_path / "net-pruned.pt", net, facts)
+    models.save_checkpoint(tmp_path / "mine-pruned.pt", net, facts)
     models.export_net(net, tmp_path / "net.pt2", [0.5] * 3, [0.2] * 3, 32)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 32, 32, generator=generator)

@@ -1322,6 +1322,12 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
     raise UserError(f"{description}: not the classes that the net was trained on ({difference})")
 
 
+WHY_A_NET_GUESSES = (
+    "it was hardly trained, or it is another net (weights do not show strides, nor all poolings), "
+    "for other images, or with its classes in another order"
+)
+
+
 def check_is_no_guess(user_net: UserNet, accuracy: float, what_force_does: str) -> None:
     """Raise UserError where a net gets hardly more images right than guessing would."""
     from controller import is_near_guessing
@@ -1330,8 +1336,7 @@ def check_is_no_guess(user_net: UserNet, accuracy: float, what_force_does: str) 
     if is_near_guessing(accuracy, user_net.net.classes):
         raise UserError(
             f"{user_net.path} gets {accuracy:.2%} of the validation images right, hardly more than "
-            f"guessing among {user_net.net.classes} classes: it was hardly trained, or it is "
-            f"another net, for other images, or with its classes in another order; --force to "
+            f"guessing among {user_net.net.classes} classes: {WHY_A_NET_GUESSES}; --force to "
             f"{what_force_does}"
         )
 
@@ -2103,7 +2108,7 @@ def evaluate(
         note += f"; it was trained on {user_net.facts['data']}"
     print_note(note)
     if user_net.accuracy is not None and is_near_guessing(user_net.accuracy, user_net.net.classes):
-        print_note("that is hardly more than guessing: it is probably another net")
+        print_note(f"that is hardly more than guessing: {WHY_A_NET_GUESSES}")
     net = prepare_for_inference(user_net.net, device)
     with sep.record_usage(net) as usage:
         accuracy = measure_accuracy(net, test, in_float32=True)

@@ -1799,10 +1799,12 @@ def check_reachable(widths, reduction_of, target: float | None, multiple: int = 
 def round_structure(
     structure, widths, reduction_of, target: float | None, multiple: int
 ) -> tuple[int, ...]:
-    """The structure at multiples of `multiple` that is nearest to `structure`.
+    """The structure at multiples of `multiple` that is nearest to `structure`, layer by layer.
 
-    A layer may also keep all its channels. With a `target` the structure still reaches it. Raises
-    UserError where there is none.
+    A layer may also keep all its channels. With a `target` layers are narrowed until the structure
+    reaches it, step by step: that layer which loses the least for the MACs that go. Then layers get
+    back what still fits, up to the next multiple above what they have in `structure`. Raises
+    UserError where no structure reaches the target.
     """
     check_reachable(widths, reduction_of, target, multiple)
     choices = [sorted({width, *range(multiple, width + 1, multiple)}) for width in widths]
@@ -1816,28 +1818,34 @@ def round_structure(
     def widths_at(positions) -> tuple[int, ...]:
         return tuple(choice[n] for choice, n in zip(choices, positions))
 
-    def ratio_to_wanted(layer: int) -> float:
-        """The layer's width at the present `positions`, over what `structure` wants."""
-        return choices[layer][positions[layer]] / structure[layer]
+    def ratio_to_wanted(layer: int, step: int = 0) -> float:
+        """The layer's width, so many choices from its present one, over that in `structure`."""
+        return choices[layer][positions[layer] + step] / structure[layer]
+
+    def price_of_narrowing(layer: int) -> float:
+        """How much further from `structure` the next smaller choice is, for what it removes of the
+        MACs that have to go."""
+        distance, new_distance = (math.log(ratio_to_wanted(layer, step)) ** 2 for step in (0, -1))
+        reduction = reduction_of(widths_at(positions))
+        new_reduction = reduction_of(widths_at(add_at(positions, layer, -1)))
+        removed = min(new_reduction, target) - reduction
+        # A narrower layer of `sep` may have room for a larger gate, and so cost more.
+        return (new_distance - distance) / removed if removed > 0 else math.inf
+
+    def fits_wider(layer: int) -> bool:
+        is_widest = positions[layer] + 1 == len(choices[layer])
+        if is_widest or choices[layer][positions[layer]] >= structure[layer]:
+            return False
+        return reduction_of(widths_at(add_at(positions, layer))) >= target
 
     if target is None:
         return widths_at(positions)
-    # Narrow the layer that rounding widened the most, until the target is reached.
     while reduction_of(widths_at(positions)) < target:
-        layer = max((layer for layer in layers if positions[layer]), key=ratio_to_wanted)
+        layer = min((layer for layer in layers if positions[layer]), key=price_of_narrowing)
         positions = add_at(positions, layer, -1)
-    # Then widen the layer that rounding narrowed the most, while the target is still reached.
-    while True:
-        larger = [
-            layer
-            for layer in layers
-            if positions[layer] + 1 < len(choices[layer])
-            and ratio_to_wanted(layer) < 1
-            and reduction_of(widths_at(add_at(positions, layer))) >= target
-        ]
-        if not larger:
-            return widths_at(positions)
-        positions = add_at(positions, min(larger, key=ratio_to_wanted))
+    while wider_layers := [layer for layer in layers if fits_wider(layer)]:
+        positions = add_at(positions, min(wider_layers, key=ratio_to_wanted))
+    return widths_at(positions)
 
 
 # ---- the LSTM ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from io import StringIO
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from textwrap import shorten
 
@@ -343,9 +343,12 @@ def is_image_folder(folder: Path) -> bool:
         raise UserError(f"{folder} is a file; --data-dir names a folder", 2)
     parts = [part for part in ("train", "test") if (Path(folder) / part).is_dir()]
     if len(parts) == 1:
+        hint = ""
+        if parts == ["train"] and (Path(folder) / "val").is_dir():
+            hint = "; if val/ has the images to test with, make a link to it named test"
         raise UserError(
             f"{folder} has {parts[0]}/ alone; a data set of your own has train/CLASS/images and "
-            "test/CLASS/images"
+            f"test/CLASS/images{hint}"
         )
     return bool(parts)
 
@@ -571,7 +574,11 @@ def opened_image(path: str):
     except PermissionError as error:
         raise UserError(f"{path} may not be read by this user") from error
     except Exception as error:  # as many kinds as there are decoders
-        raise UserError(f"{path} cannot be read as an image of 8 bits a channel") from error
+        if not os.path.getsize(path):
+            raise UserError(f"{path} is empty") from error
+        raise UserError(
+            f"{path} cannot be read as an image of 8 bits a channel, or is damaged"
+        ) from error
 
 
 def measure_image(path: str) -> tuple[int, int]:
@@ -1362,6 +1369,13 @@ POOR_ACCURACY = 0.5
 # ours: a rare activation has to get so many more images right than a usual one does. A net that is
 # hardly trained may do a little better with one that it was not trained with.
 MIN_HANDICAP = 0.05
+# ours: of attempts that get equally many right, the smaller loss decides only in steps of so much,
+# summed over the images. A net that is sure of them all has hardly a loss by several readings, and
+# then the most usual one is taken.
+LOSS_STEP = 3.0
+# ours: attempts are tried on at least so many images, where there are so many; fewer leave much to
+# chance.
+MIN_TRIED_IMAGES = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -1385,6 +1399,7 @@ class Attempt:
 
     reading: models.Reading | KnownNet
     normalisation: str  # its name
+    place: int  # in the order of all attempts, the most usual first
 
     @property
     def is_rare(self) -> bool:
@@ -1399,7 +1414,13 @@ class Attempt:
 
     def with_rare_activations(self) -> list["Attempt"]:
         readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
-        return [Attempt(reading, self.normalisation) for reading in readings]
+        return [Attempt(reading, self.normalisation, self.place) for reading in readings]
+
+
+def list_attempts(readings: Iterable, normalisations: Iterable[str]) -> list[Attempt]:
+    """All readings with all normalisations, both with the most usual ones first."""
+    pairs = product(readings, normalisations)
+    return [Attempt(*pair, place) for place, pair in enumerate(pairs)]
 
 
 @dataclass(frozen=True)
@@ -1410,8 +1431,9 @@ class FoundReading:
     normalisation: str  # its name
     mean: tuple
     std: tuple
-    accuracy: float  # in [0, 1], on so many `images` of those that validate
+    accuracy: float  # in [0, 1], on so many `images` that train, those that validate first
     images: int
+    is_only_best: bool  # no other reading or normalisation gets as many right
 
 
 def find_reading(
@@ -1428,10 +1450,11 @@ def find_reading(
     `list_normalisations`, in rounds; with `tries_activations` rare ones are tried, too.
     `wrap(attempts)` passes on the attempts of a round, to show them.
     """
-    # Those that validate in a run with this seed (`split_indices`), but at least 100.
-    count = max(100, int(VALIDATION_SHARE * len(train)))
+    # First those that validate in a run with this seed (`split_indices`).
+    count = max(MIN_TRIED_IMAGES, int(VALIDATION_SHARE * len(train)))
     sample = train.select(shuffle_for_split(train, seed)[:count])
-    best, accuracy = choose_attempt(readings, sample, wrap, tries_activations=tries_activations)
+    ranked = choose_attempts(readings, sample, wrap, tries_activations=tries_activations)
+    best, accuracy = ranked[0]
     if tries_activations and (best.is_rare or accuracy < POOR_ACCURACY):
         # Poolings and paddings were chosen under a usual activation. They are chosen anew.
         activations = models.RARE_ACTIVATIONS
@@ -1442,33 +1465,39 @@ def find_reading(
             for activation in activations
             for reading in models.change_activation(readings, activation)
         ]
-        rare, rare_accuracy = choose_attempt(
-            rare_readings, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS
-        )
+        rare_ranked = choose_attempts(rare_readings, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS)
+        rare, rare_accuracy = rare_ranked[0]
         images = len(sample)
         if rare_accuracy - rare.handicap(images) > accuracy - best.handicap(images):
+            ranked = rare_ranked
             best, accuracy = rare, rare_accuracy
     net = best.reading.build().to(train.device)
     mean, std = list_normalisations(train)[best.normalisation]
-    return FoundReading(net, best.normalisation, mean, std, accuracy, len(sample))
+    is_only_best = all(other < accuracy for _, other in ranked[1:])
+    return FoundReading(
+        net, best.normalisation, mean, std, accuracy, len(sample), is_only_best=is_only_best
+    )
 
 
-def choose_attempt(
+def choose_attempts(
     readings: list,
     sample: Images,
     wrap: Callable,
     *,
     tries_activations=False,
     max_attempts=MAX_ATTEMPTS,
-) -> tuple[Attempt, float]:
-    """The best way to use foreign weights, and its accuracy: the rounds of `find_reading`."""
+) -> list[tuple[Attempt, float]]:
+    """The best ways to use foreign weights, each with its accuracy, the best first: the rounds of
+    `find_reading`."""
     names = list(list_normalisations(sample))
     first_round, *later_rounds = ATTEMPT_ROUNDS
     if len(readings) * len(names) > max_attempts:
-        attempts = [Attempt(reading, names[0]) for reading in readings]
+        attempts = list_attempts(readings, names[:1])
         ranked = rank_attempts(attempts, sample, first_round.max_images, wrap)
-        readings = [attempt.reading for attempt, _ in ranked[:MAX_SHORTLIST]]
-    attempts = [Attempt(reading, name) for reading in readings for name in names]
+        shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
+        shortlist.sort(key=lambda attempt: attempt.place)
+        readings = [attempt.reading for attempt in shortlist]
+    attempts = list_attempts(readings, names)
     ranked = rank_attempts(attempts, sample, first_round.max_images, wrap)
     attempts = [attempt for attempt, _ in ranked[: first_round.survivors]]
     if tries_activations:
@@ -1477,7 +1506,7 @@ def choose_attempt(
     for attempt_round in later_rounds:
         ranked = rank_attempts(attempts, sample, attempt_round.max_images, wrap)
         attempts = [attempt for attempt, _ in ranked[: attempt_round.survivors]]
-    return ranked[0]
+    return ranked
 
 
 def rank_attempts(
@@ -1485,8 +1514,8 @@ def rank_attempts(
 ) -> list[tuple[Attempt, float]]:
     """(attempt, accuracy) of each, the best first.
 
-    Of equal ones that of the smaller loss comes first, or, where the accuracy is poor and the loss
-    says little, the likelier.
+    Of equal ones that of the smaller loss comes first, in steps of LOSS_STEP, then the more usual.
+    Where the accuracy is poor the loss says little, and does not count.
     """
     normalisations = list_normalisations(sample)
     images = sample.select(slice(max_images))
@@ -1500,10 +1529,12 @@ def rank_attempts(
             net = reading.build().to(images.device)
         normalised = images.normalised_by(*normalisations[attempt.normalisation])
         accuracy, loss = measure_if_fitting(net, normalised)
-        if accuracy < POOR_ACCURACY:
-            loss = math.inf
-        scored.append((attempt.handicap(len(images)) - accuracy, loss, attempt, accuracy))
-    scored.sort(key=lambda score: score[:2])
+        loss_steps = 0
+        if accuracy >= POOR_ACCURACY and math.isfinite(loss):
+            loss_steps = int(loss / LOSS_STEP)
+        shortfall = attempt.handicap(len(images)) - accuracy
+        scored.append((shortfall, loss_steps, attempt.place, attempt, accuracy))
+    scored.sort(key=lambda score: score[:3])
     return [(attempt, accuracy) for *_, attempt, accuracy in scored]
 
 
@@ -2588,10 +2619,14 @@ class RunFolder:
             if "source" in different:
                 # With another net the images may differ as a consequence: the cause is named alone.
                 different = ["source"]
-            names = ["checkpoint (source)" if key == "source" else key for key in different]
+            words = {
+                "source": "another checkpoint (source)",
+                "images": "other images, or the same at another size",
+            }
+            names = [words.get(key, f"other {key}") for key in different]
             raise UserError(
-                f"{self.path} holds a run with other {' and '.join(names)}; give another --out, "
-                "or --fresh to start over",
+                f"{self.path} holds a run with {' and '.join(names)}; give another --out, or "
+                "--fresh to remove that run",
                 2,
             )
 

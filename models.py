@@ -1406,12 +1406,17 @@ def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
     mismatch = find_mismatch(net, state)
     if mismatch:
         raise UserError(f"its weights do not fit a {net.arch} of the widths they name: {mismatch}")
+    check_is_finite(state)
+    net.load_state_dict(state, assign=assign)
+
+
+def check_is_finite(state: dict) -> None:
+    """Raise UserError where the tensors of a state dict have infinite numbers, or NaNs."""
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(
                 f"some of its weights are not finite numbers, in {key}: take an earlier checkpoint"
             )
-    net.load_state_dict(state, assign=assign)
 
 
 def find_mismatch(net: Net, state: dict) -> str:
@@ -1572,7 +1577,7 @@ def read_first_net(content, path: Path) -> tuple[list[Reading], list[str]]:
     first_error = None
     for state, notes in find_state_dicts(content, path):
         try:
-            return read_modules(list_modules(state)), notes
+            readings = read_modules(list_modules(state))
         except (
             UnreadableError,
             # Half a batch norm, tensors of odd kinds and the like.
@@ -1584,6 +1589,12 @@ def read_first_net(content, path: Path) -> tuple[list[Reading], list[str]]:
             ArithmeticError,
         ) as error:
             first_error = first_error or error
+            continue
+        try:
+            check_is_finite(state)  # here the tensors still have the user's names
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        return readings, notes
     reason = str(first_error)
     if not isinstance(first_error, UnreadableError):
         reason = f"its tensors are of no net that this tool knows ({first_error!r})"

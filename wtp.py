@@ -658,7 +658,7 @@ def describe_gates(trials: list[dict], *, is_rounded: bool) -> str:
         )
     number = "one gate" if gates == 1 else f"{gates} gates"
     return (
-        f"sep has {number}, and the structure of lstm's search less what they cost; its time "
+        f"sep has {number}, and the structure of lstm's search less what gates cost; its time "
         "includes that search"
     )
 
@@ -981,7 +981,11 @@ Rate = Annotated[
     ),
 ]
 RoundTo = Annotated[
-    int | None, typer.Option(min=1, help="keep widths at multiples of this, as machines like them")
+    int | None,
+    typer.Option(
+        min=1,
+        help="keep widths at multiples of this, as machines like them; the cut may become larger",
+    ),
 ]
 FinalEpochs = Annotated[
     int | None,
@@ -1275,10 +1279,13 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
         wrap=show_attempts,
     )
     user_net.net, user_net.accuracy = found.net, found.accuracy
+    ending = ""
+    if not found.is_only_best:
+        ending = "; others get as many, so this may be the wrong one"
     say(
         f"images normalised by {found.normalisation}, and the net read as "
         f"{found.net.architecture.in_words()}: of all that was tried this gets the most right, "
-        f"{found.accuracy:.2%} of {found.images:,} training images"
+        f"{found.accuracy:.2%} of {found.images:,} training images{ending}"
     )
     if user_net.readings:
         advice = "compare that with what you know of the net"
@@ -1335,7 +1342,7 @@ def check_is_no_guess(user_net: UserNet, accuracy: float, what_force_does: str) 
 
     if is_near_guessing(accuracy, user_net.net.classes):
         raise UserError(
-            f"{user_net.path} gets {accuracy:.2%} of the validation images right, hardly more than "
+            f"{user_net.path} gets {accuracy:.2%} of the images right, hardly more than "
             f"guessing among {user_net.net.classes} classes: {WHY_A_NET_GUESSES}; --force to "
             f"{what_force_does}"
         )
@@ -1893,7 +1900,8 @@ def train_baseline(
     for. Raises UserError."""
     from controller import describe_data
 
-    folder = options.folder(name + own_images_suffix(options.data_dir))
+    size_suffix = "" if size is None else f"-size{size}"
+    folder = options.folder(name + size_suffix + own_images_suffix(options.data_dir))
     data = describe_data(experiment.data, options.data_dir)
     is_done = output is not None and is_delivered(
         folder, "baseline", output, options, source=None, data=data
@@ -2301,6 +2309,8 @@ def report(
         check_output(output)
     results = read_results(folder, hint="; make the run again")
     show_results(results)
+    if not results["rows"]:
+        return  # there is nothing to draw yet, and the line below the table says so
     output = output or folder / "report.svg"
     draw_report(results, output, read_usage(folder, print_note))
     print_line(f"wrote {output}")

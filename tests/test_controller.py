@@ -210,7 +210,8 @@ def test_a_damaged_image_that_is_met_in_training_is_named(tmp_path):
     with pytest.raises(UserError) as raised:
         list(images.batches(torch.arange(10).split(2)))
 
-    assert str(raised.value) == f"{paths[6]} cannot be read as an image of 8 bits a channel"
+    message = f"{paths[6]} cannot be read as an image of 8 bits a channel, or is damaged"
+    assert str(raised.value) == message
     assert controller.fingerprint(images) != mark
 
 
@@ -449,6 +450,25 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
     assert found.net.architecture.activation in ("relu", "tanh")
     assert found.normalisation == statistics
     assert found.accuracy > 0.99
+
+
+def test_of_readings_that_get_as_many_right_the_most_usual_is_taken():
+    case = zoo.CASES["ResNet, option A"]
+    net, _ = zoo.make_lively(case)
+    state = net.state_dict()
+    key = next(key for key in reversed(state) if key.endswith("bias"))
+    state[key] = 20.0 * F.one_hot(torch.tensor(3), 10)  # it says 3 of all images, and is sure
+    pixels = torch.randint(256, (120, 32, 32, 3), dtype=torch.uint8)
+    statistics = dict(zip(("mean", "std"), controller.STATISTICS["cifar10"]))
+    images = Images(pixels, torch.full((120,), 3), **statistics)
+    readings = models.recognise_state_dict(state, Path("a.pt"))["readings"]
+
+    found = controller.find_reading(readings, images, seed=0)
+
+    assert len(readings) > 1
+    assert found.net.architecture == readings[0].architecture
+    assert found.normalisation == "mean and std of cifar10"
+    assert (found.accuracy, found.images, found.is_only_best) == (1, 120, False)
 
 
 @pytest.mark.parametrize(
@@ -914,6 +934,16 @@ def test_rounded_widths_are_multiples_that_still_reach_the_target(arch, multiple
         controller.round_structure(odd, net.widths, reduction_of, 0.999, multiple)
     with pytest.raises(UserError, match="no layer of this net is 513 wide"):
         controller.round_structure(odd, net.widths, reduction_of, 0.1, 513)
+
+
+def test_rounding_overshoots_little_where_all_steps_are_large():
+    net = models.build("lenet5", **NETS["lenet5"])
+    reduction_of = reduction_for(net)
+
+    found = controller.round_structure((15, 32, 311), net.widths, reduction_of, 0.5, 8)
+
+    # To narrow the first layer to 8 would remove 70 %.
+    assert 0.5 <= reduction_of(found) < 0.6
 
 
 def make_odd_structure(net, reduction_of, target):
@@ -1704,7 +1734,7 @@ def test_another_net_is_named_and_not_its_images(tmp_path):
     results |= {"source": "a.pt", "images": "others"}
     (tmp_path / "results.json").write_text(json.dumps(results))
 
-    with pytest.raises(UserError, match=r"holds a run with other checkpoint \(source\); give"):
+    with pytest.raises(UserError, match=r"holds a run with another checkpoint \(source\); give"):
         make_run(tmp_path)
 
 

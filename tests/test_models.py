@@ -494,8 +494,11 @@ def without(part):
             "act looks like a PReLU, whose slopes",
         ),
         (
-            lambda state: state | {"linear.bias": torch.full((10,), float("nan"))},
-            "not finite",
+            lambda state: (
+                {key.replace("linear", "head"): value for key, value in state.items()}
+                | {"head.bias": torch.full((10,), float("nan"))}
+            ),
+            r"not finite numbers, in head\.bias: take",
         ),
         (
             lambda state: state | {"gates.0.initial_scale": torch.ones(16)},

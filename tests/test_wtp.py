@@ -1164,6 +1164,17 @@ def test_a_search_that_goes_on_is_reported_as_such(capsys, smoke, tmp_path):
     assert "chosen" not in words  # nothing is chosen yet
 
 
+def test_a_run_without_a_row_has_no_picture(capsys, smoke, tmp_path):
+    results = read_results(smoke[0]) | {"rows": [], "curves": {}, "search": {}, "rounded": {}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+
+    status, out, err = call(capsys, "report", tmp_path)
+
+    assert status == 0, err
+    assert "no row is finished yet" in out
+    assert not (tmp_path / "report.svg").exists()
+
+
 def test_the_search_that_sep_shares_has_ended_with_sep(capsys, smoke, tmp_path):
     results = read_results(smoke[0])
     results["rows"] = [row for row in results["rows"] if row["method"] != "lstm"]
@@ -1333,7 +1344,7 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     (tmp_path / "a.png").rename(second)
     status, out, err = call(capsys, *command)
     assert status == 2
-    assert "holds a run with other images;" in err
+    assert "holds a run with other images, or the same at another size;" in err
     assert is_one_line(err)
 
     first.unlink()
@@ -1386,7 +1397,7 @@ def damage_pictures(folder, how):
         ("one", "has one class alone, class0"),
         ("hidden", "no folder of a class"),
         ("bytes", "cannot be read as an image"),
-        ("deep", "cannot be read as an image of 8 bits a channel"),
+        ("deep", "cannot be read as an image of 8 bits a channel, or is damaged"),
         ("few", "12 training images are too few: 10% of them validate, so at least 100"),
     ],
 )

@@ -1397,7 +1397,7 @@ def damage_pictures(folder, how):
         ("one", "has one class alone, class0"),
         ("hidden", "no folder of a class"),
         ("bytes", "cannot be read as an image"),
-        ("deep", "cannot be read as an image of 8 bits a channel, or is damaged"),
+        ("deep", "cannot be read as an image of 8 bits a channel"),
         ("few", "12 training images are too few: 10% of them validate, so at least 100"),
     ],
 )

@@ -1900,8 +1900,7 @@ def train_baseline(
     for. Raises UserError."""
     from controller import describe_data
 
-    size_suffix = "" if size is None else f"-size{size}"
-    folder = options.folder(name + size_suffix + own_images_suffix(options.data_dir))
+    folder = options.folder(name + own_images_suffix(options.data_dir))
     data = describe_data(experiment.data, options.data_dir)
     is_done = output is not None and is_delivered(
         folder, "baseline", output, options, source=None, data=data

@@ -30,7 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from io import StringIO
 from itertools import pairwise, product
 from pathlib import Path
@@ -574,7 +574,7 @@ def opened_image(path: str):
     except PermissionError as error:
         raise UserError(f"{path} may not be read by this user") from error
     except Exception as error:  # as many kinds as there are decoders
-        if not os.path.getsize(path):
+        if os.path.isfile(path) and not os.path.getsize(path):
             raise UserError(f"{path} is empty") from error
         raise UserError(
             f"{path} cannot be read as an image of 8 bits a channel, or is damaged"
@@ -1308,7 +1308,7 @@ def is_out_of_memory(error: Exception) -> bool:
 # ---- training: what weights do not tell --------------------------------------------------------
 #
 # A foreign state dict, which this tool has not written, does not say how images were normalised,
-# nor all of its architecture. What is possible is tried on images that validate.
+# nor all of its architecture. What is possible is tried on some of the training images.
 
 # What foreign nets are usually trained with, per number of channels.
 COMMON_NORMALISATIONS = {
@@ -1369,10 +1369,9 @@ POOR_ACCURACY = 0.5
 # ours: a rare activation has to get so many more images right than a usual one does. A net that is
 # hardly trained may do a little better with one that it was not trained with.
 MIN_HANDICAP = 0.05
-# ours: of attempts that get equally many right, the smaller loss decides only in steps of so much,
-# summed over the images. A net that is sure of them all has hardly a loss by several readings, and
-# then the most usual one is taken.
-LOSS_STEP = 3.0
+# ours: smaller losses, summed over the images, count as equal. A net that is sure of all images has
+# hardly a loss by several readings, and then the most usual one is taken.
+LEAST_LOSS = 0.1
 # ours: attempts are tried on at least so many images, where there are so many; fewer leave much to
 # chance.
 MIN_TRIED_IMAGES = 400
@@ -1433,7 +1432,9 @@ class FoundReading:
     std: tuple
     accuracy: float  # in [0, 1], on so many `images` that train, those that validate first
     images: int
-    is_only_best: bool  # no other reading or normalisation gets as many right
+    # No other way of those that remained at the end, with an activation as usual or as rare as its
+    # own, gets as many right.
+    is_only_best: bool
 
 
 def find_reading(
@@ -1473,10 +1474,27 @@ def find_reading(
             best, accuracy = rare, rare_accuracy
     net = best.reading.build().to(train.device)
     mean, std = list_normalisations(train)[best.normalisation]
-    is_only_best = all(other < accuracy for _, other in ranked[1:])
+    is_only_best = not any(
+        other_accuracy == accuracy
+        and other.is_rare == best.is_rare
+        and not compute_the_same(best, other, sample)
+        for other, other_accuracy in ranked[1:]
+    )
     return FoundReading(
         net, best.normalisation, mean, std, accuracy, len(sample), is_only_best=is_only_best
     )
+
+
+def compute_the_same(attempt: Attempt, other: Attempt, sample: Images) -> bool:
+    """Whether two ways to use the same weights are one function, by their logits for some images:
+    as where a map of one place is averaged, or is not."""
+    normalisations = list_normalisations(sample)
+    logits = []
+    for each in (attempt, other):
+        net = each.reading.build().to(sample.device).eval()
+        images = sample.select(slice(32)).normalised_by(*normalisations[each.normalisation])
+        logits.append(compute_logits(net, images, in_float32=True))
+    return torch.allclose(*logits, rtol=1e-4, atol=1e-5)
 
 
 def choose_attempts(
@@ -1514,8 +1532,8 @@ def rank_attempts(
 ) -> list[tuple[Attempt, float]]:
     """(attempt, accuracy) of each, the best first.
 
-    Of equal ones that of the smaller loss comes first, in steps of LOSS_STEP, then the more usual.
-    Where the accuracy is poor the loss says little, and does not count.
+    Of equal ones that of the smaller loss comes first, then the more usual. Losses below LEAST_LOSS
+    count as equal, and where the accuracy is poor the loss says little and does not count.
     """
     normalisations = list_normalisations(sample)
     images = sample.select(slice(max_images))
@@ -1529,11 +1547,9 @@ def rank_attempts(
             net = reading.build().to(images.device)
         normalised = images.normalised_by(*normalisations[attempt.normalisation])
         accuracy, loss = measure_if_fitting(net, normalised)
-        loss_steps = 0
-        if accuracy >= POOR_ACCURACY and math.isfinite(loss):
-            loss_steps = int(loss / LOSS_STEP)
+        counted_loss = max(loss, LEAST_LOSS) if accuracy >= POOR_ACCURACY else math.inf
         shortfall = attempt.handicap(len(images)) - accuracy
-        scored.append((shortfall, loss_steps, attempt.place, attempt, accuracy))
+        scored.append((shortfall, counted_loss, attempt.place, attempt, accuracy))
     scored.sort(key=lambda score: score[:3])
     return [(attempt, accuracy) for *_, attempt, accuracy in scored]
 
@@ -1832,51 +1848,59 @@ def round_structure(
 ) -> tuple[int, ...]:
     """The structure at multiples of `multiple` that is nearest to `structure`, layer by layer.
 
-    A layer may also keep all its channels. With a `target` layers are narrowed until the structure
-    reaches it, step by step: that layer which loses the least for the MACs that go. Then layers get
-    back what still fits, up to the next multiple above what they have in `structure`. Raises
-    UserError where no structure reaches the target.
+    A layer may also keep all its channels. With a `target` layers are narrowed further until the
+    structure reaches it, then they get back what still fits. This is done in two orders, and the
+    nearer end is taken: the one with the smaller sum of squared logarithms of the layers' ratios.
+    Raises UserError where no structure reaches the target.
     """
     check_reachable(widths, reduction_of, target, multiple)
     choices = [sorted({width, *range(multiple, width + 1, multiple)}) for width in widths]
-    # Per layer the position in its choices.
-    positions = [
-        min(range(len(choice)), key=lambda n: abs(choice[n] - width))
+    # Of two that are equally near it is the wider one: there is still time to narrow it.
+    nearest = tuple(
+        min(choice, key=lambda choice_width: (abs(choice_width - width), -choice_width))
         for choice, width in zip(choices, structure)
-    ]
-    layers = range(len(positions))
-
-    def widths_at(positions) -> tuple[int, ...]:
-        return tuple(choice[n] for choice, n in zip(choices, positions))
-
-    def ratio_to_wanted(layer: int, step: int = 0) -> float:
-        """The layer's width, so many choices from its present one, over that in `structure`."""
-        return choices[layer][positions[layer] + step] / structure[layer]
-
-    def price_of_narrowing(layer: int) -> float:
-        """How much further from `structure` the next smaller choice is, for what it removes of the
-        MACs that have to go."""
-        distance, new_distance = (math.log(ratio_to_wanted(layer, step)) ** 2 for step in (0, -1))
-        reduction = reduction_of(widths_at(positions))
-        new_reduction = reduction_of(widths_at(add_at(positions, layer, -1)))
-        removed = min(new_reduction, target) - reduction
-        # A narrower layer of `sep` may have room for a larger gate, and so cost more.
-        return (new_distance - distance) / removed if removed > 0 else math.inf
-
-    def fits_wider(layer: int) -> bool:
-        is_widest = positions[layer] + 1 == len(choices[layer])
-        if is_widest or choices[layer][positions[layer]] >= structure[layer]:
-            return False
-        return reduction_of(widths_at(add_at(positions, layer))) >= target
-
+    )
     if target is None:
-        return widths_at(positions)
-    while reduction_of(widths_at(positions)) < target:
-        layer = min((layer for layer in layers if positions[layer]), key=price_of_narrowing)
-        positions = add_at(positions, layer, -1)
-    while wider_layers := [layer for layer in layers if fits_wider(layer)]:
-        positions = add_at(positions, min(wider_layers, key=ratio_to_wanted))
-    return widths_at(positions)
+        return nearest
+
+    def distance(rounded) -> float:
+        return sum(math.log(new / wanted) ** 2 for new, wanted in zip(rounded, structure))
+
+    def step(rounded, layer: int, direction: int) -> tuple[int, ...]:
+        """One layer at its next wider or narrower choice."""
+        position = choices[layer].index(rounded[layer]) + direction
+        return (*rounded[:layer], choices[layer][position], *rounded[layer + 1 :])
+
+    def rank_by_price(rounded, layer: int) -> float:
+        """How much further from `structure` a narrower layer leads, for what it removes of the MACs
+        that still have to go."""
+        narrower = step(rounded, layer, -1)
+        removed = min(reduction_of(narrower), target) - reduction_of(rounded)
+        # A narrower layer of `sep` may have room for a larger gate, and so cost more.
+        if removed <= 0:
+            return math.inf
+        return (distance(narrower) - distance(rounded)) / removed
+
+    def rank_by_ratio(rounded, layer: int) -> float:
+        """The layer that rounding widened the most comes first."""
+        return -rounded[layer] / structure[layer]
+
+    def fits_wider(rounded, layer: int) -> bool:
+        if rounded[layer] >= min(structure[layer], choices[layer][-1]):
+            return False
+        return reduction_of(step(rounded, layer, 1)) >= target
+
+    layers = range(len(structure))
+    ends = []
+    for rank in (rank_by_price, rank_by_ratio):
+        rounded = nearest
+        while reduction_of(rounded) < target:
+            reducible = [layer for layer in layers if rounded[layer] > choices[layer][0]]
+            rounded = step(rounded, min(reducible, key=partial(rank, rounded)), -1)
+        while wider := [layer for layer in layers if fits_wider(rounded, layer)]:
+            rounded = step(rounded, max(wider, key=partial(rank_by_ratio, rounded)), 1)
+        ends.append(rounded)
+    return min(ends, key=distance)
 
 
 # ---- the LSTM ----------------------------------------------------------------------------------

@@ -1254,7 +1254,7 @@ def load_images_for_user_net(
 
 
 def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
-    """(mean, std) for the images of a user's net: what its facts name, else what validates best.
+    """(mean, std) for the images of a user's net: what its facts name, else the best that is tried.
 
     Of a foreign state dict all readings are tried, and `user_net.net` becomes the best. `say` tells
     the user.
@@ -2309,7 +2309,8 @@ def report(
     results = read_results(folder, hint="; make the run again")
     show_results(results)
     if not results["rows"]:
-        return  # there is nothing to draw yet, and the line below the table says so
+        print_note("so there is no picture yet")
+        return
     output = output or folder / "report.svg"
     draw_report(results, output, read_usage(folder, print_note))
     print_line(f"wrote {output}")

@@ -215,6 +215,16 @@ def test_a_damaged_image_that_is_met_in_training_is_named(tmp_path):
     assert controller.fingerprint(images) != mark
 
 
+def test_an_empty_image_and_a_broken_link_are_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.png").symlink_to("nowhere.png")
+
+    with pytest.raises(UserError, match=r"a\.png is empty"):
+        controller.measure_image(str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match=r"b\.png cannot be read as an image"):
+        controller.measure_image(str(tmp_path / "b.png"))
+
+
 def pixel_rows(images):
     return {pixels.numpy().tobytes() for pixels in images.pixels}
 
@@ -450,6 +460,19 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
     assert found.net.architecture.activation in ("relu", "tanh")
     assert found.normalisation == statistics
     assert found.accuracy > 0.99
+    assert found.is_only_best
+
+
+def test_of_equal_accuracies_the_smaller_loss_comes_first_if_it_counts(monkeypatch):
+    measured = iter([(0.9, math.inf), (0.9, 0.7), (0.9, 0.6), (1.0, 0.09), (1.0, 0.01)])
+    monkeypatch.setattr(controller, "measure_if_fitting", lambda *_: next(measured))
+    names = list(controller.list_normalisations(make_digits()))
+    readings = [controller.KnownNet(make_lenet()) for _ in range(5)]
+    attempts = controller.list_attempts(readings, names[:1])
+
+    ranked = controller.rank_attempts(attempts, make_digits(), 32, wrap=lambda each: each)
+
+    assert [attempt.place for attempt, _ in ranked] == [3, 4, 2, 1, 0]
 
 
 def test_of_readings_that_get_as_many_right_the_most_usual_is_taken():
@@ -936,14 +959,23 @@ def test_rounded_widths_are_multiples_that_still_reach_the_target(arch, multiple
         controller.round_structure(odd, net.widths, reduction_of, 0.1, 513)
 
 
-def test_rounding_overshoots_little_where_all_steps_are_large():
+@pytest.mark.parametrize(
+    ("structure", "target", "nearest"),
+    [
+        # 8-32-312 would remove 70 %.
+        ((15, 32, 311), 0.5, (16, 24, 312)),
+        # 8-50-424 would remove 52 %: the first layer is halfway between two multiples.
+        ((12, 50, 424), 0.338, (16, 40, 400)),
+        # Many small steps of the last layer would lead to 8-16-24.
+        ((2, 37, 248), 0.8568, (8, 8, 248)),
+    ],
+)
+def test_rounded_widths_stay_near_where_all_steps_are_large(structure, target, nearest):
     net = models.build("lenet5", **NETS["lenet5"])
-    reduction_of = reduction_for(net)
 
-    found = controller.round_structure((15, 32, 311), net.widths, reduction_of, 0.5, 8)
+    found = controller.round_structure(structure, net.widths, reduction_for(net), target, 8)
 
-    # To narrow the first layer to 8 would remove 70 %.
-    assert 0.5 <= reduction_of(found) < 0.6
+    assert found == nearest
 
 
 def make_odd_structure(net, reduction_of, target):

@@ -1172,6 +1172,7 @@ def test_a_run_without_a_row_has_no_picture(capsys, smoke, tmp_path):
 
     assert status == 0, err
     assert "no row is finished yet" in out
+    assert "so there is no picture yet" in err
     assert not (tmp_path / "report.svg").exists()
 
 

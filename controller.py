@@ -30,7 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from io import StringIO
 from itertools import pairwise, product
 from pathlib import Path
@@ -1432,8 +1432,8 @@ class FoundReading:
     std: tuple
     accuracy: float  # in [0, 1], on so many `images` that train, those that validate first
     images: int
-    # No other way of those that remained at the end, with an activation as usual or as rare as its
-    # own, gets as many right.
+    # Of the ways that remained at the end no other gets as many right. Only activations that are as
+    # usual as its own count.
     is_only_best: bool
 
 
@@ -1849,58 +1849,78 @@ def round_structure(
     """The structure at multiples of `multiple` that is nearest to `structure`, layer by layer.
 
     A layer may also keep all its channels. With a `target` layers are narrowed further until the
-    structure reaches it, then they get back what still fits. This is done in two orders, and the
-    nearer end is taken: the one with the smaller sum of squared logarithms of the layers' ratios.
-    Raises UserError where no structure reaches the target.
+    structure reaches it. This is done in two orders, and the nearer end is taken. Raises UserError
+    where no structure reaches the target.
     """
     check_reachable(widths, reduction_of, target, multiple)
     choices = [sorted({width, *range(multiple, width + 1, multiple)}) for width in widths]
-    # Of two that are equally near it is the wider one: there is still time to narrow it.
-    nearest = tuple(
-        min(choice, key=lambda choice_width: (abs(choice_width - width), -choice_width))
-        for choice, width in zip(choices, structure)
-    )
+    rounding = Rounding(structure, choices, cache(reduction_of), target)
     if target is None:
-        return nearest
+        return rounding.nearest()
+    orders = (rounding.price_of_narrowing, rounding.room_for_narrowing)
+    return min(map(rounding.reach_target, orders), key=rounding.distance)
 
-    def distance(rounded) -> float:
-        return sum(math.log(new / wanted) ** 2 for new, wanted in zip(rounded, structure))
 
-    def step(rounded, layer: int, direction: int) -> tuple[int, ...]:
-        """One layer at its next wider or narrower choice."""
-        position = choices[layer].index(rounded[layer]) + direction
-        return (*rounded[:layer], choices[layer][position], *rounded[layer + 1 :])
+@dataclass(frozen=True)
+class Rounding:
+    """Structures whose widths are of given `choices`, and how near they are to the one wanted."""
 
-    def rank_by_price(rounded, layer: int) -> float:
-        """How much further from `structure` a narrower layer leads, for what it removes of the MACs
-        that still have to go."""
-        narrower = step(rounded, layer, -1)
-        removed = min(reduction_of(narrower), target) - reduction_of(rounded)
+    wanted: tuple[int, ...]
+    choices: list[list[int]]  # per layer its widths, ascending
+    reduction_of: Callable
+    target: float | None
+
+    def nearest(self) -> tuple[int, ...]:
+        """Each layer at its nearest choice; of two at the wider, which can still be narrowed."""
+        return tuple(
+            min(choice, key=lambda width: (abs(width - wanted_width), -width))
+            for choice, wanted_width in zip(self.choices, self.wanted)
+        )
+
+    def distance(self, structure) -> float:
+        """How far a structure is from the one wanted: a layer of half the width counts as much as
+        one of twice the width."""
+        return sum(math.log(width / wanted) ** 2 for width, wanted in zip(structure, self.wanted))
+
+    def reach_target(self, rank: Callable) -> tuple[int, ...]:
+        """The nearest structure, narrowed until it reaches the target. Of the layers that can be
+        narrowed the one with the lowest rank(structure, layer) comes first. Then layers that are
+        narrower than wanted get back what still fits."""
+        layers = range(len(self.wanted))
+        structure = self.nearest()
+        while self.reduction_of(structure) < self.target:
+            reducible = [layer for layer in layers if structure[layer] > self.choices[layer][0]]
+            structure = self.step(structure, min(reducible, key=partial(rank, structure)), -1)
+        while growing := [layer for layer in layers if self.fits_wider(structure, layer)]:
+            narrowest = min(growing, key=lambda layer: structure[layer] / self.wanted[layer])
+            structure = self.step(structure, narrowest, 1)
+        return structure
+
+    def step(self, structure, layer: int, direction: int) -> tuple[int, ...]:
+        """The structure with one layer at its next wider (1) or narrower (-1) choice."""
+        choice = self.choices[layer]
+        width = choice[choice.index(structure[layer]) + direction]
+        return (*structure[:layer], width, *structure[layer + 1 :])
+
+    def price_of_narrowing(self, structure, layer: int) -> float:
+        """How much further from what is wanted a narrower layer leads, for what it removes of the
+        MACs that still have to go."""
+        narrower = self.step(structure, layer, -1)
+        removed = min(self.reduction_of(narrower), self.target) - self.reduction_of(structure)
         # A narrower layer of `sep` may have room for a larger gate, and so cost more.
         if removed <= 0:
             return math.inf
-        return (distance(narrower) - distance(rounded)) / removed
+        return (self.distance(narrower) - self.distance(structure)) / removed
 
-    def rank_by_ratio(rounded, layer: int) -> float:
-        """The layer that rounding widened the most comes first."""
-        return -rounded[layer] / structure[layer]
+    def room_for_narrowing(self, structure, layer: int) -> float:
+        """The lower, the wider a layer is than wanted."""
+        return -structure[layer] / self.wanted[layer]
 
-    def fits_wider(rounded, layer: int) -> bool:
-        if rounded[layer] >= min(structure[layer], choices[layer][-1]):
+    def fits_wider(self, structure, layer: int) -> bool:
+        """Whether a layer is narrower than wanted, and its next choice still reaches the target."""
+        if structure[layer] >= min(self.wanted[layer], self.choices[layer][-1]):
             return False
-        return reduction_of(step(rounded, layer, 1)) >= target
-
-    layers = range(len(structure))
-    ends = []
-    for rank in (rank_by_price, rank_by_ratio):
-        rounded = nearest
-        while reduction_of(rounded) < target:
-            reducible = [layer for layer in layers if rounded[layer] > choices[layer][0]]
-            rounded = step(rounded, min(reducible, key=partial(rank, rounded)), -1)
-        while wider := [layer for layer in layers if fits_wider(rounded, layer)]:
-            rounded = step(rounded, max(wider, key=partial(rank_by_ratio, rounded)), 1)
-        ends.append(rounded)
-    return min(ends, key=distance)
+        return self.reduction_of(self.step(structure, layer, 1)) >= self.target
 
 
 # ---- the LSTM ----------------------------------------------------------------------------------

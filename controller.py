@@ -1308,7 +1308,8 @@ def is_out_of_memory(error: Exception) -> bool:
 # ---- training: what weights do not tell --------------------------------------------------------
 #
 # A foreign state dict, which this tool has not written, does not say how images were normalised,
-# nor all of its architecture. What is possible is tried on some of the training images.
+# nor all of its architecture. A reading is an architecture that fits the weights, an attempt is one
+# reading with one normalisation. What is possible is tried on some of the training images.
 
 # What foreign nets are usually trained with, per number of channels.
 COMMON_NORMALISATIONS = {
@@ -1345,23 +1346,23 @@ def list_normalisations(train: Images) -> dict[str, tuple]:
 class AttemptRound:
     """All attempts are measured on the first `max_images` images, and the best ones stay."""
 
-    max_images: int | None  # None: all
+    max_images: int
     survivors: int
 
 
-ATTEMPT_ROUNDS = (  # ours
+# ours: after these rounds, the attempts that are left are measured on all images.
+ATTEMPT_ROUNDS = (
     AttemptRound(32, survivors=100),
     AttemptRound(128, survivors=12),
     AttemptRound(1024, survivors=3),
-    AttemptRound(None, survivors=1),
 )
-# ours: where there are more attempts (readings times normalisations), all readings are first tried
-# with one normalisation, and only so many of the best with all of them.
+# ours: above MAX_ATTEMPTS all readings are tried with one normalisation, and the MAX_SHORTLIST best
+# of them with all.
 MAX_ATTEMPTS = 2000
 MAX_SHORTLIST = 25
 # ours: the same limit where all readings are tried with rare activations (models.RARE_ACTIVATIONS).
 MAX_RARE_ATTEMPTS = 100
-# ours: with so many of the best attempts rare activations are tried in any case.
+# ours: the best two attempts of the first round are always tried with rare activations, too.
 ATTEMPTS_WITH_RARE_ACTIVATIONS = 2
 # ours: where the best accuracy is below this, rare activations are tried with all readings. Below
 # it the loss says little, and decides nothing.
@@ -1380,7 +1381,7 @@ MIN_TRIED_IMAGES = 400
 @dataclass(frozen=True, eq=False)
 class KnownNet:
     """A net of which only the normalisation is unknown. In an Attempt it takes the place of a
-    models.Reading; it has one activation."""
+    models.Reading."""
 
     net: Net
 
@@ -1394,7 +1395,7 @@ class KnownNet:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """One way to use foreign weights."""
+    """One way to use foreign weights: a reading and a normalisation."""
 
     reading: models.Reading | KnownNet
     normalisation: str  # its name
@@ -1430,10 +1431,10 @@ class FoundReading:
     normalisation: str  # its name
     mean: tuple
     std: tuple
-    accuracy: float  # in [0, 1], on so many `images` that train, those that validate first
+    accuracy: float  # in [0, 1], on so many `images`
     images: int
-    # Of the ways that remained at the end no other gets as many right. Only activations that are as
-    # usual as its own count.
+    # No other attempt of the last round gets as many right, unless it computes the same or has an
+    # activation of the other kind, rare or usual.
     is_only_best: bool
 
 
@@ -1451,33 +1452,20 @@ def find_reading(
     `list_normalisations`, in rounds; with `tries_activations` rare ones are tried, too.
     `wrap(attempts)` passes on the attempts of a round, to show them.
     """
-    # First those that validate in a run with this seed (`split_indices`).
+    # The sample begins with the images that a run with this seed holds out for validation: a net
+    # that this tool trained has not seen them.
     count = max(MIN_TRIED_IMAGES, int(VALIDATION_SHARE * len(train)))
     sample = train.select(shuffle_for_split(train, seed)[:count])
     ranked = choose_attempts(readings, sample, wrap, tries_activations=tries_activations)
+    if tries_activations:
+        ranked = retry_with_rare_activations(ranked, readings, sample, wrap)
     best, accuracy = ranked[0]
-    if tries_activations and (best.is_rare or accuracy < POOR_ACCURACY):
-        # Poolings and paddings were chosen under a usual activation. They are chosen anew.
-        activations = models.RARE_ACTIVATIONS
-        if best.is_rare:
-            activations = [best.reading.architecture.activation]
-        rare_readings = [
-            reading
-            for activation in activations
-            for reading in models.change_activation(readings, activation)
-        ]
-        rare_ranked = choose_attempts(rare_readings, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS)
-        rare, rare_accuracy = rare_ranked[0]
-        images = len(sample)
-        if rare_accuracy - rare.handicap(images) > accuracy - best.handicap(images):
-            ranked = rare_ranked
-            best, accuracy = rare, rare_accuracy
     net = best.reading.build().to(train.device)
     mean, std = list_normalisations(train)[best.normalisation]
     is_only_best = not any(
         other_accuracy == accuracy
         and other.is_rare == best.is_rare
-        and not compute_the_same(best, other, sample)
+        and not have_equal_outputs(best, other, sample)
         for other, other_accuracy in ranked[1:]
     )
     return FoundReading(
@@ -1485,9 +1473,36 @@ def find_reading(
     )
 
 
-def compute_the_same(attempt: Attempt, other: Attempt, sample: Images) -> bool:
-    """Whether two ways to use the same weights are one function, by their logits for some images:
-    as where a map of one place is averaged, or is not."""
+def retry_with_rare_activations(
+    ranked: list[tuple[Attempt, float]], readings: list, sample: Images, wrap: Callable
+) -> list[tuple[Attempt, float]]:
+    """What `choose_attempts` ranked, or a new ranking with rare activations where that is better.
+
+    Poolings and paddings were ranked under a usual activation, which may have favoured wrong ones.
+    If a rare one won all the same, all readings are ranked anew with that one; if nothing is
+    accurate, with all rare ones. Else nothing is tried.
+    """
+    best, accuracy = ranked[0]
+    if not best.is_rare and accuracy >= POOR_ACCURACY:
+        return ranked
+    activations = models.RARE_ACTIVATIONS
+    if best.is_rare:
+        activations = [best.reading.architecture.activation]
+    rare_readings = [
+        reading
+        for activation in activations
+        for reading in models.change_activation(readings, activation)
+    ]
+    rare_ranked = choose_attempts(rare_readings, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS)
+    rare, rare_accuracy = rare_ranked[0]
+    images = len(sample)
+    is_better = rare_accuracy - rare.handicap(images) > accuracy - best.handicap(images)
+    return rare_ranked if is_better else ranked
+
+
+def have_equal_outputs(attempt: Attempt, other: Attempt, sample: Images) -> bool:
+    """Whether two attempts give the same logits for up to 32 images: for example where one averages
+    the last map and the other does not, but the map is 1 x 1."""
     normalisations = list_normalisations(sample)
     logits = []
     for each in (attempt, other):
@@ -1505,15 +1520,14 @@ def choose_attempts(
     tries_activations=False,
     max_attempts=MAX_ATTEMPTS,
 ) -> list[tuple[Attempt, float]]:
-    """The best ways to use foreign weights, each with its accuracy, the best first: the rounds of
-    `find_reading`."""
+    """The attempts of the last round, each with its accuracy on all images, the best first."""
     names = list(list_normalisations(sample))
     first_round, *later_rounds = ATTEMPT_ROUNDS
     if len(readings) * len(names) > max_attempts:
         attempts = list_attempts(readings, names[:1])
         ranked = rank_attempts(attempts, sample, first_round.max_images, wrap)
         shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
-        shortlist.sort(key=lambda attempt: attempt.place)
+        shortlist.sort(key=lambda attempt: attempt.place)  # `list_attempts` numbers them anew
         readings = [attempt.reading for attempt in shortlist]
     attempts = list_attempts(readings, names)
     ranked = rank_attempts(attempts, sample, first_round.max_images, wrap)
@@ -1524,13 +1538,13 @@ def choose_attempts(
     for attempt_round in later_rounds:
         ranked = rank_attempts(attempts, sample, attempt_round.max_images, wrap)
         attempts = [attempt for attempt, _ in ranked[: attempt_round.survivors]]
-    return ranked
+    return rank_attempts(attempts, sample, None, wrap)
 
 
 def rank_attempts(
     attempts: list[Attempt], sample: Images, max_images: int | None, wrap: Callable
 ) -> list[tuple[Attempt, float]]:
-    """(attempt, accuracy) of each, the best first.
+    """(attempt, accuracy) of each, on the first `max_images` images (None: all), the best first.
 
     Of equal ones that of the smaller loss comes first, then the more usual. Losses below LEAST_LOSS
     count as equal, and where the accuracy is poor the loss says little and does not count.
@@ -1556,8 +1570,8 @@ def rank_attempts(
 
 @torch.no_grad()
 def measure_if_fitting(net: Net, images: Images) -> tuple[float, float]:
-    """(share of the images that a net gets right, its cross-entropy); (0, inf) where it cannot
-    take them.
+    """(share of the images that a net gets right, its cross-entropy summed over them); (0, inf)
+    where it cannot take them.
 
     In float32: the choice is not to depend on whether a machine has bfloat16.
     """
@@ -1572,7 +1586,7 @@ def measure_if_fitting(net: Net, images: Images) -> tuple[float, float]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        return 0.0, math.inf  # strides and poolings leave nothing of the map
+        return 0.0, math.inf  # most likely strides and poolings leave nothing of the map
     return right / len(images), loss if math.isfinite(loss) else math.inf
 
 
@@ -1849,16 +1863,17 @@ def round_structure(
     """The structure at multiples of `multiple` that is nearest to `structure`, layer by layer.
 
     A layer may also keep all its channels. With a `target` layers are narrowed further until the
-    structure reaches it. This is done in two orders, and the nearer end is taken. Raises UserError
-    where no structure reaches the target.
+    structure reaches it. Two rules say which layer comes first. Neither is always better, so both
+    are tried, and the nearer result is taken. Raises UserError where no structure reaches the
+    target.
     """
     check_reachable(widths, reduction_of, target, multiple)
     choices = [sorted({width, *range(multiple, width + 1, multiple)}) for width in widths]
     rounding = Rounding(structure, choices, cache(reduction_of), target)
     if target is None:
         return rounding.nearest()
-    orders = (rounding.price_of_narrowing, rounding.room_for_narrowing)
-    return min(map(rounding.reach_target, orders), key=rounding.distance)
+    prices = (rounding.distance_per_reduction, rounding.lack_of_surplus)
+    return min(map(rounding.reach_target, prices), key=rounding.distance)
 
 
 @dataclass(frozen=True)
@@ -1878,19 +1893,19 @@ class Rounding:
         )
 
     def distance(self, structure) -> float:
-        """How far a structure is from the one wanted: a layer of half the width counts as much as
-        one of twice the width."""
+        """How far a structure is from the one wanted, by ratios: half a layer's width counts as
+        much as twice its width."""
         return sum(math.log(width / wanted) ** 2 for width, wanted in zip(structure, self.wanted))
 
-    def reach_target(self, rank: Callable) -> tuple[int, ...]:
-        """The nearest structure, narrowed until it reaches the target. Of the layers that can be
-        narrowed the one with the lowest rank(structure, layer) comes first. Then layers that are
-        narrower than wanted get back what still fits."""
+    def reach_target(self, price: Callable) -> tuple[int, ...]:
+        """The nearest structure, narrowed until it reaches the target: at each step the layer with
+        the lowest price(structure, layer). The last steps may have removed more than needed, so
+        layers that are narrower than wanted grow again while the target is still reached."""
         layers = range(len(self.wanted))
         structure = self.nearest()
         while self.reduction_of(structure) < self.target:
             reducible = [layer for layer in layers if structure[layer] > self.choices[layer][0]]
-            structure = self.step(structure, min(reducible, key=partial(rank, structure)), -1)
+            structure = self.step(structure, min(reducible, key=partial(price, structure)), -1)
         while growing := [layer for layer in layers if self.fits_wider(structure, layer)]:
             narrowest = min(growing, key=lambda layer: structure[layer] / self.wanted[layer])
             structure = self.step(structure, narrowest, 1)
@@ -1902,9 +1917,9 @@ class Rounding:
         width = choice[choice.index(structure[layer]) + direction]
         return (*structure[:layer], width, *structure[layer + 1 :])
 
-    def price_of_narrowing(self, structure, layer: int) -> float:
-        """How much further from what is wanted a narrower layer leads, for what it removes of the
-        MACs that still have to go."""
+    def distance_per_reduction(self, structure, layer: int) -> float:
+        """The distance that one step of this layer adds, per reduction of the MACs that it gains.
+        What goes beyond the target is no gain. Negative where the step leads nearer."""
         narrower = self.step(structure, layer, -1)
         removed = min(self.reduction_of(narrower), self.target) - self.reduction_of(structure)
         # A narrower layer of `sep` may have room for a larger gate, and so cost more.
@@ -1912,8 +1927,9 @@ class Rounding:
             return math.inf
         return (self.distance(narrower) - self.distance(structure)) / removed
 
-    def room_for_narrowing(self, structure, layer: int) -> float:
-        """The lower, the wider a layer is than wanted."""
+    def lack_of_surplus(self, structure, layer: int) -> float:
+        """Minus the width relative to the wanted one: the layer with the largest surplus is the
+        cheapest."""
         return -structure[layer] / self.wanted[layer]
 
     def fits_wider(self, structure, layer: int) -> bool:

@@ -1872,7 +1872,7 @@ def round_structure(
     rounding = Rounding(structure, choices, cache(reduction_of), target)
     if target is None:
         return rounding.nearest()
-    prices = (rounding.distance_per_reduction, rounding.lack_of_surplus)
+    prices = (rounding.distance_per_reduction, rounding.minus_relative_width)
     return min(map(rounding.reach_target, prices), key=rounding.distance)
 
 
@@ -1907,7 +1907,7 @@ class Rounding:
             reducible = [layer for layer in layers if structure[layer] > self.choices[layer][0]]
             structure = self.step(structure, min(reducible, key=partial(price, structure)), -1)
         while growing := [layer for layer in layers if self.fits_wider(structure, layer)]:
-            narrowest = min(growing, key=lambda layer: structure[layer] / self.wanted[layer])
+            narrowest = max(growing, key=partial(self.minus_relative_width, structure))
             structure = self.step(structure, narrowest, 1)
         return structure
 
@@ -1927,9 +1927,8 @@ class Rounding:
             return math.inf
         return (self.distance(narrower) - self.distance(structure)) / removed
 
-    def lack_of_surplus(self, structure, layer: int) -> float:
-        """Minus the width relative to the wanted one: the layer with the largest surplus is the
-        cheapest."""
+    def minus_relative_width(self, structure, layer: int) -> float:
+        """Minus the layer's width over the one wanted: the relatively widest layer is cheapest."""
         return -structure[layer] / self.wanted[layer]
 
     def fits_wider(self, structure, layer: int) -> bool:

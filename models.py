@@ -1402,11 +1402,10 @@ def read_architecture(values: dict):
 
 def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
     """Load a state dict into `net`, or with `assign` its very tensors. Raises UserError where it
-    does not fit, or is not finite."""
+    does not fit."""
     mismatch = find_mismatch(net, state)
     if mismatch:
         raise UserError(f"its weights do not fit a {net.arch} of the widths they name: {mismatch}")
-    check_is_finite(state)
     net.load_state_dict(state, assign=assign)
 
 

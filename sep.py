@@ -519,6 +519,7 @@ def load_checkpoint(path) -> tuple[Net, dict]:
         if checkpoint["gates"] is not None:
             attach_gates(net, read_gate_sizes(net, checkpoint["gates"]))
         models.load_weights(net, checkpoint["state"])
+        models.check_is_finite(checkpoint["state"])
     except UserError as error:
         raise UserError(f"{path}: {error}", error.status) from error
     except Exception as error:  # sizes beyond reason, tensors of odd kinds

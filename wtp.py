@@ -1357,7 +1357,7 @@ def warn_of_guessing(run, reporter, *, is_given: bool = False) -> None:
     if run.results["schedule"] != "smoke" and is_near_guessing(row["validation_accuracy"], classes):
         advice = "more images help, or a smaller net, or --schedule published, which trains longer"
         if is_given:
-            advice = "it is probably another net, or has its classes in another order"
+            advice = WHY_A_NET_GUESSES
         reporter.say(
             f"the baseline gets {row['validation_accuracy']:.2%} of the validation images right, "
             f"hardly more than guessing among {classes} classes: {advice}"

@@ -387,6 +387,8 @@ class Net(nn.Module):
 
     def initialise_weights(self) -> None:
         """He initialisation of all convolutions and linear layers; biases 0."""
+        if next(self.parameters()).is_meta:
+            return  # there are only shapes, and PyTorch would take long to draw no numbers
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -730,7 +732,8 @@ def blocks_per_cifar_stage(arch: str) -> int:
 
 
 def default_widths(arch: str) -> tuple[int, ...]:
-    """The widths of the prunable layers of an unpruned net. Raises UserError for an unknown one."""
+    """The widths of the prunable layers of an unpruned net. Raises UserError (status 2) for an
+    unknown one."""
     if arch == "lenet5":
         return (20, 50, 500)
     if arch in VGG_STAGES:
@@ -743,7 +746,7 @@ def default_widths(arch: str) -> tuple[int, ...]:
     count = blocks_per_cifar_stage(arch)
     if count:
         return tuple(width for width in CIFAR_STAGE_WIDTHS for _ in range(count))
-    raise UserError(f"unknown network '{arch}': {KNOWN_ARCHS}")
+    raise UserError(f"unknown network '{arch}': {KNOWN_ARCHS}", 2)
 
 
 def lenet5_architecture(classes: int, channels: int, size: int) -> ChainArchitecture:
@@ -1380,7 +1383,7 @@ def translate_old_checkpoint(content: dict, path: Path) -> dict:
             head_size=content["side"],
         )
     except UserError as error:
-        raise UserError(f"{path}: {error}", error.status) from error
+        raise UserError(f"{path}: {error}") from error  # the file is wrong, not the call
     return content | {"format": CHECKPOINT_FORMAT, "architecture": asdict(architecture)}
 
 

@@ -237,12 +237,14 @@ def settings_for(
     seed: int,
     *,
     pruning_rate: float | None = None,
+    baseline_epochs: int | None = None,
     final_epochs: int | None = None,
     train_images: int | None = None,
 ):
     """The numbers of a run: the experiment's, where the schedule does not say otherwise.
 
-    The user's own are `pruning_rate` and `final_epochs`, and how many images there are to train.
+    The user's own are `pruning_rate` and both numbers of epochs, and how many images there are to
+    train.
     """
     from controller import Settings, TrainingPlan
 
@@ -254,15 +256,13 @@ def settings_for(
         recovery_epochs = lengthen(
             schedule.recovery_epochs or experiment.recovery_epochs, schedule.fewest_recovery_steps
         )
-    baseline_epochs = schedule.baseline_epochs or experiment.baseline_epochs
+    baseline_epochs = baseline_epochs or lengthen(
+        schedule.baseline_epochs or experiment.baseline_epochs, schedule.fewest_baseline_steps
+    )
     final = plan_final_training(experiment, schedule)
     final_epochs = final_epochs or lengthen(final.epochs, schedule.fewest_final_steps)
     return Settings(
-        baseline=TrainingPlan(
-            lengthen(baseline_epochs, schedule.fewest_baseline_steps),
-            experiment.baseline_lr,
-            is_one_cycle=True,
-        ),
+        baseline=TrainingPlan(baseline_epochs, experiment.baseline_lr, is_one_cycle=True),
         recovery=TrainingPlan(
             recovery_epochs,
             schedule.lr,
@@ -1011,14 +1011,16 @@ class RunOptions:
     seed: int
     fresh: bool
     pruning_rate: float | None = None
-    final_epochs: int | None = None
+    baseline_epochs: int | None = None  # of `train` alone
+    final_epochs: int | None = None  # of all others
     round_to: int | None = None
     force: bool = False
 
     def folder(self, name: str) -> Path:
         """The run folder of a run of that name."""
-        if self.final_epochs:
-            name += f"-epochs{self.final_epochs}"
+        epochs = self.baseline_epochs or self.final_epochs
+        if epochs:
+            name += f"-epochs{epochs}"
         return self.out / f"{name}-{self.schedule}-s{self.seed}"
 
 
@@ -1443,6 +1445,7 @@ def open_run(
         schedule,
         options.seed,
         pruning_rate=options.pruning_rate,
+        baseline_epochs=options.baseline_epochs,
         final_epochs=options.final_epochs,
         train_images=len(data.all),
     )
@@ -1839,6 +1842,9 @@ def train(
         Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")
     ] = None,
     schedule: ScheduleOption = ScheduleName.published,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="of the training, in place of the schedule's own")
+    ] = None,
     data_dir: DataDir = None,
     out: Out = Path("runs"),
     device: Device = "auto",
@@ -1855,6 +1861,7 @@ def train(
         device=device,
         seed=seed,
         fresh=fresh,
+        baseline_epochs=epochs,
         force=force,
     )
     name, chosen = choose_training(experiment, arch, size, data_dir)

@@ -951,6 +951,26 @@ def test_the_users_own_final_epochs_take_the_place_of_the_schedules():
         assert own.final == replace(usual.final, epochs=7)
 
 
+def test_the_users_own_epochs_of_a_baseline_take_the_place_of_the_schedules():
+    experiment = wtp.EXPERIMENTS["resnet56-cifar10"]
+
+    for name, schedule in wtp.SCHEDULES.items():
+        usual = settings_of("resnet56-cifar10", name)
+        own = wtp.settings_for(experiment, schedule, 0, baseline_epochs=7, train_images=240)
+        assert own.baseline == replace(usual.baseline, epochs=7)
+        assert own.final.epochs != 7
+
+
+def test_a_baseline_has_as_many_epochs_as_one_says(capsys, tmp_path):
+    command = ["train", "digits", "--schedule", "smoke", "--epochs", 2, "--out", tmp_path]
+
+    status, _, err = call(capsys, *command)
+
+    assert status == 0, err
+    results = read_results(tmp_path / "digits-epochs2-smoke-s0")
+    assert len(results["curves"]["baseline"]) == 2
+
+
 # ---- what a run says while it works
 
 

@@ -19,6 +19,8 @@
     bench.py DATA_DIR seeds RUN SEED [...]         a run's final trainings by other seeds
     bench.py DATA_DIR finalists RUN COUNT [SEED]   do a search's best candidates stay the best?
     bench.py DATA_DIR leads GROUP GROUP [...]      how sure is the lead of the first group of nets?
+    bench.py DATA_DIR imitation BASELINE CHECKPOINT [...]
+                                                   how like its baseline is a pruned net?
     bench.py DATA_DIR rivals RUN                   a run's rows beside those of torch-pruning
 
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time
@@ -1121,6 +1123,28 @@ def find_right_answers(folder, checkpoint):
     return (logits.argmax(1) == test.labels).float().cpu()
 
 
+def imitation(folder, checkpoint, *pruned):
+    """How like its baseline each pruned net is on the test images: its accuracy, the share of
+    images of which both say the same, and the distance of their softmaxes that the final training
+    of `fast` minimises, T^2 * KL at temperature T = 4."""
+    teacher, _, test, _ = load_net_and_images(folder, checkpoint)
+    temperature = 4.0
+    teacher_logits = compute_logits(teacher, test, in_float32=True)
+    teacher_probs = (teacher_logits / temperature).softmax(1)
+    for path in (checkpoint, *pruned):
+        net, *_ = load_net_and_images(folder, path)
+        logits = compute_logits(net, test, in_float32=True)
+        predicted = logits.argmax(1)
+        accuracy = (predicted == test.labels).float().mean()
+        agreement = (predicted == teacher_logits.argmax(1)).float().mean()
+        log_probs = (logits / temperature).log_softmax(1)
+        distance = temperature**2 * F.kl_div(log_probs, teacher_probs, reduction="batchmean")
+        say(
+            f"{path}: test accuracy {accuracy:.2%}, says what the baseline says {agreement:.2%}, "
+            f"distance {distance:.3f}"
+        )
+
+
 def standard_error(values):
     """That of the mean of independent values (N,)."""
     return values.std() / math.sqrt(len(values))
@@ -1494,7 +1518,7 @@ def save_enlarged(data_folder, folder):
 USUAL = (exactness, speed, size, search)
 OTHERS = (
     *(narrow, structures, recipes, gates, signals, budgets, seeds),
-    *(finalists, leads, rivals),
+    *(finalists, leads, imitation, rivals),
     *(small, families, photographs),
 )
 

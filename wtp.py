@@ -1011,16 +1011,17 @@ class RunOptions:
     seed: int
     fresh: bool
     pruning_rate: float | None = None
-    baseline_epochs: int | None = None  # of `train` alone
-    final_epochs: int | None = None  # of all others
+    baseline_epochs: int | None = None
+    final_epochs: int | None = None
     round_to: int | None = None
     force: bool = False
 
     def folder(self, name: str) -> Path:
         """The run folder of a run of that name."""
-        epochs = self.baseline_epochs or self.final_epochs
-        if epochs:
-            name += f"-epochs{epochs}"
+        if self.baseline_epochs:
+            name += f"-baseline{self.baseline_epochs}"
+        if self.final_epochs:
+            name += f"-epochs{self.final_epochs}"
         return self.out / f"{name}-{self.schedule}-s{self.seed}"
 
 

@@ -967,7 +967,7 @@ def test_a_baseline_has_as_many_epochs_as_one_says(capsys, tmp_path):
     status, _, err = call(capsys, *command)
 
     assert status == 0, err
-    results = read_results(tmp_path / "digits-epochs2-smoke-s0")
+    results = read_results(tmp_path / "digits-baseline2-smoke-s0")
     assert len(results["curves"]["baseline"]) == 2
 
 

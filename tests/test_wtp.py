@@ -942,23 +942,16 @@ def test_few_images_of_ones_own_train_for_enough_steps():
         assert few.recovery.epochs == epochs
 
 
-def test_the_users_own_final_epochs_take_the_place_of_the_schedules():
+@pytest.mark.parametrize(("part", "other_part"), [("final", "baseline"), ("baseline", "final")])
+def test_the_users_own_epochs_take_the_place_of_the_schedules(part, other_part):
     experiment = wtp.EXPERIMENTS["resnet56-cifar10"]
 
     for name, schedule in wtp.SCHEDULES.items():
         usual = settings_of("resnet56-cifar10", name)
-        own = wtp.settings_for(experiment, schedule, 0, final_epochs=7, train_images=240)
-        assert own.final == replace(usual.final, epochs=7)
-
-
-def test_the_users_own_epochs_of_a_baseline_take_the_place_of_the_schedules():
-    experiment = wtp.EXPERIMENTS["resnet56-cifar10"]
-
-    for name, schedule in wtp.SCHEDULES.items():
-        usual = settings_of("resnet56-cifar10", name)
-        own = wtp.settings_for(experiment, schedule, 0, baseline_epochs=7, train_images=240)
-        assert own.baseline == replace(usual.baseline, epochs=7)
-        assert own.final.epochs != 7
+        epochs = {f"{part}_epochs": 7}
+        own = wtp.settings_for(experiment, schedule, 0, **epochs, train_images=240)
+        assert getattr(own, part) == replace(getattr(usual, part), epochs=7)
+        assert getattr(own, other_part).epochs != 7
 
 
 def test_a_baseline_has_as_many_epochs_as_one_says(capsys, tmp_path):

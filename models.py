@@ -388,7 +388,7 @@ class Net(nn.Module):
     def initialise_weights(self) -> None:
         """He initialisation of all convolutions and linear layers; biases 0."""
         if next(self.parameters()).is_meta:
-            return  # there are only shapes, and PyTorch would take long to draw no numbers
+            return  # meta tensors have shapes and no values, and initialising them is slow
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

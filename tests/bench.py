@@ -1131,8 +1131,8 @@ def imitation(folder, checkpoint, *pruned):
     baseline_predicted = compute_logits(baseline, test, in_float32=True).argmax(1)
     baseline_is_right = baseline_predicted == test.labels
     for path in pruned:
-        net, *_ = load_net_and_images(folder, path)
-        predicted = compute_logits(net, test, in_float32=True).argmax(1)
+        net, _ = sep.load(path)  # it reads images as its baseline does
+        predicted = compute_logits(net.to(DEVICE), test, in_float32=True).argmax(1)
         is_right = (predicted == test.labels).float()
         agreement = (predicted == baseline_predicted).float().mean()
         say(

@@ -2658,17 +2658,28 @@ class RunFolder:
         """
         results = read_results(self.path, missing_ok=True)
         if results is None:
-            if any(self.checkpoint(row).exists() for row in ROWS):
-                self.say(
-                    f"{self.path} has lost its results.json: rows come from the checkpoints, what "
-                    "the searches tried is gone"
-                )
+            self.remove_unfinished_work()
             results = description | {"rows": [], "search": {}, "curves": {}, "rounded": {}}
         else:
             self.check_identity(results, description)
         self.results = results
         self.seconds_before = results["seconds"]
         self.save_results()
+
+    def remove_unfinished_work(self) -> None:
+        """Remove the pools where results.json is lost. Checkpoints of rows say which run made them;
+        nothing says that of a pool, so it may be another baseline's."""
+        kept = [row for row in ROWS if self.checkpoint(row).exists()]
+        unfinished = [row for row in ROWS if self.pool(row).exists()]
+        lost = []
+        if kept:
+            lost.append("rows come from the checkpoints, what the searches tried is gone")
+        if unfinished:
+            lost.append("what was unfinished begins anew")
+        if lost:
+            self.say(f"{self.path} has lost its results.json: {'; '.join(lost)}")
+        for row in unfinished:
+            self.remove_pool(row)
 
     def check_identity(self, results: dict, description: dict) -> None:
         """Raise UserError (status 2) where `results` are of a run with another description."""

@@ -1927,6 +1927,25 @@ def test_a_net_that_came_to_lie_where_a_rows_net_was_is_not_delivered(undisturbe
         make_rows(tmp_path, Spy(), methods=("uniform", "lstm", "sep", "static"))
 
 
+def test_unfinished_work_is_not_taken_where_nothing_says_whose_it_is(undisturbed, tmp_path):
+    with pytest.raises(Interrupted):
+        make_rows(tmp_path, Spy(epochs_left=9), methods=("lstm",))
+    pool = tmp_path / "lstm-pool"
+    assert (pool / "progress.pt").exists() and (pool / "search.pt").exists()
+    # A user who wants to begin anew removes what he sees, but not the folder of the pool.
+    for name in ("results.json", "baseline.pt"):
+        (tmp_path / name).unlink()
+    spy = Spy()
+
+    results = make_rows(tmp_path, spy, methods=("lstm",))
+
+    assert any("what was unfinished begins anew" in line for line in spy.lines)
+    undisturbed_spy = Spy()
+    expected = make_rows(tmp_path / "other", undisturbed_spy, methods=("lstm",))
+    assert spy.epochs == undisturbed_spy.epochs
+    assert without_seconds(results) == without_seconds(expected)
+
+
 def test_rows_stay_where_the_baseline_is_made_anew_on_another_day(undisturbed, tmp_path):
     results, _, folder = undisturbed
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

@@ -681,10 +681,8 @@ def describe_shortfall(row: dict, target: float | None):
     cut = row["macs_reduction"]
     # `uniform` lands within half a point.
     if target and cut < target - 0.005:
-        yield (
-            f"{method} did not reach the target: a cut of {cut:.1%}, not {target:.1%}; "
-            "its search found nothing smaller"
-        )
+        reason = "" if method == "uniform" else "; its search found nothing smaller"
+        yield f"{method} did not reach the target: a cut of {cut:.1%}, not {target:.1%}{reason}"
     elif cut == 0 and method != "uniform":
         yield f"{method} kept the whole net: by the reward, nothing smaller was better"
 
@@ -722,7 +720,7 @@ PICTURE_ENDINGS = (".svg", ".png", ".pdf")
 def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
     """The pictures of a run, at `path`; `usage` is what controller.measure_usage_by_class says of
     its gates. Raises UserError where matplotlib is missing."""
-    from models import UserError, write_atomically
+    from models import UserError, temporary_path, write_atomically
 
     try:
         import matplotlib
@@ -745,6 +743,7 @@ def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
         write_atomically(
             path,
             lambda temporary: figure.savefig(temporary, format=ending, dpi=300, metadata=metadata),
+            temporary_path(path),
         )
 
 
@@ -1140,12 +1139,12 @@ def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
             "--data-dir",
             2,
         )
-    fitting = [
-        experiment
-        for experiment in EXPERIMENTS.values()
-        if experiment.channels == net.channels
-        and (has_own_images or experiment.classes == net.classes)
-    ]
+    if has_own_images:
+        # Digits are drawn and read no folder; mnist has the same numbers.
+        fitting = [each for each in EXPERIMENTS.values() if each.data != "digits"]
+    else:
+        fitting = [each for each in EXPERIMENTS.values() if each.classes == net.classes]
+    fitting = [each for each in fitting if each.channels == net.channels]
     if not fitting:
         check_is_no_image_folder(data_dir)
         channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
@@ -1358,7 +1357,9 @@ def warn_of_guessing(run, reporter, *, is_given: bool = False) -> None:
     row = run.find_row("baseline")
     classes = run.trainer.baseline.classes
     if run.results["schedule"] != "smoke" and is_near_guessing(row["validation_accuracy"], classes):
-        advice = "more images help, or a smaller net, or --schedule published, which trains longer"
+        advice = "more images help, or a smaller net"
+        if run.results["schedule"] == "fast":
+            advice += ", or --schedule full, whose baseline is trained longer"
         if is_given:
             advice = WHY_A_NET_GUESSES
         reporter.say(
@@ -1376,11 +1377,14 @@ def warn_of_lost_nets(run) -> None:
     lost = [row for row in rows if is_near_guessing(row["test_accuracy"], classes)]
     if run.results["schedule"] == "smoke" or run.find_row("baseline") in lost:
         return
+    advice = "more --final-epochs help"
+    if run.results["settings"]["target"] is not None:
+        advice = "a smaller --target helps, or more --final-epochs"
     for row in lost:
         print_line(
             f"{row['method']} gets {row['test_accuracy']:.2%} of the test images right, hardly "
             f"more than guessing among {classes} classes: too much was removed, or its training "
-            "was too short; a smaller --target helps, or more --final-epochs"
+            f"was too short; {advice}"
         )
 
 
@@ -1393,14 +1397,14 @@ def check_target(net, methods, target: float | None, round_to: int | None) -> No
         check_reachable(net.widths, reduction_of, target, round_to or 1)
 
 
-def split_seed_for(user_net: UserNet | None, description: str, seed: int) -> int:
-    """The seed that splits the images: that of the user's net, if it was trained on the same
-    images. Else images that trained it would validate it."""
-    if user_net is not None and user_net.facts.get("data") == description:
-        given_seed = user_net.facts.get("split")
-        if isinstance(given_seed, int):
-            return given_seed
-    return seed
+def split_seed_for(user_net: UserNet | None, seed: int) -> int:
+    """The seed that splits the images: the one that the user's net names, else `seed`.
+
+    By another seed, images that trained the net would validate it. Where they are other images than
+    those that trained it, any seed will do.
+    """
+    split_seed = user_net.facts.get("split") if user_net is not None else None
+    return split_seed if isinstance(split_seed, int) else seed
 
 
 def load_images_for_run(experiment: Experiment, options: RunOptions, device, say, user_net=None):
@@ -1439,7 +1443,7 @@ def open_run(
         experiment, options, device, reporter.say, user_net
     )
     schedule = SCHEDULES[options.schedule]
-    split_seed = split_seed_for(user_net, description, options.seed)
+    split_seed = split_seed_for(user_net, options.seed)
     data = make_data_split(train, test, split_seed, max_images=schedule.max_images)
     settings = settings_for(
         experiment,
@@ -1552,7 +1556,8 @@ def check_output(
     is_in_run = run_folder is not None and parent == run_folder.absolute()
     is_in_run = is_in_run or (path.parent / "results.json").exists()
     if is_in_run and path.name in own_names:
-        raise UserError(f"{path} is a run's own file; {advice}", 2)
+        # No --force: the run would write over the user's copy, or the user over the run's net.
+        raise UserError(f"{path} is a run's own file; {KEEP_ADVICE}", 2)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it", 2)
     if not (may_replace and path.is_file()):
@@ -1662,6 +1667,7 @@ def reproduce(
 ):
     """All rows of an experiment's table."""
     has_options = bool(method or baseline or target or final_epochs or round_to or fresh)
+    has_options = has_options or bool(data_dir or seed or schedule != ScheduleName.published)
     check_experiment_is_named(experiment, has_options=has_options, is_timed=time)
     if not experiment:
         show_experiments(select_device(device) if time else None)
@@ -1723,6 +1729,8 @@ def run_experiment(
         experiment = replace(experiment, target=target)
     check_target(build_net(experiment), methods, experiment.target, options.round_to)
     folder = folder_of_experiment(name, target, options, user_net)
+    if user_net is not None and not options.fresh:
+        adopt_reading(user_net, folder)
     if methods == ["uniform"] and experiment.target is None:
         check_has_row(folder, options)
     reporter = ScreenReporter()
@@ -1893,12 +1901,14 @@ def choose_training(
             2,
         )
     experiment = find_experiment(name or ("mnist" if arch == "lenet5" else "resnet56-cifar10"))
+    run_name = name
+    if arch:
+        run_name = f"{arch}-{experiment.data}" if name else arch
+        # Where that is an experiment, too, as resnet56-cifar10, the numbers are that one's.
+        experiment = EXPERIMENTS.get(run_name, replace(experiment, arch=arch))
     if size is not None or (arch in LARGE_RESNETS and is_image_folder(data_dir)):
         experiment = replace(experiment, size=size or LARGE_SIZE)
-    if not arch:
-        return name, experiment
-    run_name = f"{arch}-{experiment.data}" if name else arch
-    return run_name, replace(experiment, arch=arch)
+    return run_name, experiment
 
 
 def train_baseline(

@@ -510,15 +510,16 @@ def test_a_net_that_only_guesses_is_pruned_by_force_alone(capsys, tmp_path):
     assert (tmp_path / "net-pruned.pt").exists()
 
 
+@pytest.mark.parametrize("target", [0.5, None])
 @pytest.mark.parametrize(("schedule", "is_said"), [("fast", True), ("smoke", False)])
-def test_a_pruned_net_that_only_guesses_is_named(capsys, schedule, is_said):
+def test_a_pruned_net_that_only_guesses_is_named(capsys, schedule, is_said, target):
     rows = [
         {"method": "baseline", "test_accuracy": 0.9},
         {"method": "uniform", "test_accuracy": 0.12},
         {"method": "lstm", "test_accuracy": 0.8},
     ]
     run = SimpleNamespace(
-        results={"schedule": schedule, "rows": rows},
+        results={"schedule": schedule, "rows": rows, "settings": {"target": target}},
         find_row=lambda name: rows[0],
         trainer=SimpleNamespace(baseline=SimpleNamespace(classes=10)),
     )
@@ -527,6 +528,7 @@ def test_a_pruned_net_that_only_guesses_is_named(capsys, schedule, is_said):
 
     out = capsys.readouterr().out
     assert ("uniform gets 12.00% of the test images right, hardly more than" in out) == is_said
+    assert ("a smaller --target helps" in out) == (is_said and target is not None)
     assert "lstm" not in out
 
 
@@ -1012,6 +1014,15 @@ def test_the_first_of_many_short_trainings_is_no_measure(capsys):
 def read_words(path):
     """The text in a picture."""
     return " ".join("".join(ElementTree.fromstring(path.read_text()).itertext()).split())
+
+
+def test_a_report_leaves_other_files_as_they_are(capsys, smoke, tmp_path):
+    other = tmp_path / "a.svg.part"
+    other.write_text("mine")
+
+    assert call(capsys, "report", smoke[0], "--output", tmp_path / "a.svg")[0] == 0
+
+    assert other.read_text() == "mine"
 
 
 def test_a_report_shows_a_run_again(capsys, smoke, tmp_path):
@@ -1598,6 +1609,26 @@ def test_any_net_is_trained_on_images_of_ones_own(capsys, tmp_path):
     assert facts["data"] in out
 
 
+def test_a_net_of_the_drawn_digits_reads_images_of_ones_own(capsys, smoke, tmp_path):
+    net = copy_row(smoke, "baseline", tmp_path / "net.pt")
+    save_pictures(tmp_path / "p", classes=10, count=12)
+
+    status, _, err = call(capsys, "evaluate", net, "--data-dir", tmp_path / "p")
+
+    assert status == 0, err
+    assert "reads 120 test images of images in" in err
+    assert "it was trained on digits" in err
+
+
+def test_a_net_and_images_that_are_an_experiment_have_its_numbers(tmp_path):
+    name, experiment = wtp.choose_training("vgg-cifar10", "resnet56", None, tmp_path)
+
+    assert name == "resnet56-cifar10"
+    assert experiment == wtp.EXPERIMENTS[name]
+    _, experiment = wtp.choose_training("vgg-cifar10", "resnet56", 40, tmp_path)
+    assert experiment.size == 40
+
+
 def test_torchvisions_nets_take_photographs_at_a_size_that_one_names(tmp_path):
     save_photographs(tmp_path)
 
@@ -1707,17 +1738,49 @@ def test_reproduce_goes_on_from_a_given_baseline(capsys, smoke, tmp_path, monkey
     assert line in capsys.readouterr().err
 
 
+def test_what_validated_a_baseline_validates_it_where_its_images_were_moved(capsys, tmp_path):
+    save_pictures(tmp_path / "a", count=60)
+    options = ["--schedule", "smoke", "--out", tmp_path / "runs", "--data-dir"]
+    command = ["train", "--arch", "lenet5", "--seed", "1", "--output", tmp_path / "net.pt"]
+    status, _, err = call(capsys, *command, *options, tmp_path / "a")
+    assert status == 0, err
+    (tmp_path / "a").rename(tmp_path / "b")
+
+    prune = ["prune", tmp_path / "net.pt", "--target", "0.5", "--method", "uniform", "--force"]
+    status, _, err = call(capsys, *prune, *options, tmp_path / "b")
+
+    assert status == 0, err
+    assert sep.load(tmp_path / "net-pruned.pt")[1]["split"] == 1
+
+
+def test_a_foreign_baseline_is_read_as_its_run_folder_does(capsys, smoke, tmp_path, monkeypatch):
+    torch.save(sep.load(smoke[0] / "baseline.pt")[0].state_dict(), tmp_path / "net.pt")
+    command = ["reproduce", "digits", "--baseline", tmp_path / "net.pt", "--method", "uniform"]
+    command += ["--target", "0.5", "--schedule", "smoke", "--out", tmp_path]
+    assert call(capsys, *command)[0] == 0
+
+    def find_another(*_):
+        raise AssertionError("readings are tried again")
+
+    monkeypatch.setattr(controller, "find_reading", find_another)
+    status, _, err = call(capsys, *command, "--method", "random")
+
+    assert status == 0, err
+    assert read_results(tmp_path / "digits-target0.5-smoke-s0-from-net")["rows"]
+
+
 def test_what_validated_a_baseline_validates_it_in_every_schedule(smoke):
     given = wtp.load_user_net(smoke[0] / "baseline.pt")
-    images, test, description = controller.load_data("digits", smoke[0])
+    images, test, _ = controller.load_data("digits", smoke[0])
 
-    seed = wtp.split_seed_for(given, description, 5)
+    seed = wtp.split_seed_for(given, 5)
     small = controller.make_data_split(images, test, seed, max_images=3000)
     large = controller.make_data_split(images, test, seed)
 
     assert seed == given.facts["split"] == 0
-    assert wtp.split_seed_for(given, "mnist", 5) == 5
-    assert wtp.split_seed_for(None, description, 5) == 5
+    assert wtp.split_seed_for(None, 5) == 5
+    state_dict = wtp.UserNet(given.path, given.net, {}, [])
+    assert wtp.split_seed_for(state_dict, 5) == 5
     trained = {pixels.numpy().tobytes() for pixels in small.train.pixels}
     validating = {pixels.numpy().tobytes() for pixels in large.validation.pixels}
     assert not trained & validating
@@ -1808,11 +1871,12 @@ def test_a_runs_own_files_are_no_output(capsys, smoke, tmp_path):
     for command in (
         ["train", "digits", "--output", smoke[0] / "static.pt"],
         ["train", "digits", *options, "--output", own_baseline],
+        ["train", "digits", *options, "--output", own_baseline, "--force"],
         [*prune, "--output", own_lstm],
     ):
         status, out, err = call(capsys, *command)
         assert status == 2
-        assert "is a run's own file; give another --output" in err
+        assert err.endswith("is a run's own file; give another --output\n")
         assert is_one_line(err)
         assert not out
     assert sorted(smoke[0].iterdir()) == before
@@ -1941,7 +2005,9 @@ WRONG_CALLS = [
         "report old/digits-smoke-s0 --output a.gif",
     ),
     (2, "taken.svg exists already", "report old/digits-smoke-s0 --output taken.svg"),
-    (2, "digits are drawn", "evaluate drawn.pt --data-dir pictures"),
+    (2, "digits are drawn", "reproduce digits --data-dir pictures"),
+    (2, "name an experiment: ", "reproduce --schedule fast"),
+    (2, "name an experiment: ", "reproduce --seed 3 --time"),
 ]
 
 
@@ -2066,18 +2132,20 @@ def test_a_baselines_accuracy_on_other_images_is_not_shown():
 
 
 @pytest.mark.parametrize(
-    ("cut", "target", "words"),
+    ("method", "cut", "target", "words"),
     [
-        (0.3, 0.5, "did not reach the target"),
-        (0.496, 0.5, None),
-        (0.0, None, "kept the whole net"),
+        ("lstm", 0.3, 0.5, "not 50.0%; its search found nothing smaller"),
+        ("uniform", 0.3, 0.5, "did not reach the target: a cut of 30.0%, not 50.0%"),
+        ("lstm", 0.496, 0.5, None),
+        ("lstm", 0.0, None, "kept the whole net"),
     ],
 )
-def test_a_row_that_fell_short_is_named(cut, target, words):
-    lines = list(wtp.describe_shortfall({"method": "lstm", "macs_reduction": cut}, target))
+def test_a_row_that_fell_short_is_named(method, cut, target, words):
+    lines = list(wtp.describe_shortfall({"method": method, "macs_reduction": cut}, target))
 
     assert len(lines) == (words is not None)
     assert words is None or words in lines[0]
+    assert method == "lstm" or "search" not in lines[0]
 
 
 def test_the_activation_that_a_user_names_is_taken(smoke, tmp_path):

@@ -1310,6 +1310,11 @@ def is_out_of_memory(error: Exception) -> bool:
 # A foreign state dict, which this tool has not written, does not say how images were normalised,
 # nor all of its architecture. A reading is an architecture that fits the weights, an attempt is one
 # reading with one normalisation. What is possible is tried on some of the training images.
+#
+# Two things tell how good an attempt is. The right one gets many images right. And batch norms
+# remember the mean and variance of what they read in training; by the right reading they read the
+# same again. So norms decide between attempts of about the same accuracy: relu in place of GELU may
+# cost hardly any.
 
 # What foreign nets are usually trained with, per number of channels.
 COMMON_NORMALISATIONS = {
@@ -1317,6 +1322,8 @@ COMMON_NORMALISATIONS = {
         "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         "mean and std 0.5": ((0.5,) * 3, (0.5,) * 3),
         "pixels in [0, 1]": ((0.0,) * 3, (1.0,) * 3),
+        # Of github.com/kuangliu/pytorch-cifar, and of many after it: the mean of the images' stds.
+        "CIFAR-10's mean and a std of 0.2": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     },
     1: {"mean and std 0.5": ((0.5,), (0.5,)), "pixels in [0, 1]": ((0.0,), (1.0,))},
 }
@@ -1367,15 +1374,26 @@ ATTEMPTS_WITH_RARE_ACTIVATIONS = 2
 # ours: where the best accuracy is below this, rare activations are tried with all readings. Below
 # it the loss says little, and decides nothing.
 POOR_ACCURACY = 0.5
-# ours: a rare activation has to get so many more images right than a usual one does. A net that is
-# hardly trained may do a little better with one that it was not trained with.
-MIN_HANDICAP = 0.05
+# ours: accuracies count as clearly different from this difference on. A rare activation has to be
+# clearly more accurate than a usual one, unless batch norms speak for it: a net that is hardly
+# trained may do a little better with one that it was not trained with.
+MIN_ACCURACY_MARGIN = 0.05
 # ours: smaller losses, summed over the images, count as equal. A net that is sure of all images has
 # hardly a loss by several readings, and then the most usual one is taken.
 LEAST_LOSS = 0.1
 # ours: attempts are tried on at least so many images, where there are so many; fewer leave much to
 # chance.
 MIN_TRIED_IMAGES = 400
+# ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
+# In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
+MATCHING_NORMS = 0.05
+# ours: of matching ones, those count as equal whose mismatch is at most so many times the smallest.
+# A relu net had 1.16 times as much as by a leaky relu, by chance; a GELU net 1.29 times as much as
+# relu.
+EQUAL_MISMATCHES = 1.25
+# ours: above this mismatch the user is warned. Wrong readings had 0.01 to 3.5, half of them more
+# than this.
+STRANGE_NORMS = 0.15
 
 
 @dataclass(frozen=True, eq=False)
@@ -1406,21 +1424,34 @@ class Attempt:
         return self.reading.architecture.activation in models.RARE_ACTIVATIONS
 
     def handicap(self, images: int) -> float:
-        """What is taken off its accuracy on so many images: at least two standard deviations."""
-        if not self.is_rare:
-            return 0.0
-        # An accuracy has a standard deviation of at most 0.5 / sqrt(images).
-        return max(MIN_HANDICAP, 2 * 0.5 * images**-0.5)
+        """What is taken off its accuracy on so many images."""
+        return accuracy_margin(images) if self.is_rare else 0.0
 
     def with_rare_activations(self) -> list["Attempt"]:
         readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
         return [Attempt(reading, self.normalisation, self.place) for reading in readings]
 
 
+def accuracy_margin(images: int) -> float:
+    """From which difference on two accuracies on so many images count as clearly different: at
+    least two standard deviations."""
+    # An accuracy has a standard deviation of at most 0.5 / sqrt(images).
+    return max(MIN_ACCURACY_MARGIN, 2 * 0.5 * images**-0.5)
+
+
 def list_attempts(readings: Iterable, normalisations: Iterable[str]) -> list[Attempt]:
     """All readings with all normalisations, both with the most usual ones first."""
     pairs = product(readings, normalisations)
     return [Attempt(*pair, place) for place, pair in enumerate(pairs)]
+
+
+@dataclass(frozen=True)
+class AttemptScore:
+    """How good an attempt is, on some images."""
+
+    accuracy: float  # in [0, 1]
+    loss: float  # the cross-entropy, summed over the images
+    norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
 
 
 @dataclass(frozen=True)
@@ -1433,9 +1464,15 @@ class FoundReading:
     std: tuple
     accuracy: float  # in [0, 1], on so many `images`
     images: int
-    # No other attempt of the last round gets as many right, unless it computes the same or has an
-    # activation of the other kind, rare or usual.
+    norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
+    # No other attempt of the last round is as good: gets as many right with norms that match as
+    # well. Others may compute the same, or have an activation of the other kind, rare or usual.
     is_only_best: bool
+
+    @property
+    def has_strange_norms(self) -> bool:
+        """Whether its batch norms read something else than in training."""
+        return self.norm_mismatch is not None and self.norm_mismatch > STRANGE_NORMS
 
 
 def find_reading(
@@ -1459,31 +1496,40 @@ def find_reading(
     ranked = choose_attempts(readings, sample, wrap, tries_activations=tries_activations)
     if tries_activations:
         ranked = retry_with_rare_activations(ranked, readings, sample, wrap)
-    best, accuracy = ranked[0]
+    best, score = ranked[0]
     net = best.reading.build().to(train.device)
     mean, std = list_normalisations(train)[best.normalisation]
+    matching = find_matching([each for _, each in ranked], len(sample))
     is_only_best = not any(
-        other_accuracy == accuracy
+        other_score.accuracy == score.accuracy
+        and (other_score in matching) == (score in matching)
         and other.is_rare == best.is_rare
         and not have_equal_outputs(best, other, sample)
-        for other, other_accuracy in ranked[1:]
+        for other, other_score in ranked[1:]
     )
     return FoundReading(
-        net, best.normalisation, mean, std, accuracy, len(sample), is_only_best=is_only_best
+        net,
+        best.normalisation,
+        mean,
+        std,
+        score.accuracy,
+        len(sample),
+        score.norm_mismatch,
+        is_only_best=is_only_best,
     )
 
 
 def retry_with_rare_activations(
-    ranked: list[tuple[Attempt, float]], readings: list, sample: Images, wrap: Callable
-) -> list[tuple[Attempt, float]]:
+    ranked: list[tuple[Attempt, AttemptScore]], readings: list, sample: Images, wrap: Callable
+) -> list[tuple[Attempt, AttemptScore]]:
     """What `choose_attempts` ranked, or a new ranking with rare activations where that is better.
 
     Poolings and paddings were ranked under a usual activation, which may have favoured wrong ones.
     If a rare one won all the same, all readings are ranked anew with that one; if nothing is
     accurate, with all rare ones. Else nothing is tried.
     """
-    best, accuracy = ranked[0]
-    if not best.is_rare and accuracy >= POOR_ACCURACY:
+    best, score = ranked[0]
+    if not best.is_rare and score.accuracy >= POOR_ACCURACY:
         return ranked
     activations = models.RARE_ACTIVATIONS
     if best.is_rare:
@@ -1494,10 +1540,8 @@ def retry_with_rare_activations(
         for reading in models.change_activation(readings, activation)
     ]
     rare_ranked = choose_attempts(rare_readings, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS)
-    rare, rare_accuracy = rare_ranked[0]
-    images = len(sample)
-    is_better = rare_accuracy - rare.handicap(images) > accuracy - best.handicap(images)
-    return rare_ranked if is_better else ranked
+    best_of_both = sort_attempts([ranked[0], rare_ranked[0]], len(sample))[0]
+    return ranked if best_of_both is ranked[0] else rare_ranked
 
 
 def have_equal_outputs(attempt: Attempt, other: Attempt, sample: Images) -> bool:
@@ -1519,8 +1563,8 @@ def choose_attempts(
     *,
     tries_activations=False,
     max_attempts=MAX_ATTEMPTS,
-) -> list[tuple[Attempt, float]]:
-    """The attempts of the last round, each with its accuracy on all images, the best first."""
+) -> list[tuple[Attempt, AttemptScore]]:
+    """The attempts of the last round, each with its score on all images, the best first."""
     names = list(list_normalisations(sample))
     first_round, *later_rounds = ATTEMPT_ROUNDS
     if len(readings) * len(names) > max_attempts:
@@ -1543,12 +1587,8 @@ def choose_attempts(
 
 def rank_attempts(
     attempts: list[Attempt], sample: Images, max_images: int | None, wrap: Callable
-) -> list[tuple[Attempt, float]]:
-    """(attempt, accuracy) of each, on the first `max_images` images (None: all), the best first.
-
-    Of equal ones that of the smaller loss comes first, then the more usual. Losses below LEAST_LOSS
-    count as equal, and where the accuracy is poor the loss says little and does not count.
-    """
+) -> list[tuple[Attempt, AttemptScore]]:
+    """(attempt, score) of each, on the first `max_images` images (None: all), the best first."""
     normalisations = list_normalisations(sample)
     images = sample.select(slice(max_images))
     if max_images is not None:
@@ -1560,18 +1600,55 @@ def rank_attempts(
             reading = attempt.reading
             net = reading.build().to(images.device)
         normalised = images.normalised_by(*normalisations[attempt.normalisation])
-        accuracy, loss = measure_if_fitting(net, normalised)
-        counted_loss = max(loss, LEAST_LOSS) if accuracy >= POOR_ACCURACY else math.inf
-        shortfall = attempt.handicap(len(images)) - accuracy
-        scored.append((shortfall, counted_loss, attempt.place, attempt, accuracy))
-    scored.sort(key=lambda score: score[:3])
-    return [(attempt, accuracy) for *_, attempt, accuracy in scored]
+        scored.append((attempt, score_if_fitting(net, normalised)))
+    return sort_attempts(scored, len(images))
+
+
+def sort_attempts(
+    scored: list[tuple[Attempt, AttemptScore]], images: int
+) -> list[tuple[Attempt, AttemptScore]]:
+    """The attempts, the best first, by their scores on so many images.
+
+    Those that `find_matching` finds come first. Then the accuracy counts; of equal ones the smaller
+    loss, then the more usual. Losses below LEAST_LOSS count as equal, and where the accuracy is
+    poor the loss says little and does not count.
+    """
+    matching = find_matching([score for _, score in scored], images)
+
+    def order(pair):
+        attempt, score = pair
+        shortfall = attempt.handicap(images) - score.accuracy
+        counts_loss = score.accuracy >= POOR_ACCURACY
+        loss = max(score.loss, LEAST_LOSS) if counts_loss else math.inf
+        return score not in matching, shortfall, loss, attempt.place
+
+    return sorted(scored, key=order)
+
+
+def find_matching(scores: list[AttemptScore], images: int) -> list[AttemptScore]:
+    """Of the most accurate scores on so many images, and those that are not clearly less accurate,
+    the ones whose batch norms match best.
+
+    Empty where no norms match: then they say nothing, for example because weights were averaged
+    after the training and the norms were not.
+    """
+    largest_accuracy = max(score.accuracy for score in scores)
+    accurate = [
+        score
+        for score in scores
+        if score.accuracy >= largest_accuracy - accuracy_margin(images)
+        and score.norm_mismatch is not None
+    ]
+    smallest_mismatch = min((score.norm_mismatch for score in accurate), default=math.inf)
+    if smallest_mismatch > MATCHING_NORMS:
+        return []
+    limit = EQUAL_MISMATCHES * smallest_mismatch
+    return [score for score in accurate if score.norm_mismatch <= limit]
 
 
 @torch.no_grad()
-def measure_if_fitting(net: Net, images: Images) -> tuple[float, float]:
-    """(share of the images that a net gets right, its cross-entropy summed over them); (0, inf)
-    where it cannot take them.
+def score_if_fitting(net: Net, images: Images) -> AttemptScore:
+    """How good a net is on some images; the worst score where it cannot take them.
 
     In float32: the choice is not to depend on whether a machine has bfloat16.
     """
@@ -1579,15 +1656,88 @@ def measure_if_fitting(net: Net, images: Images) -> tuple[float, float]:
     right, loss = 0, 0.0
     chunks = split_into_chunks(images)
     try:
-        for index, x in zip(chunks, images.batches(chunks)):
-            logits, labels = net(x), images.labels[index]
-            right += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        with record_norm_inputs(net) as norm_inputs:
+            for index, x in zip(chunks, images.batches(chunks)):
+                logits, labels = net(x), images.labels[index]
+                right += int((logits.argmax(1) == labels).sum())
+                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        return 0.0, math.inf  # most likely strides and poolings leave nothing of the map
-    return right / len(images), loss if math.isfinite(loss) else math.inf
+        # Most likely strides and poolings leave nothing of the map.
+        return AttemptScore(0.0, math.inf, None)
+    loss = loss if math.isfinite(loss) else math.inf
+    return AttemptScore(right / len(images), loss, measure_norm_mismatch(norm_inputs))
+
+
+class NormInputs:
+    """The mean and variance of all that a batch norm has read: per channel, (C,)."""
+
+    def __init__(self):
+        self.count = 0
+        self.total = self.total_of_squares = 0.0
+
+    def add(self, x: torch.Tensor) -> None:
+        """x (B, C) or (B, C, H, W)."""
+        other_dimensions = [0, *range(2, x.dim())]
+        self.count += x.numel() // x.shape[1]
+        self.total += x.sum(other_dimensions, dtype=torch.float64)
+        self.total_of_squares += x.square().sum(other_dimensions, dtype=torch.float64)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return (self.total_of_squares / self.count - self.mean.square()).clamp(min=0)
+
+
+@contextmanager
+def record_norm_inputs(net: Net):
+    """Yields {batch norm: NormInputs}, which is filled as the net runs.
+
+    Norms with the same variance in all channels are left out: they have learned nothing.
+    """
+    recorded = {}
+
+    def record(norm, inputs):
+        recorded.setdefault(norm, NormInputs()).add(inputs[0])
+
+    norms = [
+        module
+        for module in net.modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        and not torch.equal(module.running_var.min(), module.running_var.max())
+    ]
+    handles = [norm.register_forward_pre_hook(record) for norm in norms]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_norm_mismatch(norm_inputs: dict) -> float | None:
+    """How far what batch norms read is from what they read in training; None without norms.
+
+    Of each channel it is the Kullback-Leibler divergence of two normal distributions: one with the
+    mean and variance that were read now, one with the running mean and variance of the training.
+    Of a norm it is the median of its channels, of the net the geometric mean of its norms (ours).
+    """
+    divergences = []
+    for norm, inputs in norm_inputs.items():
+        variance = inputs.variance + norm.eps
+        known_variance = norm.running_var.double() + norm.eps
+        shift = inputs.mean - norm.running_mean.double()
+        ratio = variance / known_variance
+        divergence = 0.5 * (ratio + shift.square() / known_variance - 1 - ratio.log())
+        # At least a millionth, for 0 has no logarithm.
+        divergences.append(max(float(divergence.median()), 1e-6))
+    if not divergences:
+        return None
+    mismatch = math.exp(sum(map(math.log, divergences)) / len(divergences))
+    return mismatch if math.isfinite(mismatch) else None
 
 
 def is_near_guessing(accuracy: float, classes: int) -> bool:

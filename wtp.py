@@ -13,9 +13,10 @@ In this order:
 experiments        the table of experiments, the table of schedules, the numbers of a run
 on the screen      progress on standard error, the tables on standard output
 pictures           what `report` draws with matplotlib
-opening a run      device, data, a user's net, the run folder
+options            those that several commands have
+opening a run      the user's net, the data, how a foreign net is read, the run folder, outputs
 commands           reproduce, train, prune, evaluate, report, export
-errors             one line and an exit status for whatever goes wrong
+errors             one line and an exit status for what a user can cause
 
 PyTorch is imported inside the functions, so that --help is quick.
 """
@@ -75,11 +76,11 @@ class Experiment:
     final_epochs: int = 250  # of the final training (paper)
     baseline_epochs: int = 200  # ours: no source gives the baseline's training
     baseline_lr: float = 0.1  # ours
-    # ours: final trainings in one cycle, up to these rates (see RESULTS.md): a short one, and a
-    # long one over the papers' epochs.
+    # ours: final trainings in one cycle (RESULTS.md, section 5). The short one: epochs and peak
+    # rate. The long one has `final_epochs`: its peak rate.
     short_final_epochs: int = 20
     short_final_lr: float = 0.005
-    long_final_lr: float = 0.02  # ours: RESULTS.md, section 5
+    long_final_lr: float = 0.02
 
 
 # ours: MNIST is neither cropped nor flipped, for a mirrored digit is another sign.
@@ -120,9 +121,10 @@ class Schedule:
 
     pruning_rate: float = 0.2  # R_prune (paper)
     lr: float = 0.001  # of recoveries and of the final training (script)
-    # Recoveries in one cycle up to `lr`, the final training in one up to the experiment's own peak.
+    # Whether learning rates rise and fall in one cycle: in a recovery up to `lr`, in the final
+    # training up to the experiment's peak rate. Else the rate is `lr` all the time.
     is_one_cycle: bool = False
-    # The experiment's `final_epochs` up to its `long_final_lr`, not its `short_...` ones.
+    # Which final training in one cycle: the experiment's long one, or its short one.
     has_long_final: bool = False
     temperature: float | None = None  # of the final training; None: the papers' MSE
     candidates_per_lstm_epoch: int = 5  # (paper)
@@ -131,12 +133,13 @@ class Schedule:
     max_candidates: int | None = None
     baseline_epochs: int | None = None
     recovery_epochs: int | None = None
-    # Takes the place of `recovery_epochs`: as many epochs as come nearest to so many steps. An
-    # epoch of a large data set ends after so many steps.
+    # In place of `recovery_epochs`: a recovery of about so many steps. On few images these are
+    # several epochs, on many images a part of one.
     recovery_steps: int | None = None
     final_epochs: int | None = None
     max_images: int | None = None  # that train; as many test
-    # ours: on the user's own images, which may be few, no training has fewer steps than this.
+    # ours: where there are fewer images than the experiment's, trainings have at least so many
+    # steps; a recovery only where `recovery_steps` does not say how many it has.
     fewest_baseline_steps: int = 2000
     fewest_final_steps: int = 1000
     fewest_recovery_steps: int = 200
@@ -279,33 +282,64 @@ def settings_for(
     )
 
 
+# ours: under the papers' rules, rewards grow for about so many LSTM epochs, and `uniform` takes
+# about so many steps.
+EXPECTED_LSTM_EPOCHS = 10
+EXPECTED_UNIFORM_STEPS = 10
+
+
 def estimate_epochs(
-    settings, methods, images: int, *, trains_baseline: bool = True, rows=()
+    settings, methods, images: int, *, trains_baseline: bool = True, finished_methods=()
 ) -> float:
     """How many epochs of so many training images the rows of `methods` may take.
 
-    `rows`: the methods of the pruned rows that are there already. ours: under the papers' rules
-    rewards grow for about ten LSTM epochs; `uniform` then takes about ten steps.
+    `finished_methods` are those of the pruned rows that are there already.
     """
-    from controller import BATCH_SIZE, VALIDATION_SHARE
+    from controller import VALIDATION_SHARE
+
+    total = settings.baseline.epochs if trains_baseline else 0
+    finished = list(finished_methods)
+    for method in methods:
+        if method == "static":
+            total += estimate_recovery(settings, images)
+            continue
+        total += estimate_search(settings, method, finished, images)
+        if method == "sep":
+            total += estimate_gate_trials(settings, images)
+        total += settings.final.epochs / (1 - VALIDATION_SHARE)  # it trains on all images
+        finished.append(method)
+    return total
+
+
+def estimate_recovery(settings, images: int) -> float:
+    """How many epochs of so many images a recovery takes."""
+    from controller import BATCH_SIZE
 
     share_of_epoch = 1.0
     if settings.recovery.max_steps:
         share_of_epoch = min(1.0, settings.recovery.max_steps * BATCH_SIZE / images)
-    recovery = settings.recovery.epochs * share_of_epoch
-    final = settings.final.epochs / (1 - VALIDATION_SHARE)  # on all images
-    total = settings.baseline.epochs if trains_baseline else 0
-    for method in methods:
-        if method == "static":
-            total += recovery
-            continue
-        total += recovery * estimate_candidates(settings, method, rows) + final
-        if runs_regression_search(settings, method, rows):
-            total += estimate_trials(settings, images)
-        if method == "sep":
-            total += estimate_gate_trials(settings, images)
-        rows = [*rows, method]
-    return total
+    return settings.recovery.epochs * share_of_epoch
+
+
+def estimate_search(settings, method: str, finished_methods, images: int) -> float:
+    """How many epochs it may take to find the structure of a row, and to recover it."""
+    recovery = estimate_recovery(settings, images)
+    if method == "uniform":
+        is_one_step = settings.searches_by_regression(settings.target)
+        return recovery if is_one_step else EXPECTED_UNIFORM_STEPS * recovery
+    if method == "sep" and settings.max_candidates is not None:
+        # It takes the structure that `lstm` found, or searches as `lstm` would. Then it recovers
+        # that structure, and one that pays for gates.
+        search = 0
+        if "lstm" not in finished_methods:
+            search = estimate_search(settings, "lstm", finished_methods, images)
+        return search + 2 * recovery
+    # Without a target, a finished row says the cut.
+    has_cut = settings.target is not None or bool(finished_methods)
+    if settings.max_candidates is not None and has_cut:
+        return settings.max_candidates * recovery + estimate_trials(settings, images)
+    lstm_epochs = settings.patience + EXPECTED_LSTM_EPOCHS
+    return lstm_epochs * settings.candidates_per_lstm_epoch * recovery
 
 
 def estimate_trials(settings, images: int) -> float:
@@ -326,27 +360,6 @@ def estimate_gate_trials(settings, images: int) -> float:
     # The trials with gates begin with one net, so they share its epochs without gates.
     trials_with_gates = len(plain_epochs) + 6 * len(gated_epochs)
     return trial_without + trials_with_gates
-
-
-def runs_regression_search(settings, method: str, rows) -> bool:
-    """Whether a row, made after `rows`, needs a search by regression."""
-    has_cut = settings.target is not None or bool(rows)
-    if method == "uniform" or (method == "sep" and "lstm" in rows):
-        return False
-    return settings.max_candidates is not None and has_cut
-
-
-def estimate_candidates(settings, method: str, rows) -> int:
-    """How many recoveries a row, made after `rows`, may take."""
-    if method == "uniform":
-        return 1 if settings.searches_by_regression(settings.target) else 10
-    # `lstm`'s search serves `sep`: its structure, and one that pays for gates.
-    shared_candidates = 2 if method == "sep" else 0
-    if runs_regression_search(settings, method, rows):
-        return settings.max_candidates + shared_candidates
-    if method == "sep" and "lstm" in rows and settings.max_candidates is not None:
-        return shared_candidates
-    return (settings.patience + 10) * settings.candidates_per_lstm_epoch
 
 
 # ---- on the screen -----------------------------------------------------------------------------
@@ -404,9 +417,11 @@ class ScreenReporter:
         from rich import progress
 
         self.console = make_console(is_stderr=True)
+        # Of the whole run, in epochs that show all training images; and the steps of such an epoch.
         self.planned_epochs = 0.0
-        self.steps_per_epoch = 1  # of an epoch that shows all training images
-        # What an epoch of the current training is of that: a recovery's may be shorter.
+        self.steps_per_epoch = 1
+        # The training under way may have shorter epochs, as a recovery has: their share of such an
+        # epoch.
         self.epoch_share = 1.0
         self.has_finished_epoch = False
         self.has_estimated = False
@@ -424,8 +439,8 @@ class ScreenReporter:
         )
         self.run_bar = self.bars.add_task("the run", unit="epochs", total=None)
         self.training_bar = None
-        self.epochs = 0  # of the training under way
-        self.epochs_done = 0
+        self.training_epochs = 0  # all that the training under way has
+        self.training_epochs_done = 0
 
     def __enter__(self):
         self.bars.start()
@@ -447,8 +462,8 @@ class ScreenReporter:
         if self.training_bar is not None:
             self.bars.remove_task(self.training_bar)
         self.training_bar = self.bars.add_task(title, unit="steps", total=None)
-        self.epochs = epochs
-        self.epochs_done = first_epoch
+        self.training_epochs = epochs
+        self.training_epochs_done = first_epoch
         if first_epoch:
             self.planned_epochs = max(0, self.planned_epochs - first_epoch)
             self.bars.update(self.run_bar, total=self.planned_epochs)
@@ -458,8 +473,8 @@ class ScreenReporter:
         self.epoch_share = len(steps) / self.steps_per_epoch
         self.bars.update(
             self.training_bar,
-            total=self.epochs * len(steps),
-            completed=self.epochs_done * len(steps),
+            total=self.training_epochs * len(steps),
+            completed=self.training_epochs_done * len(steps),
         )
         start = time.monotonic()
         for number, step in enumerate(steps, 1):
@@ -468,7 +483,7 @@ class ScreenReporter:
             seconds = time.monotonic() - start
             if seconds > SECONDS_UNTIL_ESTIMATE:
                 self.say_estimate(seconds / number * len(steps))
-        self.epochs_done += 1
+        self.training_epochs_done += 1
 
     def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds_per_epoch) -> None:
         self.bars.advance(self.run_bar, self.epoch_share)
@@ -491,8 +506,8 @@ class ScreenReporter:
         part = "this epoch"
         if self.epoch_share <= LONG_EPOCH_SHARE:
             part = f"{self.epoch_share:.0%} of an epoch"
-        whole = format_duration(self.planned_epochs * seconds / self.epoch_share)
-        self.say(f"{seconds:.1f} s for {part}: up to {whole} for all")
+        duration = format_duration(self.planned_epochs * seconds / self.epoch_share)
+        self.say(f"{seconds:.1f} s for {part}: up to {duration} for all")
 
 
 # ---- on the screen: tables ---------------------------------------------------------------------
@@ -588,14 +603,12 @@ def describe_results(results: dict, rows: list[dict]):
         yield from describe_shortfall(row, results["settings"]["target"])
 
 
-def describe_widths(results: dict, whole_widths, widths) -> str:
+def describe_widths(results: dict, baseline_widths, widths) -> str:
     """What is left of each layer."""
+    shares = [f"{width}/{before}" for width, before in zip(widths, baseline_widths)]
     if len(widths) > FEW_LAYERS:
-        return " ".join(f"{width}/{whole}" for width, whole in zip(widths, whole_widths))
-    return ", ".join(
-        f"{layer} {width}/{whole}"
-        for layer, width, whole in zip(results["layers"], widths, whole_widths)
-    )
+        return " ".join(shares)
+    return ", ".join(f"{layer} {share}" for layer, share in zip(results["layers"], shares))
 
 
 def has_shared_search(results: dict) -> bool:
@@ -613,32 +626,31 @@ def describe_search(results: dict, method: str, *, has_ended: bool) -> str:
         line += f", {finalists} of them also in trials"
     if len(results["layers"]) > FEW_LAYERS:
         return line
-    measure, first, second = summarise_search(results, method)
-    first, second = (" ".join(f"{share:.0%}" for share in half) for half in (first, second))
-    return f"{line}; {measure} each layer: {first} (first half), {second} (second half)"
+    return f"{line}; {describe_pruned_layers(results, method)}"
 
 
-def summarise_search(results: dict, method: str) -> tuple[str, list, list]:
-    """What a search did to each layer: (what the shares are, those of its first half, those of its
-    second half)."""
+def describe_pruned_layers(results: dict, method: str) -> str:
+    """What a search did to each layer, in its first half and in its second one."""
     log = results["search"][method]
     candidates = log["candidates"]
-    whole_widths = rows_in_order(results)[0]["widths"]
-
-    def shares(candidate):
-        if log["rule"] == "reinforce":
-            return candidate["actions"]
-        # A candidate of a search by regression took many steps and has lost something in nearly
-        # every layer, so how much it lost says more.
-        return [1 - width / whole for width, whole in zip(candidate["structure"], whole_widths)]
-
+    baseline_widths = rows_in_order(results)[0]["widths"]
+    if log["rule"] == "reinforce":
+        measure = "how often it pruned each layer"
+        shares = [candidate["actions"] for candidate in candidates]
+    else:
+        # Such a candidate took many steps and has lost something in nearly every layer, so how
+        # much it lost says more.
+        measure = "mean share removed of each layer"
+        shares = [
+            [1 - width / before for width, before in zip(candidate["structure"], baseline_widths)]
+            for candidate in candidates
+        ]
     middle = len(candidates) // 2
-    means = [
-        [sum(layer) / len(half) for layer in zip(*map(shares, half))]
-        for half in (candidates[:middle], candidates[middle:])
-    ]
-    measure = "how often it pruned" if log["rule"] == "reinforce" else "mean share removed of"
-    return measure, *means
+    first_half, second_half = (
+        " ".join(f"{sum(layer) / len(half):.0%}" for layer in zip(*half))
+        for half in (shares[:middle], shares[middle:])
+    )
+    return f"{measure}: {first_half} (first half), {second_half} (second half)"
 
 
 def describe_gates(trials: list[dict], *, is_rounded: bool) -> str:
@@ -770,13 +782,13 @@ def list_panels(results: dict, usage: dict | None) -> list[Callable]:
 def draw_kept_channels(axis, results: dict) -> None:
     """For each layer the share of its channels that each row keeps."""
     rows = rows_in_order(results)
-    whole_widths = rows[0]["widths"]
+    baseline_widths = rows[0]["widths"]
     bar_width = 0.8 / (len(rows) - 1)
     largest_share = 0
     for number, row in enumerate(rows[1:]):
         offset = (number - (len(rows) - 2) / 2) * bar_width
-        places = [layer + offset for layer in range(len(whole_widths))]
-        shares = [100 * width / whole for width, whole in zip(row["widths"], whole_widths)]
+        places = [layer + offset for layer in range(len(baseline_widths))]
+        shares = [100 * width / before for width, before in zip(row["widths"], baseline_widths)]
         largest_share = max(largest_share, *shares)
         colour = ROW_STYLES[row["method"]][0]
         axis.bar(places, shares, bar_width, color=colour, label=row["method"])
@@ -902,7 +914,7 @@ def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) 
     label_layers(axis.yaxis, classes)
 
 
-# ---- opening a run -----------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------
 
 
 def check_share(value: float | None) -> float | None:
@@ -973,10 +985,11 @@ PruneScheduleOption = Annotated[
     ),
 ]
 Rate = Annotated[
-    float,
+    float | None,
     typer.Option(
         **SHARE,
-        help="share of a chosen layer's channels that one step removes",
+        help="share of a chosen layer's channels that one step removes; default: the papers', 0.2",
+        show_default=False,
     ),
 ]
 RoundTo = Annotated[
@@ -1022,6 +1035,9 @@ class RunOptions:
         if self.final_epochs:
             name += f"-epochs{self.final_epochs}"
         return self.out / f"{name}-{self.schedule}-s{self.seed}"
+
+
+# ---- opening a run: the user's net -------------------------------------------------------------
 
 
 @dataclass
@@ -1093,6 +1109,9 @@ def load_user_net(
         readings = change_activation(readings, activation)
         net = readings[0].build()
     return UserNet(path, net, checkpoint["facts"], readings, photograph_size, activation)
+
+
+# ---- opening a run: data and device ------------------------------------------------------------
 
 
 def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> Path:
@@ -1219,6 +1238,9 @@ def say_where_size_is_unused(size: int | None, images, say) -> None:
         )
 
 
+# ---- opening a run: how a foreign net is read --------------------------------------------------
+
+
 def load_images_for_user_net(
     user_net: UserNet, experiment: Experiment, data_dir: Path, device, seed, say
 ):
@@ -1289,6 +1311,11 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
         f"{found.net.architecture.in_words()}: of all that was tried this gets the most right, "
         f"{found.accuracy:.2%} of {found.images:,} training images{ending}"
     )
+    if found.has_strange_norms:
+        say(
+            "its batch norms remember other values than they read now: most likely this is not the "
+            "net that was trained, or these are not the images that trained it"
+        )
     if user_net.readings:
         advice = "compare that with what you know of the net"
         if user_net.activation is None:
@@ -1331,6 +1358,8 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
     raise UserError(f"{description}: not the classes that the net was trained on ({difference})")
 
 
+# ---- opening a run: checks and warnings --------------------------------------------------------
+
 WHY_A_NET_GUESSES = (
     "it was hardly trained, or it is another net (weights do not show strides, nor all poolings), "
     "for other images, or with its classes in another order"
@@ -1350,18 +1379,24 @@ def check_is_no_guess(user_net: UserNet, accuracy: float, what_force_does: str) 
         )
 
 
-def warn_of_guessing(run, reporter, *, is_given: bool = False) -> None:
-    """Say so where the baseline learned nothing, or a given one is for other images."""
+def begins_with_user_net(run) -> bool:
+    """Whether the baseline of a run is the user's net, not one that the run trains."""
+    return run.results["source"] is not None
+
+
+def warn_of_guessing(run, reporter) -> None:
+    """Say so where the baseline learned nothing, or the user's net is for other images."""
     from controller import is_near_guessing
 
     row = run.find_row("baseline")
     classes = run.trainer.baseline.classes
     if run.results["schedule"] != "smoke" and is_near_guessing(row["validation_accuracy"], classes):
-        advice = "more images help, or a smaller net"
-        if run.results["schedule"] == "fast":
-            advice += ", or --schedule full, whose baseline is trained longer"
-        if is_given:
+        if begins_with_user_net(run):
             advice = WHY_A_NET_GUESSES
+        else:
+            advice = "more images help, or a smaller net"
+            if run.results["schedule"] == "fast":
+                advice += ", or --schedule full, whose baseline is trained longer"
         reporter.say(
             f"the baseline gets {row['validation_accuracy']:.2%} of the validation images right, "
             f"hardly more than guessing among {classes} classes: {advice}"
@@ -1395,6 +1430,9 @@ def check_target(net, methods, target: float | None, round_to: int | None) -> No
     for method in methods:
         reduction_of = make_reduction_of(method, net)
         check_reachable(net.widths, reduction_of, target, round_to or 1)
+
+
+# ---- opening a run: the run itself -------------------------------------------------------------
 
 
 def split_seed_for(user_net: UserNet | None, seed: int) -> int:
@@ -1470,7 +1508,7 @@ def open_run(
     )
 
 
-def announce(run, reporter, methods, *, is_given: bool) -> None:
+def announce(run, reporter, methods) -> None:
     """Say how many epochs the rows that are not there yet may take."""
     from controller import BATCH_SIZE
 
@@ -1480,8 +1518,10 @@ def announce(run, reporter, methods, *, is_given: bool) -> None:
         run.settings,
         methods,
         images,
-        trains_baseline=not is_given and not run.find_row("baseline"),
-        rows=[row["method"] for row in run.results["rows"] if row["method"] != "baseline"],
+        trains_baseline=not begins_with_user_net(run) and not run.find_row("baseline"),
+        finished_methods=[
+            row["method"] for row in run.results["rows"] if row["method"] != "baseline"
+        ],
     )
     reporter.plan(epochs, images // BATCH_SIZE)
     if epochs < 0.5:
@@ -1724,7 +1764,7 @@ def run_experiment(
     """
     experiment = find_experiment(name)
     if user_net is not None:
-        check_is_whole(user_net, name)
+        check_is_unpruned(user_net, name)
     if target is not None:
         experiment = replace(experiment, target=target)
     check_target(build_net(experiment), methods, experiment.target, options.round_to)
@@ -1735,13 +1775,13 @@ def run_experiment(
         check_has_row(folder, options)
     reporter = ScreenReporter()
     run = open_run(folder, name, experiment, options, reporter, user_net)
-    announce(run, reporter, list_rows_to_make(methods), is_given=user_net is not None)
+    announce(run, reporter, list_rows_to_make(methods))
     with resumable(reporter):
         if user_net is not None:
             run.make_baseline(user_net.net, is_trained=True)
         else:
             run.make_baseline(build_untrained(experiment, run))
-        warn_of_guessing(run, reporter, is_given=user_net is not None)
+        warn_of_guessing(run, reporter)
         for method in methods:
             run.make_row(method, run.goal_for(method))
     finish_run(run)
@@ -1761,7 +1801,7 @@ def folder_of_experiment(
     return options.out / folder_name
 
 
-def check_is_whole(user_net: UserNet, name: str) -> None:
+def check_is_unpruned(user_net: UserNet, name: str) -> None:
     """Raise UserError unless a checkpoint is the unpruned net of that experiment."""
     from models import UserError, default_widths
 
@@ -1931,7 +1971,7 @@ def train_baseline(
         show_delivered(run, output)
         return
     say_where_size_is_unused(size, run.data.all, reporter.say)
-    announce(run, reporter, [], is_given=False)
+    announce(run, reporter, [])
     with resumable(reporter):
         run.make_baseline(build_untrained(experiment, run))
     warn_of_guessing(run, reporter)
@@ -1948,7 +1988,7 @@ def train_baseline(
 @app.command()
 def prune(
     ckpt: Path,
-    rate: Rate = 0.2,
+    rate: Rate = None,
     method: Annotated[
         list[MethodName] | None,
         typer.Option(
@@ -2053,7 +2093,7 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
             "without --target the papers' schedule runs, as far as its reward rises; with one, as "
             "--target 0.5, the default is the quicker schedule fast"
         )
-    announce(run, reporter, list_rows_to_make([row]), is_given=True)
+    announce(run, reporter, list_rows_to_make([row]))
     with resumable(reporter):
         run.make_baseline(user_net.net, is_trained=True)
         if not options.force:
@@ -2095,7 +2135,7 @@ def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) ->
     name = f"prune-{user_net.path.stem}-{method}"
     if target is not None:
         name += f"-target{target:g}"
-    if options.pruning_rate != SCHEDULES[options.schedule].pruning_rate:
+    if options.pruning_rate not in (None, SCHEDULES[options.schedule].pruning_rate):
         name += f"-rate{options.pruning_rate:g}"
     if options.round_to:
         name += f"-round{options.round_to:g}"
@@ -2119,7 +2159,7 @@ def evaluate(
 ):
     """Accuracy, MACs, parameters, size, latency of a checkpoint."""
     import sep
-    from controller import is_near_guessing, measure_accuracy
+    from controller import measure_accuracy
 
     user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, user_net.facts)
@@ -2128,20 +2168,17 @@ def evaluate(
     _, test, description = load_images_for_user_net(
         user_net, experiment, data_dir, device, 0, print_note
     )
-    note = f"reads {len(test):,} test images of {description}"
-    if user_net.facts.get("data") not in (None, description):
-        note += f"; it was trained on {user_net.facts['data']}"
-    print_note(note)
-    if user_net.accuracy is not None and is_near_guessing(user_net.accuracy, user_net.net.classes):
-        print_note(f"that is hardly more than guessing: {WHY_A_NET_GUESSES}")
+    say_what_is_read(user_net, test, description)
     net = prepare_for_inference(user_net.net, device)
     with sep.record_usage(net) as usage:
         accuracy = measure_accuracy(net, test, in_float32=True)
-    whole_net = build_whole_net(user_net, device)
-    baseline = known_baseline(user_net.facts, whole_net, len(test), description)
+    baseline_net = build_untrained_baseline(user_net, device)
+    baseline = known_baseline(user_net.facts, baseline_net, len(test), description)
     own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
     print_note("measures how long one image takes, and 128 at once: minutes for a large net")
-    add_latencies(own, baseline, net, whole_net, test)
+    own_latencies, baseline_latencies = compare_latencies(net, baseline_net, test)
+    own |= own_latencies
+    baseline |= baseline_latencies
     gated = ", gated" if net.gates else ""
     title = f"{ckpt}: {net.arch}{gated}, on {description}, {len(test):,} test images"
     make_console().print(evaluation_table(title, own, baseline))
@@ -2149,8 +2186,20 @@ def evaluate(
         print_line(describe_tuning(own, baseline))
     if net.gates is not None:
         print_line(describe_usage(net, usage))
-    whole_widths = whole_net.widths if whole_net else net.widths
-    print_line(f"widths: {describe_structure(net.structure, whole_widths)}")
+    baseline_widths = baseline_net.widths if baseline_net else net.widths
+    print_line(f"widths: {describe_structure(net.structure, baseline_widths)}")
+
+
+def say_what_is_read(user_net: UserNet, test, description: str) -> None:
+    """Tell the user which images are read, and whether the net hardly knows them."""
+    from controller import is_near_guessing
+
+    note = f"reads {len(test):,} test images of {description}"
+    if user_net.facts.get("data") not in (None, description):
+        note += f"; it was trained on {user_net.facts['data']}"
+    print_note(note)
+    if user_net.accuracy is not None and is_near_guessing(user_net.accuracy, user_net.net.classes):
+        print_note(f"that is hardly more than guessing: {WHY_A_NET_GUESSES}")
 
 
 def prepare_for_inference(net, device):
@@ -2159,7 +2208,7 @@ def prepare_for_inference(net, device):
     return net.to(device).to(memory_format=torch.channels_last)
 
 
-def build_whole_net(user_net: UserNet, device):
+def build_untrained_baseline(user_net: UserNet, device):
     """An untrained net as the baseline of a pruned one; None where the facts do not name it."""
     from models import UserError, build_like
 
@@ -2170,8 +2219,8 @@ def build_whole_net(user_net: UserNet, device):
         return None
 
 
-def known_baseline(facts: dict, whole_net, test_images: int, description: str) -> dict:
-    """What a pruned net's facts say of its baseline, and what the whole net's size tells.
+def known_baseline(facts: dict, baseline_net, test_images: int, description: str) -> dict:
+    """What a pruned net's facts say of its baseline, and how large a file of `baseline_net` is.
 
     Without its test accuracy where that was measured on other images; the user is told so.
     """
@@ -2183,8 +2232,8 @@ def known_baseline(facts: dict, whole_net, test_images: int, description: str) -
             "the baseline's accuracy is not shown: it was measured on "
             f"{facts.get('test_images')} test images of {facts.get('data')}"
         )
-    if whole_net is not None:
-        baseline["bytes"] = measure_size(whole_net)["bytes"]
+    if baseline_net is not None:
+        baseline["bytes"] = measure_size(baseline_net)["bytes"]
     return baseline
 
 
@@ -2208,23 +2257,25 @@ def measure_size(net, file_size: int | None = None) -> dict:
     }
 
 
-def add_latencies(own: dict, baseline: dict, net, whole_net, images) -> None:
-    """Measure both nets in turns, and put the seconds into `own` and `baseline`."""
+def compare_latencies(net, baseline_net, images) -> tuple[dict, dict]:
+    """The seconds that a net takes, and those of its baseline: none where `baseline_net` is None.
+
+    All nets are measured in turns, so that a busy moment of the machine does not meet one alone.
+    """
     import sep
     from controller import measure_latencies
 
-    nets = [(own, net)]
-    if whole_net is not None:
-        nets.insert(0, (baseline, whole_net))
-    # (where the seconds go, under which name, the net) of all nets that are measured in turns.
-    single = [(facts, "latency_1", each) for facts, each in nets]
-    if images.device.type == "cpu":
-        single += [(facts, "latency_1_tuned", sep.tune(each)) for facts, each in nets]
-    batched = [(facts, "latency_128", each) for facts, each in nets]
-    for measured, batch_size in ((single, 1), (batched, 128)):
-        latencies = measure_latencies([each for *_, each in measured], images, batch_size)
-        for (facts, key, _), seconds in zip(measured, latencies):
-            facts[key] = seconds
+    nets = [net] if baseline_net is None else [net, baseline_net]
+    tuned_nets = [sep.tune(each) for each in nets] if images.device.type == "cpu" else []
+    seconds = measure_latencies(nets + tuned_nets, images, 1)
+    latencies = {
+        "latency_1": seconds[: len(nets)],
+        "latency_1_tuned": seconds[len(nets) :],
+        "latency_128": measure_latencies(nets, images, 128),
+    }
+    own = {name: each[0] for name, each in latencies.items() if each}
+    baseline = {name: each[1] for name, each in latencies.items() if len(each) > 1}
+    return own, baseline
 
 
 def evaluation_table(title: str, own: dict, baseline: dict):
@@ -2290,11 +2341,11 @@ def describe_usage(net, usage) -> str:
     return f"kernels used for no image / some / all (groups in use): {', '.join(layers)}"
 
 
-def describe_structure(structure, whole_widths) -> str:
-    """The widths, beside the whole ones where they are less."""
+def describe_structure(structure, baseline_widths) -> str:
+    """The widths, beside the baseline's where they are less."""
     return " ".join(
-        str(width) if width == whole else f"{width}/{whole}"
-        for width, whole in zip(structure, whole_widths)
+        str(width) if width == before else f"{width}/{before}"
+        for width, before in zip(structure, baseline_widths)
     )
 
 
@@ -2524,16 +2575,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """(one line, exit status) for whatever went wrong; an unforeseen error is raised again."""
+    """(one line, exit status) for what a user can cause; any other error is raised again."""
     if hasattr(error, "format_message"):  # Typer's own: a wrong call
-        message = error.format_message().replace("Value error, ", "")
+        message = error.format_message()
         context = getattr(error, "ctx", None)
         command = f" {context.info_name}" if context is not None and context.parent else ""
         return " ".join(message.split()).rstrip(".") + f"; see python wtp.py{command} --help", 2
-    if hasattr(error, "status"):  # models.UserError
-        return str(error), error.status
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision", "rich"):
         return f"{error.name} is missing; pip install -r requirements.txt", 1
+    from models import UserError  # after that line: models.py imports torch
+
+    if isinstance(error, UserError):
+        return str(error), error.status
     if isinstance(error, OSError):
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
             return f"cannot write the output: {error.strerror}", 1  # of a stream: files have names

@@ -169,10 +169,11 @@ def test_a_net_that_needs_too_much_memory_is_not_taken_for_one_that_does_not_fit
 
     images = Images(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.zeros(4), mean=(0,), std=(1,))
 
-    assert controller.measure_if_fitting(Net("size mismatch"), images) == (0.0, math.inf)
+    score = controller.score_if_fitting(Net("size mismatch"), images)
+    assert score == controller.AttemptScore(0.0, math.inf, None)
     for message in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"):
         with pytest.raises(RuntimeError, match=message):
-            controller.measure_if_fitting(Net(message), images)
+            controller.score_if_fitting(Net(message), images)
 
 
 @pytest.mark.parametrize("zooms", [False, True])
@@ -465,7 +466,9 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
 
 def test_of_equal_accuracies_the_smaller_loss_comes_first_if_it_counts(monkeypatch):
     measured = iter([(0.9, math.inf), (0.9, 0.7), (0.9, 0.6), (1.0, 0.09), (1.0, 0.01)])
-    monkeypatch.setattr(controller, "measure_if_fitting", lambda *_: next(measured))
+    monkeypatch.setattr(
+        controller, "score_if_fitting", lambda *_: controller.AttemptScore(*next(measured), None)
+    )
     names = list(controller.list_normalisations(make_digits()))
     readings = [controller.KnownNet(make_lenet()) for _ in range(5)]
     attempts = controller.list_attempts(readings, names[:1])
@@ -520,6 +523,103 @@ def test_a_rare_activation_is_found_where_images_show_it(monkeypatch, name, acti
     assert found.net.architecture.activation == activation
     assert found.normalisation == "mean and std 0.5"
     assert found.accuracy > 0.99
+
+
+@torch.no_grad()
+def test_the_mismatch_of_a_norm_is_the_divergence_of_what_it_reads():
+    torch.manual_seed(0)
+    norms = nn.Sequential(nn.BatchNorm2d(5), nn.Flatten(), nn.BatchNorm1d(80)).eval()
+    for norm in (norms[0], norms[2]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = 1.5 * torch.randn(300, 5, 4, 4) + 0.3
+
+    with controller.record_norm_inputs(norms) as norm_inputs:
+        norms(x[:100])
+        norms(x[100:])
+    mismatch = controller.measure_norm_mismatch(norm_inputs)
+
+    divergences = []
+    for norm, read in ((norms[0], x.transpose(0, 1).flatten(1)), (norms[2], norms[:2](x).T)):
+        now = torch.distributions.Normal(read.mean(1), (read.var(1, correction=0) + 1e-5).sqrt())
+        then = torch.distributions.Normal(norm.running_mean, (norm.running_var + 1e-5).sqrt())
+        divergences.append(torch.distributions.kl_divergence(now, then).median())
+    assert mismatch == pytest.approx(float((divergences[0] * divergences[1]).sqrt()), rel=1e-4)
+    assert not norms[0]._forward_pre_hooks
+
+
+def test_norms_that_have_learned_nothing_do_not_tell():
+    norms = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval()
+
+    with controller.record_norm_inputs(norms) as norm_inputs:
+        norms(torch.randn(4, 3, 8, 8))
+
+    assert controller.measure_norm_mismatch(norm_inputs) is None
+
+
+@lru_cache
+def train_net_with_norms(activation):
+    """A small trained net with batch norms, and the images that trained it."""
+    torch.manual_seed(0)
+    convolution = models.Convolution(5, 0, has_bias=False, has_norm=True, pooling="max")
+    architecture = models.ChainArchitecture(
+        "lenet",
+        10,
+        1,
+        28,
+        convolutions=(convolution, convolution),
+        hidden_norms=(True,),
+        head_size=4,
+        is_averaged=False,
+        activation=activation,
+        has_flat_names=True,
+    )
+    net = models.build_net(architecture, (8, 16, 32))
+    images = make_digits(1500)
+    used = images.normalised_by((0.5,), (0.5,))
+    train_net(net, used, TrainingPlan(6, 0.1, is_one_cycle=True))
+    return net.eval(), used
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_batch_norms_tell_how_a_net_is_read_where_accuracies_hardly_do(activation):
+    net, images = train_net_with_norms(activation)
+    case = SimpleNamespace(size=28)
+
+    found = find_reading_of(net, case, images)
+
+    assert found.net.architecture == net.architecture
+    assert (found.mean, found.std) == ((0.5,), (0.5,))
+    assert found.norm_mismatch < 0.1
+    assert not found.has_strange_norms
+    # Of the same weights, relu in place of GELU gets nearly as many right.
+    relu_net = models.build_net(replace(net.architecture, activation="relu"), net.widths)
+    relu_net.load_state_dict(net.state_dict())
+    assert measure_accuracy(relu_net, images) > found.accuracy - controller.MIN_ACCURACY_MARGIN
+
+
+@pytest.mark.parametrize(
+    ("scores", "order"),
+    [
+        # (accuracy, loss, mismatch of norms): none matches, so the accuracy counts.
+        ([(0.88, 9.0, 0.3), (0.9, 9.0, 0.8)], [1, 0]),
+        ([(0.88, 9.0, None), (0.9, 9.0, None)], [1, 0]),
+        # One matches and is not clearly less accurate.
+        ([(0.88, 9.0, 0.02), (0.9, 9.0, 0.03)], [0, 1]),
+        # It is clearly less accurate.
+        ([(0.8, 9.0, 0.02), (0.9, 9.0, 0.03)], [1, 0]),
+        # Both match alike.
+        ([(0.88, 9.0, 0.02), (0.9, 9.0, 0.024)], [1, 0]),
+    ],
+)
+def test_norms_decide_between_attempts_that_are_about_as_accurate(scores, order):
+    scores = [controller.AttemptScore(*each) for each in scores]
+    readings = [controller.KnownNet(make_lenet()) for _ in scores]
+    attempts = controller.list_attempts(readings, ["any"])
+
+    ranked = controller.sort_attempts(list(zip(attempts, scores)), 1000)
+
+    assert [attempt.place for attempt, _ in ranked] == order
 
 
 def make_images_for(net, case, statistics):

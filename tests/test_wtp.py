@@ -25,7 +25,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
-from test_controller import rows_by_method, without_seconds
+from test_controller import rows_by_method, train_net_with_norms, without_seconds
 from test_models import write_broken_files
 from torch import nn
 
@@ -172,12 +172,14 @@ def test_what_a_run_may_take_is_counted():
 
     digits = settings_of("digits", "smoke")  # no target: the papers' rules
     alone = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False)
-    after_lstm = wtp.estimate_epochs(digits, ["sep"], 2700, trains_baseline=False, rows=["lstm"])
+    after_lstm = wtp.estimate_epochs(
+        digits, ["sep"], 2700, trains_baseline=False, finished_methods=["lstm"]
+    )
     assert alone > after_lstm
     assert after_lstm == 2 + 1 / 0.9 + 7
     # `sep` searches for itself what `lstm` would have found, at the cut of the other row.
     after_uniform = wtp.estimate_epochs(
-        digits, ["sep"], 2700, trains_baseline=False, rows=["uniform"]
+        digits, ["sep"], 2700, trains_baseline=False, finished_methods=["uniform"]
     )
     assert after_uniform == after_lstm + 4 + 4 * 1
 
@@ -555,6 +557,21 @@ def test_photographs_for_a_foreign_net_are_brought_to_the_size_that_the_user_say
     status, _, err = call(capsys, *command, 40)
     assert status == 2
     assert "says its size, 48 x 48 pixels; leave out --size" in err
+
+
+@pytest.mark.parametrize("is_strange", [False, True])
+def test_batch_norms_that_read_something_else_than_in_training_are_named(tmp_path, is_strange):
+    net, images = train_net_with_norms("relu")
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    if is_strange:
+        state["bn1.running_mean"] += 2 * state["bn1.running_var"].sqrt()
+        state["bn2.running_var"] *= 9
+    torch.save(state, tmp_path / "net.pt")
+    lines = []
+
+    wtp.choose_reading(wtp.load_user_net(tmp_path / "net.pt"), images, 0, lines.append)
+
+    assert any("its batch norms remember other values" in line for line in lines) == is_strange
 
 
 def test_a_foreign_net_that_only_guesses_is_exported_by_force_alone(capsys, tmp_path):

@@ -1384,6 +1384,8 @@ LEAST_LOSS = 0.1
 # ours: attempts are tried on at least so many images, where there are so many; fewer leave much to
 # chance.
 MIN_TRIED_IMAGES = 400
+# ours: so many images more or fewer right, of those that are tried, may be chance.
+CHANCE_IMAGES = 2
 # ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
 # In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
 MATCHING_NORMS = 0.05
@@ -1465,8 +1467,9 @@ class FoundReading:
     accuracy: float  # in [0, 1], on so many `images`
     images: int
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
-    # No other attempt of the last round is as good: gets as many right with norms that match as
-    # well. Others may compute the same, or have an activation of the other kind, rare or usual.
+    # No other attempt of the last round is about as good: their norms match worse, or they get
+    # fewer images right, by more than CHANCE_IMAGES. Not counted are those that compute the same,
+    # or whose activation is of the other kind, rare or usual.
     is_only_best: bool
 
     @property
@@ -1500,8 +1503,9 @@ def find_reading(
     net = best.reading.build().to(train.device)
     mean, std = list_normalisations(train)[best.normalisation]
     matching = find_matching([each for _, each in ranked], len(sample))
+    least_accuracy = score.accuracy - (CHANCE_IMAGES + 0.5) / len(sample)
     is_only_best = not any(
-        other_score.accuracy == score.accuracy
+        other_score.accuracy > least_accuracy
         and (other_score in matching) == (score in matching)
         and other.is_rare == best.is_rare
         and not have_equal_outputs(best, other, sample)

@@ -225,14 +225,18 @@ class ResNetArchitecture:
     stem_kernel: int = 3
     stem_stride: int = 1
     has_stem_norm: bool = True
-    has_stem_pooling: bool = False  # 3 x 3, stride 2 (ImageNet's nets)
+    has_stem_pooling: bool = False  # a max-pooling with stride 2 after the first convolution
+    stem_pooling_kernel: int = 3  # of 3 x 3 places (ImageNet's nets), or of 2 x 2
     is_preactivated: bool = False  # batch norms and relus stand before the convolutions
     has_last_norm: bool = False  # after the blocks, of pre-activated nets
     strided_convolution: int = 0  # which of a block's convolutions has its stride
     activation: str = "relu"  # one of ACTIVATIONS
-    # Option A: how places and channels are brought into shape.
-    is_shortcut_averaged: bool = False  # the mean of 2 x 2 places; else every second place
-    has_zeros_behind: bool = False  # all zeros after the channels; else half of them before
+    # What a shortcut of stride 2 reads: the mean of 2 x 2 places (with a convolution: ResNet-D of
+    # He et al. 2019); else every second place.
+    is_shortcut_averaged: bool = False
+    has_zeros_behind: bool = (
+        False  # option A: all zeros after the channels; else half of them before
+    )
 
     @property
     def prunable_count(self) -> int:
@@ -241,16 +245,20 @@ class ResNetArchitecture:
     def in_words(self) -> str:
         """What weights do not tell of it, in words for the user."""
         words = [self.name]
+        if self.stem_stride > 1:
+            words.append(f"stride {self.stem_stride} in its first convolution")
         if self.has_stem_pooling:
-            words.append("a pooling after its first convolution")
-        if any(
-            not block.has_convolution and block.stride > 1
-            for stage in self.stages
-            for block in stage
-        ):
-            places = "averaged" if self.is_shortcut_averaged else "every second place"
+            kernel = self.stem_pooling_kernel
+            words.append(f"a pooling of {kernel} x {kernel} after its first convolution")
+        if self.stages[0][0].stride > 1:
+            words.append("stride 2 in its first block")
+        blocks = [block for stage in self.stages for block in stage]
+        places = "averaged" if self.is_shortcut_averaged else "every second place"
+        if any(not block.has_convolution and block.stride > 1 for block in blocks):
             zeros = "after" if self.has_zeros_behind else "around"
             words.append(f"shortcuts of {places} with zeros {zeros} the channels")
+        elif self.is_shortcut_averaged:
+            words.append(f"shortcuts of {places}")
         words.append(f"stride in convolution {self.strided_convolution + 1} of a block")
         if self.is_preactivated:
             activated = sum(block.is_shortcut_activated for stage in self.stages for block in stage)
@@ -563,7 +571,8 @@ class ResidualBlock(nn.Module):
             if not is_preactivated:
                 self.add_module(f"bn{index + 1}", nn.BatchNorm2d(after))
         if block.has_convolution:
-            modules = [nn.Conv2d(inputs, block.outputs, 1, block.stride, bias=False)]
+            stride = 1 if architecture.is_shortcut_averaged else block.stride
+            modules = [nn.Conv2d(inputs, block.outputs, 1, stride, bias=False)]
             if not is_preactivated:
                 modules.append(nn.BatchNorm2d(block.outputs))
             self.downsample = nn.Sequential(*modules)
@@ -571,14 +580,15 @@ class ResidualBlock(nn.Module):
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """The block's input in the shape of its output: x itself where no shape changes."""
         stride = self.spec.stride
+        if stride > 1 and self.architecture.is_shortcut_averaged:
+            # Of a map with an odd side the last row and column count alone.
+            x = F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
         if self.spec.has_convolution:
             x = getattr(self.downsample, "0")(x)
             # One by one: sep.py puts layers there that nn.Sequential would not run.
             norm = getattr(self.downsample, "1", None)
             return x if norm is None else norm(x)
-        if stride > 1 and self.architecture.is_shortcut_averaged:
-            x = F.avg_pool2d(x, stride)
-        elif stride > 1:
+        if stride > 1 and not self.architecture.is_shortcut_averaged:
             # The same as x[:, :, ::stride, ::stride]. But the gradient of slicing comes in another
             # memory layout, and all that it is added to gets slower.
             x = F.avg_pool2d(x, 1, stride)
@@ -650,7 +660,8 @@ class ResNet(Net):
         if self.architecture.has_stem_norm or not self.architecture.is_preactivated:
             x = self.activate(x)
         if self.architecture.has_stem_pooling:
-            x = F.max_pool2d(x, 3, 2, 1)
+            kernel = self.architecture.stem_pooling_kernel
+            x = F.max_pool2d(x, kernel, 2, kernel // 2 if kernel % 2 else 0)
         run_block = self.run_block
         if self.architecture.is_preactivated:
             run_block = self.run_preactivated_block
@@ -1845,9 +1856,9 @@ def read_modules(modules: list[FoundModule]) -> list[Reading]:
     blocks = group_blocks(modules)
     if blocks is None:
         return read_chain(modules)
-    if sum(module.is_convolution for module in modules) >= VGG_CONVOLUTIONS:
+    if sum(module.is_convolution for module in modules) > MOST_CHAINED_CONVOLUTIONS:
         return read_residual_net(modules, blocks)
-    # So few convolutions in blocks may be a chain as well.
+    # Fewer convolutions in blocks may be a chain as well.
     readings, errors = [], []
     for read in (partial(read_residual_net, groups=blocks), read_chain):
         try:
@@ -2016,25 +2027,30 @@ def fold_norms_after_activations(linear_layers, norm_of: dict[str, FoundModule])
     scale into its weights, the shift into its bias. Changes the layers and `norm_of` in place."""
     for layer, after in pairwise(linear_layers):
         norm = norm_of.get(layer.name)
-        if norm is None or not is_after_activation(norm, layer):
-            continue
-        tensors = {}
-        put_norm(tensors, "norm", norm)
-        variance = tensors["norm.running_var"] + nn.BatchNorm1d(1).eps
-        scale = tensors["norm.weight"] * variance.rsqrt()
-        shift = tensors["norm.bias"] - scale * tensors["norm.running_mean"]
-        bias = torch.zeros(after.outputs) if after.bias is None else after.bias
-        after.tensors = after.tensors | {
-            "weight": after.weight * scale,
-            "bias": bias + after.weight @ shift,
-        }
-        del norm_of[layer.name]
+        if norm is not None and is_after_activation(norm, layer):
+            fold_norm_into(after, norm)
+            del norm_of[layer.name]
+
+
+def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
+    """Let a linear layer read what the norm before it reads. Changes the layer in place."""
+    tensors = {}
+    put_norm(tensors, "norm", norm)
+    variance = tensors["norm.running_var"] + nn.BatchNorm1d(1).eps
+    scale = tensors["norm.weight"] * variance.rsqrt()
+    shift = tensors["norm.bias"] - scale * tensors["norm.running_mean"]
+    bias = torch.zeros(linear.outputs) if linear.bias is None else linear.bias
+    linear.tensors = linear.tensors | {
+        "weight": linear.weight * scale,
+        "bias": bias + linear.weight @ shift,
+    }
 
 
 def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
     """The batch norm of each layer by its name: the one right after it. Of several norms in a row,
     one for each of as many layers before them, in order, where their widths agree; else for each
-    the first layer without a norm that has its width.
+    the first layer without a norm that has its width. After more layers than norms, numbers in the
+    names count: conv1, conv2, bn1.
 
     Raises UnreadableError where a norm is left over, or stands after the activation of a
     convolution.
@@ -2047,7 +2063,7 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
             layers = list(neighbours)
             continue
         norms = list(neighbours)
-        pairs = list(zip(layers[-len(norms) :], norms))
+        pairs = pair_by_number(layers, norms) or list(zip(layers[-len(norms) :], norms))
         if len(layers) < len(norms) or not have_same_widths(pairs):
             pairs = list(zip(layers[-1:], norms))
         if not have_same_widths(pairs):
@@ -2065,6 +2081,27 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
         else:
             raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
     return norm_of
+
+
+def pair_by_number(
+    layers: list[FoundModule], norms: list[FoundModule]
+) -> list[tuple[FoundModule, FoundModule]]:
+    """Each norm with the layer of its number, as bn1 with conv1. Empty where not each has one, or
+    where there is a norm for every layer."""
+    if len(layers) <= len(norms):
+        return []
+    layer_of = {number_in_name(layer): layer for layer in layers}
+    pairs = [(layer_of.get(number_in_name(norm)), norm) for norm in norms]
+    if any(layer is None or number_in_name(norm) is None for layer, norm in pairs):
+        return []
+    return pairs if have_same_widths(pairs) else []
+
+
+def number_in_name(module: FoundModule) -> str | None:
+    """The number at the end of a name, as that of conv1; None where the name has no other part, as
+    in an nn.Sequential."""
+    match = re.search(r"[^.\d](\d+)$", module.name)
+    return match[1] if match else None
 
 
 def have_same_widths(pairs: list[tuple[FoundModule, FoundModule]]) -> bool:
@@ -2090,6 +2127,8 @@ def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
     return channels, head_size
 
 
+# A chain in blocks has no more convolutions than the deepest usual VGG.
+MOST_CHAINED_CONVOLUTIONS = sum(VGG_STAGES["vgg19"])
 # From this many convolutions on a chain is a VGG: its poolings follow the stages, for all 2^7
 # places would be too many to try.
 VGG_CONVOLUTIONS = 7
@@ -2166,9 +2205,9 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
     """How convolutions may be padded, a number for each; the likeliest first.
 
     Up to three are padded each its own way: not at all, or so that maps keep their size (`same`).
-    More are all padded alike; the last one may be without in a VGG, or a large one. Last comes
-    `same` with two more pixels around the first convolution: nets made for 32 x 32 pixels read
-    MNIST's 28 x 28 so.
+    More are all padded alike, or every second one is; the last one may be without in a VGG, or a
+    large one. Last comes `same` with two more pixels around the first convolution: nets made for
+    32 x 32 pixels read MNIST's 28 x 28 so.
     """
     same = [module.kernel // 2 if module.kernel % 2 else 0 for module in convolutions]
     if not convolutions:
@@ -2179,7 +2218,8 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
     if len(convolutions) > 3:
         # A large last kernel may see the whole map.
         ends = [(*same[:-1], 0)] if convolutions[-1].kernel >= STRIDED_KERNEL else []
-        return list(dict.fromkeys([tuple(same), (0,) * len(same), *ends, widened]))
+        every_second = tuple(0 if i % 2 else padding for i, padding in enumerate(same))
+        return list(dict.fromkeys([tuple(same), (0,) * len(same), *ends, every_second, widened]))
     return [*dict.fromkeys(product(*((0, padding) for padding in same))), widened]
 
 
@@ -2187,7 +2227,8 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
     """What may follow each convolution: "max", "average" (not in a VGG) or nothing; the likeliest
     first.
 
-    In small nets most often every convolution is pooled, then at least the last one.
+    In small nets most often every convolution is pooled, then at least the last one. All poolings
+    are of one kind, but the last one may be an average after others that are not.
     """
     count = len(convolutions)
     if count == 0:
@@ -2203,11 +2244,15 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
     choices = sorted(
         product(*options), key=lambda choice: (not all(choice), not choice[-1], -sum(choice))
     )
-    return [
-        tuple(kind if is_pooled else "" for is_pooled in choice)
-        for choice in choices
-        for kind in (("max", "average") if any(choice) else ("",))
-    ]
+    found = []
+    for choice in choices:
+        for kind in ("max", "average") if any(choice) else ("",):
+            found.append(tuple(kind if is_pooled else "" for is_pooled in choice))
+        if sum(choice) > 1:
+            *before, last = (i for i, is_pooled in enumerate(choice) if is_pooled)
+            kinds = dict.fromkeys(before, "max") | {last: "average"}
+            found.append(tuple(kinds.get(i, "") for i in range(count)))
+    return found
 
 
 def may_be_pooled(convolutions, norm_of) -> list[bool]:
@@ -2479,6 +2524,11 @@ def read_with_norm_order(
 ) -> list[Reading]:
     """The readings in which norms stand before the convolutions, or after them."""
     stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, blocks[-1].outputs)
+    if last_norm is not None and not is_preactivated:
+        # It stands between the average over the map and the linear layer.
+        linear = replace(linear)
+        fold_norm_into(linear, last_norm)
+        last_norm = None
     architectures = list_residual_architectures(
         stem,
         blocks,
@@ -2549,51 +2599,85 @@ def list_residual_architectures(
     has_last_norm: bool,
 ) -> Iterator[ResNetArchitecture]:
     """The architectures that fit, the likeliest first."""
-    is_large = stem.kernel >= STRIDED_KERNEL
     kernels = tuple(module.kernel for module in blocks[0].convolutions)
     pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
-    for (
-        stages,
-        has_stem_pooling,
-        strided_convolution,
-        is_shortcut_averaged,
-        has_zeros_behind,
-    ) in product(
-        list_stages(blocks, names, is_preactivated),
-        (is_large, not is_large),
+    for beginning, strided_convolution, is_shortcut_averaged, has_zeros_behind in product(
+        list_beginnings(stem),
         # torchvision's bottlenecks have their stride in the second convolution.
         (1, 0) if len(kernels) == 3 else (0, 1),
-        (False, True) if pads else (False,),
+        list_shortcut_averages(blocks, pads=pads),
         (False, True) if pads else (False,),
     ):
-        yield ResNetArchitecture(
-            name_residual_net(blocks, kernels, is_preactivated),
-            classes,
-            stem.inputs,
-            224 if is_large else 32,
-            stem_width=stem.outputs,
-            stages=stages,
-            kernels=kernels,
-            stem_kernel=stem.kernel,
-            stem_stride=2 if is_large else 1,
-            has_stem_norm=has_stem_norm,
-            has_stem_pooling=has_stem_pooling,
-            is_preactivated=is_preactivated,
-            has_last_norm=has_last_norm,
-            strided_convolution=strided_convolution,
-            is_shortcut_averaged=is_shortcut_averaged,
-            has_zeros_behind=has_zeros_behind,
-        )
+        for stages in list_stages(blocks, names, beginning, is_preactivated=is_preactivated):
+            yield ResNetArchitecture(
+                name_residual_net(blocks, kernels, is_preactivated),
+                classes,
+                stem.inputs,
+                224 if stem.kernel >= STRIDED_KERNEL else 32,
+                stem_width=stem.outputs,
+                stages=stages,
+                kernels=kernels,
+                stem_kernel=stem.kernel,
+                stem_stride=beginning.stem_stride,
+                has_stem_norm=has_stem_norm,
+                has_stem_pooling=beginning.pooling_kernel > 0,
+                stem_pooling_kernel=beginning.pooling_kernel or 3,
+                is_preactivated=is_preactivated,
+                has_last_norm=has_last_norm,
+                strided_convolution=strided_convolution,
+                is_shortcut_averaged=is_shortcut_averaged,
+                has_zeros_behind=has_zeros_behind,
+            )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where the first part of a residual net makes the map smaller."""
+
+    stem_stride: int = 1
+    pooling_kernel: int = 0  # of the pooling after the first convolution; 0: there is none
+    first_stride: int = 1  # of the first block
+
+
+def list_beginnings(stem: FoundModule) -> list[Beginning]:
+    """The usual ones, the likeliest first: ImageNet's for a large kernel, else CIFAR's."""
+    unpooled, pooled = Beginning(), Beginning(pooling_kernel=3)
+    strided, strided_and_pooled = Beginning(2), Beginning(2, pooling_kernel=3)
+    if stem.kernel >= STRIDED_KERNEL:
+        return [strided_and_pooled, strided, Beginning(2, pooling_kernel=2), unpooled]
+    return [
+        unpooled,
+        pooled,
+        strided,
+        strided_and_pooled,
+        Beginning(pooling_kernel=2),
+        Beginning(first_stride=2),
+    ]
+
+
+def list_shortcut_averages(blocks: list[FoundBlock], *, pads: bool) -> tuple[bool, ...]:
+    """Whether shortcuts of stride 2 may read averages, the likelier first.
+
+    A convolution in an nn.Sequential that is not the first module there stands after an average.
+    """
+    numbers = [sequence_number(block.shortcut) for block in blocks if block.shortcut is not None]
+    if any(numbers):
+        return (True, False)
+    return (False, True) if pads else (False,)
 
 
 def list_stages(
-    blocks: list[FoundBlock], names: list[tuple[str, ...]], is_preactivated: bool
+    blocks: list[FoundBlock],
+    names: list[tuple[str, ...]],
+    beginning: Beginning,
+    *,
+    is_preactivated: bool,
 ) -> list[tuple]:
     """How blocks may be grouped into stages, and which shortcuts of pre-activated ones begin after
     the first norm and relu."""
     return list(
         dict.fromkeys(
-            group_into_stages(blocks, starts, activated)
+            group_into_stages(blocks, starts, activated, beginning.first_stride)
             for starts in list_stage_starts(blocks, names)
             for activated in list_activated_shortcuts(blocks, starts, is_preactivated)
         )
@@ -2601,7 +2685,7 @@ def list_stages(
 
 
 def list_stage_starts(blocks: list[FoundBlock], names: list[tuple[str, ...]]) -> list[list[bool]]:
-    """Guesses of which blocks begin a stage with stride 2; the net's first block never does."""
+    """Guesses of which blocks begin a stage with stride 2, after the net's first block."""
     parents = [name[:-1] for name in names]
     by_name = [i > 0 and parents[i] != parents[i - 1] for i in range(len(blocks))]
     by_width = [i > 0 and block.inputs != block.outputs for i, block in enumerate(blocks)]
@@ -2615,16 +2699,20 @@ def list_stage_starts(blocks: list[FoundBlock], names: list[tuple[str, ...]]) ->
 
 
 def group_into_stages(
-    blocks: list[FoundBlock], starts: list[bool], activated: list[bool]
+    blocks: list[FoundBlock], starts: list[bool], activated: list[bool], first_stride: int
 ) -> tuple[tuple[Block, ...], ...]:
-    """The stages, where blocks of `starts` begin one; `activated`: Block.is_shortcut_activated."""
+    """The stages, where blocks of `starts` begin one with stride 2, and the first block has
+    `first_stride`; `activated`: Block.is_shortcut_activated."""
     stages = []
     for block, is_start, is_activated in zip(blocks, starts, activated):
+        stride = 2 if is_start else 1
+        if not stages:
+            stride = first_stride
         if is_start or not stages:
             stages.append([])
         described = Block(
             block.outputs,
-            stride=2 if is_start else 1,
+            stride=stride,
             has_convolution=block.shortcut is not None,
             is_shortcut_activated=is_activated,
         )

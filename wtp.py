@@ -1305,7 +1305,7 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     user_net.net, user_net.accuracy = found.net, found.accuracy
     ending = ""
     if not found.is_only_best:
-        ending = "; others get as many, so this may be the wrong one"
+        ending = "; others get as many or nearly, so this may be the wrong one"
     say(
         f"images normalised by {found.normalisation}, and the net read as "
         f"{found.net.architecture.in_words()}: of all that was tried this gets the most right, "
@@ -1362,7 +1362,7 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
 
 WHY_A_NET_GUESSES = (
     "it was hardly trained, or it is another net (weights do not show strides, nor all poolings), "
-    "for other images, or with its classes in another order"
+    "for other images, for images normalised in another way, or with its classes in another order"
 )
 
 

@@ -25,6 +25,7 @@
 
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time
     bench.py . families [NAME]                     the nets of zoo.py by the commands, end to end
+    bench.py DATA_DIR readings [NAME]              trained nets of zoo.py: are they read rightly?
     bench.py DATA_DIR photographs FOLDER           a ResNet-18 on pictures in a folder, end to end
 
 DATA_DIR holds torchvision's MNIST and CIFAR-10, for DATA_SET cifar100 also CIFAR-100. BASELINE is a
@@ -1463,6 +1464,89 @@ def run_onnx(file, x):
     return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
+# ---- readings ----------------------------------------------------------------------------------
+
+READ_IMAGES = 5000
+READ_PLAN = TrainingPlan(20, 0.05, is_one_cycle=True)
+# From this difference on, as a share of the largest logit, two nets do not compute the same.
+DIFFERENT_LOGITS = 1e-3
+
+
+def readings(folder, name=""):
+    """Each net of zoo.py with batch norms, as it is and with GELU in place of relu: it is trained
+    for some epochs, then its state dict is read by `find_reading` on its training images. Is that
+    the net? With what batch norms tell, and without it."""
+    say(
+        "| net | activation | accuracy | normalised by | mismatch of norms | read | without norms |"
+    )
+    say("|---|---|---|---|---|---|---|")
+    for number, (case_name, case) in enumerate(zoo.CASES.items()):
+        if name not in case_name or not has_norms(case.make()):
+            continue
+        for activation in ("relu", "gelu"):
+            with zoo.replace_relu(activation):
+                columns = measure_reading(folder, case, number)
+            say(f"| {case_name} | {activation} | {' | '.join(columns)} |")
+
+
+def has_norms(net):
+    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in net.modules())
+
+
+def measure_reading(folder, case, number):
+    """The columns of a net: the `number` decides how its images are normalised."""
+    torch.manual_seed(0)
+    net = case.make()
+    images = load_images_of_size(folder, case)
+    images = images.select(torch.nonzero(images.labels < count_classes(net)).flatten())
+    normalisations = controller.list_normalisations(images)
+    normalisation = list(normalisations)[number % len(normalisations)]
+    used = images.normalised_by(*normalisations[normalisation])
+    net = train_to_the_end(net, READ_PLAN, used, None).eval()
+    x = used.batch(torch.arange(500))
+    with torch.no_grad(), controller.record_norm_inputs(net) as norm_inputs:
+        expected = net(x)
+        mismatch = controller.measure_norm_mismatch(norm_inputs)
+    verdicts = [judge_reading(net, images, x, expected)]
+    with mock.patch.object(controller, "measure_norm_mismatch", lambda _: None):
+        verdicts.append(judge_reading(net, images, x, expected))
+    return f"{measure_accuracy(net, used):.1%}", normalisation, f"{mismatch:.3f}", *verdicts
+
+
+def count_classes(net):
+    *_, last = (module for module in net.modules() if isinstance(module, nn.Linear))
+    return last.out_features
+
+
+def load_images_of_size(folder, case):
+    """Images of MNIST or CIFAR-10, brought to the size of a case."""
+    name, augmentation = ("mnist", {}) if case.channels == 1 else ("cifar10", {"flip": True})
+    images, _, _ = controller.load_data(name, folder, **augmentation)
+    images = images.select(slice(READ_IMAGES))
+    if images.size == case.size:
+        return images
+    x = images.pixels.permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, size=(case.size, case.size), mode="bilinear")
+    return images.replace(x.round().to(torch.uint8).permute(0, 2, 3, 1), images.labels)
+
+
+def judge_reading(net, images, x, expected):
+    """What `find_reading` makes of a net's state dict, in words. The net's logits for x are
+    `expected`."""
+    found = models.recognise_state_dict(net.state_dict(), Path("net.pt"))["readings"]
+    fitting = [reading.for_size(images.size) for reading in found]
+    fitting = [reading for reading in fitting if reading is not None]
+    best = controller.find_reading(fitting, images, 0, tries_activations=True)
+    own = images.normalised_by(best.mean, best.std).batch(torch.arange(len(x)))
+    with torch.no_grad():
+        logits = best.net.eval()(own)
+    if zoo.largest_difference(logits, expected) < DIFFERENT_LOGITS:
+        return "right"
+    same = float((logits.argmax(1) == expected.argmax(1)).float().mean())
+    verdict = f"wrong, {same:.1%} the same"
+    return f"{verdict}, warned" if best.has_strange_norms else verdict
+
+
 # ---- photographs -------------------------------------------------------------------------------
 
 
@@ -1517,7 +1601,7 @@ USUAL = (exactness, speed, size, search)
 OTHERS = (
     *(narrow, structures, recipes, gates, signals, budgets, seeds),
     *(finalists, leads, imitation, rivals),
-    *(small, families, photographs),
+    *(small, families, readings, photographs),
 )
 
 

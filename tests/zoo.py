@@ -5,13 +5,18 @@ narrow net with the module names of its repository: what torch.save(net.state_di
 """
 
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from models import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -262,17 +267,21 @@ def average_and_pad(x, stride, zeros):
 
 def make_resnet(outputs=(8, 12, 16), blocks=2, *, inner=None, stem=8, stem_kernel=3, last="fc",
                 stage="layer{}", run=run_basic, stem_norm=True, last_norm="", classes=10,
-                **options):  # fmt: skip
+                stem_stride=None, pool_stem=None, first_stride=1, **options):  # fmt: skip
     """conv1, bn1, layer1.0.conv1, ..., and a linear layer."""
     is_large = stem_kernel == 7
-    modules = {"conv1": conv(3, stem, stem_kernel, 2 if is_large else 1)}
+    if is_large and pool_stem is None:
+        pool_stem = nn.MaxPool2d(3, 2, 1)
+    modules = {"conv1": conv(3, stem, stem_kernel, stem_stride or (2 if is_large else 1))}
     if stem_norm:
         modules["bn1"] = nn.BatchNorm2d(stem)
     inputs = stem
     for number, width in enumerate(outputs, 1):
         stage_blocks = []
         for i in range(blocks):
-            stride = 2 if number > 1 and i == 0 else 1
+            stride = 1
+            if i == 0:
+                stride = 2 if number > 1 else first_stride
             hidden = inner(number) if inner else (width,)
             stage_blocks.append(make_block(inputs, hidden, width, stride, run, **options))
             stage_blocks[-1].is_first = i == 0
@@ -287,8 +296,8 @@ def make_resnet(outputs=(8, 12, 16), blocks=2, *, inner=None, stem=8, stem_kerne
         x = net.conv1(x)
         if stem_norm:
             x = F.relu(net.bn1(x))
-        if is_large:
-            x = F.max_pool2d(x, 3, 2, 1)
+        if pool_stem is not None:
+            x = pool_stem(x)
         for number in range(1, len(outputs) + 1):
             name, _, within = stage.format(number).partition(".")
             module = getattr(net, name)
@@ -298,6 +307,25 @@ def make_resnet(outputs=(8, 12, 16), blocks=2, *, inner=None, stem=8, stem_kerne
         return getattr(net, last)(x.mean((2, 3)))
 
     return Layers(forward, **modules, **{last: nn.Linear(inputs, classes)})
+
+
+def make_resnet_with_last_norm():
+    """A batch norm reads the averages that the linear layer reads ("BNNeck")."""
+    net = make_resnet(shortcut="downsample")
+    net.fc = sequence(nn.BatchNorm1d(16), nn.Linear(16, 10, bias=False))
+    return net
+
+
+def make_resnet_d():
+    """Shortcuts of stride 2 begin with an average over 2 x 2 places."""
+    net = make_resnet(shortcut="downsample")
+    for block in (net.layer2[0], net.layer3[0]):
+        layer, norm = block.downsample
+        layer.stride = (1, 1)
+        average = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+        block.downsample = sequence(average, layer, norm)
+        block.shortcut_of = block.downsample.forward
+    return net
 
 
 def bottleneck_widths(number):
@@ -539,6 +567,55 @@ def make_cnn_in_blocks(*, is_averaged):
                   fc=nn.Linear(16 if is_averaged else 16 * 16, 10))  # fmt: skip
 
 
+def make_vgg_in_blocks():
+    """conv1 and bn1, then blocks of two convolutions and a pooling, seven convolutions in all."""
+
+    def block(inputs, outputs):
+        return sequence(
+            conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(),
+            conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+
+    def run(net, x):
+        x = F.relu(net.bn1(net.conv1(x)))
+        return net.fc(net.block3(net.block2(net.block1(x))).flatten(1))
+
+    return Layers(run, conv1=conv(3, 8), bn1=nn.BatchNorm2d(8), block1=block(8, 8),
+                  block2=block(8, 12), block3=block(12, 16),
+                  fc=nn.Linear(16 * 16, 10))  # fmt: skip
+
+
+def make_cnn(paddings, pools, places, *, norms=True):
+    """conv1, bn1, conv2, bn2, ..., each with its own padding and pooling."""
+    modules, inputs = {}, 3
+    for number, padding in enumerate(paddings, 1):
+        width = 4 + 4 * number
+        modules[f"conv{number}"] = nn.Conv2d(inputs, width, 3, padding=padding, bias=not norms)
+        if norms:
+            modules[f"bn{number}"] = nn.BatchNorm2d(width)
+        inputs = width
+
+    def run(net, x):
+        for number, pool in enumerate(pools, 1):
+            x = getattr(net, f"conv{number}")(x)
+            x = F.relu(getattr(net, f"bn{number}")(x) if norms else x)
+            x = pool(x, 2) if pool else x
+        return net.fc(x.flatten(1))
+
+    return Layers(run, **modules, fc=nn.Linear(inputs * places, 10))
+
+
+def make_cnn_with_late_norm():
+    """conv1, conv2, bn1: two convolutions of one width, the norm is that of the first."""
+
+    def run(net, x):
+        x = F.max_pool2d(F.relu(net.bn1(net.conv1(x))), 2)
+        return net.fc(F.max_pool2d(F.relu(net.conv2(x)), 2).flatten(1))
+
+    return Layers(run, conv1=conv(3, 8), conv2=conv(8, 8, bias=True), bn1=nn.BatchNorm2d(8),
+                  fc=nn.Linear(8 * 64, 10))  # fmt: skip
+
+
 def make_listed_cnn(names=("convs.{}", "norms.{}")):
     """Convolutions of one width and their norms, each in a list of their own."""
     layers = {}
@@ -637,6 +714,19 @@ CASES = {
         is_first_reading=False,
         gain=GAIN_WITHOUT_NORMS,
     ),
+    "VGG in blocks": Case("written for this test", make_vgg_in_blocks, is_first_reading=False),
+    "CNN, an average after max-poolings": Case(
+        "written for this test",
+        partial(make_cnn, (1, 1, 1), (F.max_pool2d, F.max_pool2d, F.avg_pool2d), 16),
+        is_first_reading=False,
+    ),
+    "CNN, every second convolution padded": Case(
+        "keras-team/keras-io",
+        partial(make_cnn, (1, 0, 1, 0), (None, F.max_pool2d, None, F.max_pool2d), 36, norms=False),
+        is_first_reading=False,
+        gain=GAIN_WITHOUT_NORMS,
+    ),
+    "CNN, a norm behind two convolutions": Case("written for this test", make_cnn_with_late_norm),
     "CNN, norms in a list": Case("written for this test", make_listed_cnn),
     "CNN, norms behind the convolutions": Case(
         "written for this test", partial(make_listed_cnn, ("conv2d{}", "bn{}"))
@@ -690,6 +780,25 @@ CASES = {
     "ResNet-18, 3 x 3": Case(
         "kuangliu/pytorch-cifar",
         partial(make_resnet, (8, 12, 16, 20), shortcut="shortcut", last="linear"),
+    ),
+    "ResNet, a norm before its last layer": Case(
+        "michuanhaohao/reid-strong-baseline", make_resnet_with_last_norm
+    ),
+    "ResNet-D": Case("huggingface/pytorch-image-models", make_resnet_d),
+    "ResNet, strided at first": Case(
+        "written for this test",
+        partial(make_resnet, shortcut="downsample", stem_stride=2),
+        is_first_reading=False,
+    ),
+    "ResNet, 2 x 2 pooling at first": Case(
+        "written for this test",
+        partial(make_resnet, shortcut="downsample", pool_stem=nn.MaxPool2d(2)),
+        is_first_reading=False,
+    ),
+    "ResNet, strided in its first block": Case(
+        "written for this test",
+        partial(make_resnet, (12, 16, 20), shortcut="downsample", first_stride=2),
+        is_first_reading=False,
     ),
     "ResNet, pruned inside": Case(
         "written for this test",
@@ -814,6 +923,18 @@ CASES = {
         is_first_reading=False,
     ),
 }
+
+
+@contextmanager
+def replace_relu(activation):
+    """Nets that run within it have another of models.ACTIVATIONS where they have relu."""
+    function = ACTIVATIONS[activation]
+    names = {**vars(F), "relu": function}
+    with (
+        mock.patch.dict(globals(), {"F": SimpleNamespace(**names)}),
+        mock.patch.object(nn.ReLU, "forward", lambda module, x: function(x)),
+    ):
+        yield
 
 
 def make_lively(case):

@@ -1484,7 +1484,7 @@ RESIDUAL_WORDS = re.compile(r"\bres\d|residual|shortcut|skip|projection|idconv|d
 STRIDED_KERNEL = 7
 
 
-@dataclass
+@dataclass(eq=False)
 class Reading:
     """What a state dict may be: an architecture, and the weights under its names.
 

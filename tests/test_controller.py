@@ -169,11 +169,11 @@ def test_a_net_that_needs_too_much_memory_is_not_taken_for_one_that_does_not_fit
 
     images = Images(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.zeros(4), mean=(0,), std=(1,))
 
-    score = controller.score_if_fitting(Net("size mismatch"), images)
+    score = controller.score_if_fitting(Net("size mismatch"), images, reads_norms=True)
     assert score == controller.AttemptScore(0.0, math.inf, None)
     for message in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"):
         with pytest.raises(RuntimeError, match=message):
-            controller.score_if_fitting(Net(message), images)
+            controller.score_if_fitting(Net(message), images, reads_norms=True)
 
 
 @pytest.mark.parametrize("zooms", [False, True])
@@ -467,7 +467,9 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
 def test_of_equal_accuracies_the_smaller_loss_comes_first_if_it_counts(monkeypatch):
     measured = iter([(0.9, math.inf), (0.9, 0.7), (0.9, 0.6), (1.0, 0.09), (1.0, 0.01)])
     monkeypatch.setattr(
-        controller, "score_if_fitting", lambda *_: controller.AttemptScore(*next(measured), None)
+        controller,
+        "score_if_fitting",
+        lambda *_, **__: controller.AttemptScore(*next(measured), None),
     )
     names = list(controller.list_normalisations(make_digits()))
     readings = [controller.KnownNet(make_lenet()) for _ in range(5)]
@@ -554,6 +556,27 @@ def test_the_mismatch_of_a_norm_is_the_divergence_of_what_it_reads():
     assert not norms[0]._forward_pre_hooks
 
 
+def test_norms_are_read_on_images_as_they_are_and_as_a_training_augments_them():
+    options = {"mean": (0.5,), "std": (0.5,)}
+    pixels = torch.randint(100, 256, (40, 8, 8, 1), dtype=torch.uint8)
+    plain = Images(pixels, torch.zeros(40), **options)
+    cropped = Images(pixels, torch.zeros(40), crop=2, **options)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten())
+
+    (batch,) = controller.list_norm_batches(plain)
+    _, augmented = controller.list_norm_batches(cropped)
+
+    assert torch.equal(batch, plain.batch(torch.arange(10)))
+    assert torch.equal(augmented, cropped.batch(torch.arange(10), cropped.draw_epoch(0, 0)[1]))
+    # A net whose norms have seen cropped images.
+    net[1].momentum = 1.0
+    with torch.no_grad():
+        net.train()(augmented)
+    assert controller.score_if_fitting(net, plain, reads_norms=True).norm_mismatch > 0.01
+    assert controller.score_if_fitting(net, cropped, reads_norms=True).norm_mismatch < 0.01
+    assert controller.score_if_fitting(net, cropped, reads_norms=False).norm_mismatch is None
+
+
 def test_norms_that_have_learned_nothing_do_not_tell():
     norms = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval()
 
@@ -587,12 +610,12 @@ def train_net_with_norms(activation):
     return net.eval(), used
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_batch_norms_tell_how_a_net_is_read_where_accuracies_hardly_do(activation):
     net, images = train_net_with_norms(activation)
     case = SimpleNamespace(size=28)
 
-    found = find_reading_of(net, case, images)
+    found = find_reading_of(net, case, images, controller.MIN_TRIED_IMAGES)
 
     assert found.net.architecture == net.architecture
     assert (found.mean, found.std) == ((0.5,), (0.5,))
@@ -601,7 +624,7 @@ def test_batch_norms_tell_how_a_net_is_read_where_accuracies_hardly_do(activatio
     # Of the same weights, relu in place of GELU gets nearly as many right.
     relu_net = models.build_net(replace(net.architecture, activation="relu"), net.widths)
     relu_net.load_state_dict(net.state_dict())
-    assert measure_accuracy(relu_net, images) > found.accuracy - controller.MIN_ACCURACY_MARGIN
+    assert measure_accuracy(relu_net, images) > found.accuracy - controller.MIN_HANDICAP
 
 
 @pytest.mark.parametrize(
@@ -611,9 +634,10 @@ def test_batch_norms_tell_how_a_net_is_read_where_accuracies_hardly_do(activatio
         ([(0.88, 9.0, 0.3), (0.9, 9.0, 0.8)], [1, 0]),
         ([(0.88, 9.0, None), (0.9, 9.0, None)], [1, 0]),
         # One matches and is not clearly less accurate.
-        ([(0.88, 9.0, 0.02), (0.9, 9.0, 0.03)], [0, 1]),
-        # It is clearly less accurate.
-        ([(0.8, 9.0, 0.02), (0.9, 9.0, 0.03)], [1, 0]),
+        ([(0.88, 9.0, 0.02), (0.9, 9.0, 0.04)], [0, 1]),
+        # It is clearly less accurate: by 50 images, where 300 are wrong at most.
+        ([(0.82, 9.0, 0.02), (0.87, 9.0, 0.04)], [1, 0]),
+        ([(0.99, 9.0, 0.02), (1.0, 9.0, 0.04)], [1, 0]),
         # Both match alike.
         ([(0.88, 9.0, 0.02), (0.9, 9.0, 0.024)], [1, 0]),
     ],
@@ -639,12 +663,12 @@ def make_images_for(net, case, statistics):
     return images.replace(pixels, label_by(net, used))
 
 
-def find_reading_of(net, case, images):
-    """What a net's state dict is taken for."""
+def find_reading_of(net, case, images, min_tried=150):
+    """What a net's state dict is taken for; with fewer images than usual, to save time."""
     readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
     fitting = [reading.for_size(case.size) for reading in readings]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(controller, "MIN_TRIED_IMAGES", 150)  # to save time
+        patch.setattr(controller, "MIN_TRIED_IMAGES", min_tried)
         return controller.find_reading(
             [reading for reading in fitting if reading], images, seed=0, tries_activations=True
         )

@@ -1622,9 +1622,10 @@ def sort_attempts(
 ) -> list[tuple[Attempt, AttemptScore]]:
     """The attempts, the best first, by their scores on so many images.
 
-    Those that `find_matching` finds come first. Then the accuracy counts; of equal ones the smaller
-    loss, then the more usual. Losses below LEAST_LOSS count as equal, and where the accuracy is
-    poor the loss says little and does not count.
+    Those that `find_matching` finds come first, with usual activations before rare ones. Their
+    accuracies hardly differ, so of them the smaller loss counts. Of all others the accuracy counts;
+    of equal ones the smaller loss. Then the more usual comes first. Losses below LEAST_LOSS count
+    as equal, and where the accuracy is poor the loss says little and does not count.
     """
     matching = find_matching([score for _, score in scored], images)
 
@@ -1633,7 +1634,9 @@ def sort_attempts(
         shortfall = attempt.handicap(images) - score.accuracy
         counts_loss = score.accuracy >= POOR_ACCURACY
         loss = max(score.loss, LEAST_LOSS) if counts_loss else math.inf
-        return score not in matching, shortfall, loss, attempt.place
+        if score in matching:
+            return 0, attempt.is_rare, loss, shortfall, attempt.place
+        return 1, shortfall, loss, attempt.place
 
     return sorted(scored, key=order)
 

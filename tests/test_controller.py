@@ -638,7 +638,8 @@ def test_batch_norms_tell_how_a_net_is_read_where_accuracies_hardly_do(activatio
         # It is clearly less accurate: by 50 images, where 300 are wrong at most.
         ([(0.82, 9.0, 0.02), (0.87, 9.0, 0.04)], [1, 0]),
         ([(0.99, 9.0, 0.02), (1.0, 9.0, 0.04)], [1, 0]),
-        # Both match alike.
+        # Both match alike: the smaller loss, then the accuracy.
+        ([(0.89, 5.0, 0.024), (0.9, 9.0, 0.02)], [0, 1]),
         ([(0.88, 9.0, 0.02), (0.9, 9.0, 0.024)], [1, 0]),
     ],
 )

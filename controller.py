@@ -1388,8 +1388,9 @@ MIN_TRIED_IMAGES = 400
 # ours: so many images more or fewer right, of those that are tried, may be chance.
 CHANCE_IMAGES = 2
 # ours: batch norms are read on so many images, or on a quarter of those that are tried: their maps
-# have many places, so few images do.
+# have many places, so few images do. They are not read where fewer than this many are tried.
 NORM_IMAGES = 128
+FEWEST_IMAGES_FOR_NORMS = 80
 # ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
 # In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
 MATCHING_NORMS = 0.05
@@ -1447,13 +1448,18 @@ def list_attempts(readings: Iterable, normalisations: Iterable[str]) -> list[Att
     return [Attempt(*pair, place) for place, pair in enumerate(pairs)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttemptScore:
     """How good an attempt is, on some images."""
 
-    accuracy: float  # in [0, 1]
+    is_right: torch.Tensor  # (N,) bool: which images
     loss: float  # the cross-entropy, summed over the images
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
+
+    @property
+    def accuracy(self) -> float:
+        """In [0, 1]."""
+        return int(self.is_right.sum()) / len(self.is_right)
 
 
 @dataclass(frozen=True)
@@ -1486,7 +1492,7 @@ def find_reading(
     tries_activations=False,
     wrap=lambda attempts: attempts,
 ) -> FoundReading:
-    """The reading and the normalisation by which a foreign net gets most images right.
+    """The reading and the normalisation that fit a foreign net best, as `sort_attempts` says.
 
     `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with each of
     `list_normalisations`, in rounds; with `tries_activations` rare ones are tried, too.
@@ -1502,7 +1508,7 @@ def find_reading(
     best, score = ranked[0]
     net = best.reading.build().to(train.device)
     mean, std = list_normalisations(train)[best.normalisation]
-    matching = find_matching([each for _, each in ranked], len(sample))
+    matching = find_matching([each for _, each in ranked])
     least_accuracy = score.accuracy - (CHANCE_IMAGES + 0.5) / len(sample)
     is_only_best = not any(
         other_score.accuracy > least_accuracy
@@ -1627,7 +1633,7 @@ def sort_attempts(
     of equal ones the smaller loss. Then the more usual comes first. Losses below LEAST_LOSS count
     as equal, and where the accuracy is poor the loss says little and does not count.
     """
-    matching = find_matching([score for _, score in scored], images)
+    matching = find_matching([score for _, score in scored])
 
     def order(pair):
         attempt, score = pair
@@ -1641,9 +1647,9 @@ def sort_attempts(
     return sorted(scored, key=order)
 
 
-def find_matching(scores: list[AttemptScore], images: int) -> list[AttemptScore]:
-    """Of the most accurate scores on so many images, and those that are not clearly less accurate,
-    the ones whose batch norms match best.
+def find_matching(scores: list[AttemptScore]) -> list[AttemptScore]:
+    """Of the most accurate score, and those that are not clearly less accurate, the ones whose
+    batch norms match best.
 
     Empty where no norms match: then they say nothing, for example because weights were averaged
     after the training and the norms were not.
@@ -1652,8 +1658,7 @@ def find_matching(scores: list[AttemptScore], images: int) -> list[AttemptScore]
     accurate = [
         score
         for score in scores
-        if score.norm_mismatch is not None
-        and not is_clearly_less_accurate(score, most_accurate, images)
+        if score.norm_mismatch is not None and not is_clearly_less_accurate(score, most_accurate)
     ]
     smallest_mismatch = min((score.norm_mismatch for score in accurate), default=math.inf)
     if smallest_mismatch > MATCHING_NORMS:
@@ -1662,11 +1667,12 @@ def find_matching(scores: list[AttemptScore], images: int) -> list[AttemptScore]
     return [score for score in accurate if score.norm_mismatch <= limit]
 
 
-def is_clearly_less_accurate(score: AttemptScore, best: AttemptScore, images: int) -> bool:
-    """Whether chance hardly makes such a difference on so many images: it is more than two standard
-    deviations of the number of images that only one of two nets gets right."""
-    errors = (1 - score.accuracy + 1 - best.accuracy) * images  # at most so many such images
-    return (best.accuracy - score.accuracy) * images > 2 * errors**0.5
+def is_clearly_less_accurate(score: AttemptScore, best: AttemptScore) -> bool:
+    """Whether chance hardly makes such a difference: of the images that only one of the two gets
+    right, `best` has more than two standard deviations more (McNemar's test)."""
+    only_best = int((best.is_right & ~score.is_right).sum())
+    only_score = int((score.is_right & ~best.is_right).sum())
+    return only_best - only_score > 2 * (only_best + only_score) ** 0.5
 
 
 @torch.no_grad()
@@ -1677,37 +1683,41 @@ def score_if_fitting(net: Net, images: Images, *, reads_norms: bool) -> AttemptS
     In float32: the choice is not to depend on whether a machine has bfloat16.
     """
     net.eval()
-    right, loss = 0, 0.0
+    is_right, loss = [], 0.0
     chunks = split_into_chunks(images)
     mismatches = []
     try:
         for index, x in zip(chunks, images.batches(chunks)):
             logits, labels = net(x), images.labels[index]
-            right += int((logits.argmax(1) == labels).sum())
+            is_right.append((logits.argmax(1) == labels).cpu())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        for x in list_norm_batches(images) if reads_norms else []:
-            with record_norm_inputs(net) as norm_inputs:
-                net(x)
-            mismatches.append(measure_norm_mismatch(norm_inputs))
+        if reads_norms and net.gates is None and len(images) >= FEWEST_IMAGES_FOR_NORMS:
+            mismatches = measure_norm_mismatches(net, images)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         # Most likely strides and poolings leave nothing of the map.
-        return AttemptScore(0.0, math.inf, None)
+        return AttemptScore(torch.zeros(len(images), dtype=torch.bool), math.inf, None)
     loss = loss if math.isfinite(loss) else math.inf
     known_mismatches = [mismatch for mismatch in mismatches if mismatch is not None]
-    return AttemptScore(right / len(images), loss, min(known_mismatches, default=None))
+    return AttemptScore(torch.cat(is_right), loss, min(known_mismatches, default=None))
 
 
-def list_norm_batches(images: Images) -> list[torch.Tensor]:
-    """The first images, (B, C, H, W), as they are, and as a training augments them: nobody knows
-    which of the two batch norms have read. Crops with black borders change much of it."""
-    index = torch.arange(max(1, min(NORM_IMAGES, len(images) // 4)), device=images.device)
+def measure_norm_mismatches(net: Net, images: Images) -> list[float | None]:
+    """`measure_norm_mismatch` for some of the images: as they are, and as a training augments them.
+    Nobody knows which of the two the batch norms have read. Crops with black borders change much.
+    """
+    count = min(NORM_IMAGES, len(images) // 4)
+    index = torch.arange(count, device=images.device)
+    chunks = index.split(chunk_size_for(images))
     _, crops = images.draw_epoch(0, 0)
-    batches = [images.batch(index)]
-    if crops is not None:
-        batches.append(images.batch(index, crops))
-    return batches
+    mismatches = []
+    for each in (None, crops) if images.is_augmented else (None,):
+        with record_norm_inputs(net) as norm_inputs:
+            for x in images.batches(chunks, each):
+                net(x)
+        mismatches.append(measure_norm_mismatch(norm_inputs))
+    return mismatches
 
 
 class NormInputs:

@@ -231,12 +231,12 @@ class ResNetArchitecture:
     has_last_norm: bool = False  # after the blocks, of pre-activated nets
     strided_convolution: int = 0  # which of a block's convolutions has its stride
     activation: str = "relu"  # one of ACTIVATIONS
-    # What a shortcut of stride 2 reads: the mean of 2 x 2 places (with a convolution: ResNet-D of
-    # He et al. 2019); else every second place.
-    is_shortcut_averaged: bool = False
-    has_zeros_behind: bool = (
-        False  # option A: all zeros after the channels; else half of them before
-    )
+    # Option A: how places and channels are brought into shape.
+    is_shortcut_averaged: bool = False  # the mean of 2 x 2 places; else every second place
+    has_zeros_behind: bool = False  # all zeros after the channels; else half of them before
+    # Option B: whether a convolution of stride 2 reads the mean of 2 x 2 places (ResNet-D of He et
+    # al. 2019); else it reads every second place.
+    is_projection_averaged: bool = False
 
     @property
     def prunable_count(self) -> int:
@@ -257,8 +257,8 @@ class ResNetArchitecture:
         if any(not block.has_convolution and block.stride > 1 for block in blocks):
             zeros = "after" if self.has_zeros_behind else "around"
             words.append(f"shortcuts of {places} with zeros {zeros} the channels")
-        elif self.is_shortcut_averaged:
-            words.append(f"shortcuts of {places}")
+        if self.is_projection_averaged:
+            words.append("averages before the convolutions of its shortcuts")
         words.append(f"stride in convolution {self.strided_convolution + 1} of a block")
         if self.is_preactivated:
             activated = sum(block.is_shortcut_activated for stage in self.stages for block in stage)
@@ -301,7 +301,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
-# No usual net of the families here has them; they are found only where they do much better.
+# No usual net of the families here has them. They are found where batch norms tell, or where they
+# do much better.
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
 # They fall for some inputs, so max-pooling before them gives something else than after them.
 FALLING_ACTIVATIONS = ("gelu", "silu")
@@ -571,7 +572,7 @@ class ResidualBlock(nn.Module):
             if not is_preactivated:
                 self.add_module(f"bn{index + 1}", nn.BatchNorm2d(after))
         if block.has_convolution:
-            stride = 1 if architecture.is_shortcut_averaged else block.stride
+            stride = 1 if architecture.is_projection_averaged else block.stride
             modules = [nn.Conv2d(inputs, block.outputs, 1, stride, bias=False)]
             if not is_preactivated:
                 modules.append(nn.BatchNorm2d(block.outputs))
@@ -580,15 +581,17 @@ class ResidualBlock(nn.Module):
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """The block's input in the shape of its output: x itself where no shape changes."""
         stride = self.spec.stride
-        if stride > 1 and self.architecture.is_shortcut_averaged:
-            # Of a map with an odd side the last row and column count alone.
-            x = F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
         if self.spec.has_convolution:
+            if stride > 1 and self.architecture.is_projection_averaged:
+                # Of a map with an odd side the last row and column count alone.
+                x = F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
             x = getattr(self.downsample, "0")(x)
             # One by one: sep.py puts layers there that nn.Sequential would not run.
             norm = getattr(self.downsample, "1", None)
             return x if norm is None else norm(x)
-        if stride > 1 and not self.architecture.is_shortcut_averaged:
+        if stride > 1 and self.architecture.is_shortcut_averaged:
+            x = F.avg_pool2d(x, stride)
+        elif stride > 1:
             # The same as x[:, :, ::stride, ::stride]. But the gradient of slicing comes in another
             # memory layout, and all that it is added to gets slower.
             x = F.avg_pool2d(x, 1, stride)
@@ -1856,9 +1859,10 @@ def read_modules(modules: list[FoundModule]) -> list[Reading]:
     blocks = group_blocks(modules)
     if blocks is None:
         return read_chain(modules)
-    if sum(module.is_convolution for module in modules) > MOST_CHAINED_CONVOLUTIONS:
+    convolutions = sum(module.is_convolution for module in modules)
+    if convolutions >= VGG_CONVOLUTIONS and not all(block.is_sequence for block in blocks):
         return read_residual_net(modules, blocks)
-    # Fewer convolutions in blocks may be a chain as well.
+    # So few convolutions in blocks may be a chain as well, and so may blocks that are sequences.
     readings, errors = [], []
     for read in (partial(read_residual_net, groups=blocks), read_chain):
         try:
@@ -2086,22 +2090,28 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
 def pair_by_number(
     layers: list[FoundModule], norms: list[FoundModule]
 ) -> list[tuple[FoundModule, FoundModule]]:
-    """Each norm with the layer of its number, as bn1 with conv1. Empty where not each has one, or
-    where there is a norm for every layer."""
+    """Each norm with the layer of its number, as bn1 with conv1. Empty where that is not clear:
+    where numbers are missing or occur twice, or where there is a norm for every layer."""
     if len(layers) <= len(norms):
         return []
-    layer_of = {number_in_name(layer): layer for layer in layers}
-    pairs = [(layer_of.get(number_in_name(norm)), norm) for norm in norms]
-    if any(layer is None or number_in_name(norm) is None for layer, norm in pairs):
+    numbers = [number_in_name(layer) for layer in layers]
+    if len(set(numbers)) < len(numbers):
         return []
+    layer_of = dict(zip(numbers, layers))
+    pairs = []
+    for norm in norms:
+        layer = layer_of.pop(number_in_name(norm), None)
+        if layer is None or number_in_name(layer) is None:
+            return []
+        pairs.append((layer, norm))
     return pairs if have_same_widths(pairs) else []
 
 
 def number_in_name(module: FoundModule) -> str | None:
-    """The number at the end of a name, as that of conv1; None where the name has no other part, as
-    in an nn.Sequential."""
-    match = re.search(r"[^.\d](\d+)$", module.name)
-    return match[1] if match else None
+    """The number at the end of a name, as 1 of conv1 and 1_2 of conv1_2; None where the name has no
+    other part, as in an nn.Sequential."""
+    match = re.search(r"[^.\d_](_?\d+(_\d+)*)$", module.name)
+    return match[1].strip("_") if match else None
 
 
 def have_same_widths(pairs: list[tuple[FoundModule, FoundModule]]) -> bool:
@@ -2127,8 +2137,6 @@ def find_inputs(convolutions, linear_layers) -> tuple[int, int]:
     return channels, head_size
 
 
-# A chain in blocks has no more convolutions than the deepest usual VGG.
-MOST_CHAINED_CONVOLUTIONS = sum(VGG_STAGES["vgg19"])
 # From this many convolutions on a chain is a VGG: its poolings follow the stages, for all 2^7
 # places would be too many to try.
 VGG_CONVOLUTIONS = 7
@@ -2333,6 +2341,13 @@ class ModuleGroup:
     name: tuple[str, ...]
     modules: list[FoundModule]
 
+    @property
+    def is_sequence(self) -> bool:
+        """Whether its modules are numbered, as in an nn.Sequential, which has no shortcut."""
+        parents = {module.name.rpartition(".")[0] for module in self.modules}
+        numbers = [sequence_number(module) for module in self.modules]
+        return parents == {".".join(self.name)} and None not in numbers
+
     def is_named_as_shortcut(self, module: FoundModule) -> bool:
         """Whether the name of a module says so, behind the block's own name."""
         inner_name = ".".join(module.name.split(".")[len(self.name) :])
@@ -2524,29 +2539,30 @@ def read_with_norm_order(
 ) -> list[Reading]:
     """The readings in which norms stand before the convolutions, or after them."""
     stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, blocks[-1].outputs)
-    if last_norm is not None and not is_preactivated:
-        # It stands between the average over the map and the linear layer.
-        linear = replace(linear)
-        fold_norm_into(linear, last_norm)
-        last_norm = None
-    architectures = list_residual_architectures(
-        stem,
-        blocks,
-        names,
-        classes=linear.outputs,
-        is_preactivated=is_preactivated,
-        has_stem_norm=stem_norm is not None,
-        has_last_norm=last_norm is not None,
-    )
     widths = [width for block in blocks for width in block.inner_widths]
-    return [
-        Reading(
-            architecture,
-            widths,
-            translate_residual_state(architecture, stem, stem_norm, blocks, last_norm, linear),
+    ends = [(last_norm, linear)]
+    if last_norm is not None and not is_preactivated:
+        # Likelier it stands between the average over the map and the linear layer.
+        folded = replace(linear)
+        fold_norm_into(folded, last_norm)
+        ends.insert(0, (None, folded))
+    readings = []
+    for last_norm, linear in ends:
+        architectures = list_residual_architectures(
+            stem,
+            blocks,
+            names,
+            classes=linear.outputs,
+            is_preactivated=is_preactivated,
+            has_stem_norm=stem_norm is not None,
+            has_last_norm=last_norm is not None,
         )
-        for architecture in architectures
-    ]
+        for architecture in architectures:
+            state = translate_residual_state(
+                architecture, stem, stem_norm, blocks, last_norm, linear
+            )
+            readings.append(Reading(architecture, widths, state))
+    return readings
 
 
 def list_norm_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
@@ -2601,12 +2617,19 @@ def list_residual_architectures(
     """The architectures that fit, the likeliest first."""
     kernels = tuple(module.kernel for module in blocks[0].convolutions)
     pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
-    for beginning, strided_convolution, is_shortcut_averaged, has_zeros_behind in product(
+    for (
+        beginning,
+        strided_convolution,
+        is_shortcut_averaged,
+        has_zeros_behind,
+        is_projection_averaged,
+    ) in product(
         list_beginnings(stem),
         # torchvision's bottlenecks have their stride in the second convolution.
         (1, 0) if len(kernels) == 3 else (0, 1),
-        list_shortcut_averages(blocks, pads=pads),
         (False, True) if pads else (False,),
+        (False, True) if pads else (False,),
+        list_averaged_projections(blocks),
     ):
         for stages in list_stages(blocks, names, beginning, is_preactivated=is_preactivated):
             yield ResNetArchitecture(
@@ -2627,6 +2650,7 @@ def list_residual_architectures(
                 strided_convolution=strided_convolution,
                 is_shortcut_averaged=is_shortcut_averaged,
                 has_zeros_behind=has_zeros_behind,
+                is_projection_averaged=is_projection_averaged,
             )
 
 
@@ -2644,7 +2668,7 @@ def list_beginnings(stem: FoundModule) -> list[Beginning]:
     unpooled, pooled = Beginning(), Beginning(pooling_kernel=3)
     strided, strided_and_pooled = Beginning(2), Beginning(2, pooling_kernel=3)
     if stem.kernel >= STRIDED_KERNEL:
-        return [strided_and_pooled, strided, Beginning(2, pooling_kernel=2), unpooled]
+        return [strided_and_pooled, strided, Beginning(2, pooling_kernel=2)]
     return [
         unpooled,
         pooled,
@@ -2655,15 +2679,11 @@ def list_beginnings(stem: FoundModule) -> list[Beginning]:
     ]
 
 
-def list_shortcut_averages(blocks: list[FoundBlock], *, pads: bool) -> tuple[bool, ...]:
-    """Whether shortcuts of stride 2 may read averages, the likelier first.
-
-    A convolution in an nn.Sequential that is not the first module there stands after an average.
-    """
+def list_averaged_projections(blocks: list[FoundBlock]) -> tuple[bool, ...]:
+    """Whether convolutions in shortcuts may read averages, the likelier first: where one is in an
+    nn.Sequential and not the first module there, an average may be."""
     numbers = [sequence_number(block.shortcut) for block in blocks if block.shortcut is not None]
-    if any(numbers):
-        return (True, False)
-    return (False, True) if pads else (False,)
+    return (True, False) if any(numbers) else (False,)
 
 
 def list_stages(

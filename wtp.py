@@ -1247,7 +1247,7 @@ def load_images_for_user_net(
     """(training images, test images, what they are) for a user's net, on the device.
 
     They are normalised as the net is used to. Of a foreign state dict `user_net.net` becomes the
-    reading that gets the most of them right. Raises UserError where the net cannot read the images
+    reading that fits them best. Raises UserError where the net cannot read the images
     or has other classes.
     """
     from models import UserError
@@ -1308,8 +1308,8 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
         ending = "; others get as many or nearly, so this may be the wrong one"
     say(
         f"images normalised by {found.normalisation}, and the net read as "
-        f"{found.net.architecture.in_words()}: of all that was tried this gets the most right, "
-        f"{found.accuracy:.2%} of {found.images:,} training images{ending}"
+        f"{found.net.architecture.in_words()}: of all that was tried this fits best, and gets "
+        f"{found.accuracy:.2%} of {found.images:,} training images right{ending}"
     )
     if found.has_strange_norms:
         say(
@@ -1396,7 +1396,7 @@ def warn_of_guessing(run, reporter) -> None:
         else:
             advice = "more images help, or a smaller net"
             if run.results["schedule"] == "fast":
-                advice += ", or --schedule full, whose baseline is trained longer"
+                advice += ", or a longer training, by `train` with --epochs"
         reporter.say(
             f"the baseline gets {row['validation_accuracy']:.2%} of the validation images right, "
             f"hardly more than guessing among {classes} classes: {advice}"

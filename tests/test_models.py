@@ -1008,3 +1008,31 @@ def test_an_exported_net_that_differs_is_refused_and_leaves_the_old_file(tmp_pat
 def read_texts(folder):
     """The content of each file in the folder, by its name."""
     return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        # Numbers tell; of those that occur twice the old rule is left: the first of that width.
+        ("conv1 conv2 bn1", {"conv1": "bn1"}),
+        ("conv1 conv2 fc1 bn1", {"conv1": "bn1"}),
+        ("conv1_1 conv1_2 conv2_1 bn1_2", {"conv1_2": "bn1_2"}),
+        ("0 2 3", {"2": "3"}),
+        ("conv1 conv2 norm", {"conv2": "norm"}),
+    ],
+)
+def test_a_norm_behind_several_layers_belongs_to_the_one_of_its_number(names, expected):
+    modules = []
+    for name in names.split():
+        is_norm = name.startswith(("bn", "norm")) or name == "3"
+        tensors = {"running_mean": torch.zeros(8), "running_var": torch.ones(8)}
+        # The last layer of the second case has another width.
+        width = 4 if name == "fc1" else 8
+        if not is_norm:
+            shape = (width, 8) if name == "fc1" else (width, 8, 3, 3)
+            tensors = {"weight": torch.zeros(shape)}
+        modules.append(models.FoundModule(name, tensors))
+
+    norm_of = models.match_norms(modules)
+
+    assert {layer: norm.name for layer, norm in norm_of.items()} == expected

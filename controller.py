@@ -1703,6 +1703,7 @@ def score_if_fitting(net: Net, images: Images, *, reads_norms: bool) -> AttemptS
     return AttemptScore(torch.cat(is_right), loss, min(known_mismatches, default=None))
 
 
+@torch.no_grad()
 def measure_norm_mismatches(net: Net, images: Images) -> list[float | None]:
     """`measure_norm_mismatch` for some of the images: as they are, and as a training augments them.
     Nobody knows which of the two the batch norms have read. Crops with black borders change much.

@@ -2236,7 +2236,8 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
     first.
 
     In small nets most often every convolution is pooled, then at least the last one. All poolings
-    are of one kind, but the last one may be an average after others that are not.
+    are of one kind; but where all convolutions are pooled, the last pooling may be an average after
+    others that are not.
     """
     count = len(convolutions)
     if count == 0:
@@ -2256,10 +2257,8 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
     for choice in choices:
         for kind in ("max", "average") if any(choice) else ("",):
             found.append(tuple(kind if is_pooled else "" for is_pooled in choice))
-        if sum(choice) > 1:
-            *before, last = (i for i, is_pooled in enumerate(choice) if is_pooled)
-            kinds = dict.fromkeys(before, "max") | {last: "average"}
-            found.append(tuple(kinds.get(i, "") for i in range(count)))
+        if all(choice) and count > 1:
+            found.append((*("max",) * (count - 1), "average"))
     return found
 
 

@@ -667,7 +667,7 @@ def make_images_for(net, case, statistics):
     return images.replace(pixels, label_by(net, used))
 
 
-def find_reading_of(net, case, images, min_tried=150):
+def find_reading_of(net, case, images, min_tried=100):
     """What a net's state dict is taken for; with fewer images than usual, to save time."""
     readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
     fitting = [reading.for_size(case.size) for reading in readings]

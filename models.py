@@ -2539,26 +2539,27 @@ def read_with_norm_order(
     """The readings in which norms stand before the convolutions, or after them."""
     stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, blocks[-1].outputs)
     widths = [width for block in blocks for width in block.inner_widths]
+    # What stands behind the blocks: (a norm before the average over the map, the linear layer).
     ends = [(last_norm, linear)]
     if last_norm is not None and not is_preactivated:
-        # Likelier it stands between the average over the map and the linear layer.
-        folded = replace(linear)
-        fold_norm_into(folded, last_norm)
-        ends.insert(0, (None, folded))
+        # Likelier the norm stands between the average and the linear layer.
+        linear_with_norm = replace(linear)
+        fold_norm_into(linear_with_norm, last_norm)
+        ends.insert(0, (None, linear_with_norm))
     readings = []
-    for last_norm, linear in ends:
+    for norm_before_average, last_layer in ends:
         architectures = list_residual_architectures(
             stem,
             blocks,
             names,
-            classes=linear.outputs,
+            classes=last_layer.outputs,
             is_preactivated=is_preactivated,
             has_stem_norm=stem_norm is not None,
-            has_last_norm=last_norm is not None,
+            has_last_norm=norm_before_average is not None,
         )
         for architecture in architectures:
             state = translate_residual_state(
-                architecture, stem, stem_norm, blocks, last_norm, linear
+                architecture, stem, stem_norm, blocks, norm_before_average, last_layer
             )
             readings.append(Reading(architecture, widths, state))
     return readings
@@ -2630,7 +2631,8 @@ def list_residual_architectures(
         (False, True) if pads else (False,),
         list_averaged_projections(blocks),
     ):
-        for stages in list_stages(blocks, names, beginning, is_preactivated=is_preactivated):
+        first_stride = beginning.first_stride
+        for stages in list_stages(blocks, names, first_stride, is_preactivated=is_preactivated):
             yield ResNetArchitecture(
                 name_residual_net(blocks, kernels, is_preactivated),
                 classes,
@@ -2688,15 +2690,15 @@ def list_averaged_projections(blocks: list[FoundBlock]) -> tuple[bool, ...]:
 def list_stages(
     blocks: list[FoundBlock],
     names: list[tuple[str, ...]],
-    beginning: Beginning,
+    first_stride: int,
     *,
     is_preactivated: bool,
 ) -> list[tuple]:
-    """How blocks may be grouped into stages, and which shortcuts of pre-activated ones begin after
-    the first norm and relu."""
+    """How blocks may be grouped into stages, where the first block has `first_stride`, and which
+    shortcuts of pre-activated ones begin after the first norm and relu."""
     return list(
         dict.fromkeys(
-            group_into_stages(blocks, starts, activated, beginning.first_stride)
+            group_into_stages(blocks, starts, activated, first_stride)
             for starts in list_stage_starts(blocks, names)
             for activated in list_activated_shortcuts(blocks, starts, is_preactivated)
         )

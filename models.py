@@ -300,12 +300,16 @@ ACTIVATIONS = {
     "elu": F.elu,
     "gelu": F.gelu,
     "silu": F.silu,
+    "relu6": F.relu6,
+    "selu": F.selu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
 }
 # No usual net of the families here has them. They are found where batch norms tell, or where they
 # do much better.
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
 # They fall for some inputs, so max-pooling before them gives something else than after them.
-FALLING_ACTIVATIONS = ("gelu", "silu")
+FALLING_ACTIVATIONS = ("gelu", "silu", "hardswish", "mish")
 
 
 def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor:
@@ -1468,7 +1472,8 @@ def describe_shape(tensor: torch.Tensor) -> str:
 #                       every architecture that fits, the likeliest first, each as a Reading
 #
 # What shapes and names do not say (where poolings stand, which kind of shortcut it is) has several
-# readings. Nothing here knows which is right: controller.find_reading tries them on images.
+# readings. An Example in the file tells which is right. Without one nothing here knows:
+# controller.find_reading tries them on images.
 
 KNOWN_NETS = (
     "LeNets and perceptrons, VGGs, ResNets of basic blocks, bottlenecks and pre-activated blocks"
@@ -1569,27 +1574,40 @@ class UnreadableError(Exception):
 
 
 def recognise_state_dict(content, path: Path) -> dict:
-    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first,
-    and `notes` say what was taken from the file.
+    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
+    none where an example in the file has told which is right. `notes` say what was taken from it.
 
     Raises UserError where it is of no net that this tool knows.
     """
-    readings, notes = read_first_net(content, path)
+    example = read_example(content, path)
+    facts = {}
+    if example is not None:
+        facts = read_normalisation(content, example.inputs.shape[1], path)
+        content = {key: value for key, value in content.items() if key not in EXAMPLE_KEYS}
+    readings, notes = read_first_net(content, path, example)
     first = readings[0]
+    if example is not None:
+        notes.append(
+            f"{path}: read as {first.architecture.in_words()}; so it computes the outputs that "
+            "the file holds"
+        )
     return {
         "format": CHECKPOINT_FORMAT,
         "architecture": asdict(first.architecture),
         "widths": first.widths,
         "gates": None,
         "state": first.state,
-        "facts": {},
-        "readings": readings,
+        "facts": facts,
+        "readings": readings if example is None else [],
         "notes": notes,
     }
 
 
-def read_first_net(content, path: Path) -> tuple[list[Reading], list[str]]:
-    """(readings, notes) of the first state dict in a file that is a known net. Raises UserError."""
+def read_first_net(
+    content, path: Path, example: "Example | None" = None
+) -> tuple[list[Reading], list[str]]:
+    """(readings, notes) of the first state dict in a file that is a known net; with an `example`
+    the one reading that computes it. Raises UserError."""
     first_error = None
     for state, notes in find_state_dicts(content, path):
         try:
@@ -1610,11 +1628,141 @@ def read_first_net(content, path: Path) -> tuple[list[Reading], list[str]]:
             check_is_finite(state)  # here the tensors still have the user's names
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        return readings, notes
+        if example is None:
+            return readings, notes
+        try:
+            return [find_reading_by_example(readings, example)], notes
+        except UnreadableError as error:
+            first_error = first_error or error
     reason = str(first_error)
     if not isinstance(first_error, UnreadableError):
         reason = f"its tensors are of no net that this tool knows ({first_error!r})"
     raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from first_error
+
+
+# ---- checkpoints: an example of what a foreign net computes
+
+# A file has an example where it holds both, beside the state dict.
+EXAMPLE_KEYS = {"inputs", "outputs"}
+# ours: so many of an example's inputs are tried.
+MAX_EXAMPLE_INPUTS = 8
+# ours: logarithms of probabilities count down to here; in float32 smaller ones get lost.
+LEAST_LOG_PROBABILITY = -60.0
+# ours: a reading is right up to this difference (`Example.difference_of`), of several the nearest
+# one. A GPU rounds convolutions so that a right one has up to 0.01.
+EXAMPLE_TOLERANCE = 0.02
+# ours: below this difference nothing but rounding differs, and no other reading is tried.
+ROUNDING_DIFFERENCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Some inputs of a foreign net and what it puts out for them: this tells what weights do not.
+
+    A net may put out logits, probabilities, or their logarithms, so the last are compared.
+    """
+
+    inputs: torch.Tensor  # (N, C, H, H), float32
+    log_probabilities: torch.Tensor  # (N, classes), float32
+
+    def difference_of(self, logits: torch.Tensor) -> float:
+        """How far other logits (N, classes) are from the example: the root of the mean square, as a
+        share of how far the outputs of different inputs are apart."""
+        difference = logits.log_softmax(1).clamp(min=LEAST_LOG_PROBABILITY) - self.log_probabilities
+        spread = self.log_probabilities - self.log_probabilities.mean(0)
+        return float((difference.square().mean() / spread.square().mean()).sqrt())
+
+
+def read_example(content, path: Path) -> Example | None:
+    """The example in a file; None where it has none. Raises UserError where it tells nothing."""
+    if not isinstance(content, dict) or not EXAMPLE_KEYS.issubset(content):
+        return None
+    inputs, outputs = content["inputs"], content["outputs"]
+    advice = (
+        "make them by: inputs = torch.randn(8, channels, pixels, pixels); "
+        "outputs = net.eval()(inputs)"
+    )
+    for tensor, dimensions in ((inputs, 4), (outputs, 2)):
+        is_of_numbers = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if not is_of_numbers or tensor.dim() != dimensions or len(tensor) != len(inputs):
+            raise UserError(
+                f"{path}: its inputs are no (N, channels, pixels, pixels), or its outputs no "
+                f"(N, classes), of numbers with a point; {advice}"
+            )
+    if inputs.shape[2] != inputs.shape[3]:
+        raise UserError(f"{path}: its inputs are no squares, but {describe_shape(inputs)}")
+    inputs = inputs[:MAX_EXAMPLE_INPUTS].detach().float()
+    outputs = outputs[:MAX_EXAMPLE_INPUTS].detach().float()
+    log_probabilities = log_probabilities_of(outputs)
+    if not inputs.isfinite().all() or not log_probabilities.isfinite().all():
+        raise UserError(f"{path}: its inputs or outputs are not all finite; {advice}")
+    if torch.allclose(log_probabilities, log_probabilities.mean(0), rtol=0, atol=1e-6):
+        raise UserError(f"{path}: its outputs are the same for all its inputs; {advice}")
+    return Example(inputs, log_probabilities)
+
+
+def log_probabilities_of(outputs: torch.Tensor) -> torch.Tensor:
+    """(N, classes) -> the same, of logits, of probabilities, or of their logarithms."""
+    sums = outputs.sum(1)
+    if outputs.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        outputs = outputs.log()
+    return outputs.log_softmax(1).clamp(min=LEAST_LOG_PROBABILITY)
+
+
+def read_normalisation(content: dict, channels: int, path: Path) -> dict[str, list[float]]:
+    """The `mean` and `std` of a file, a number for each channel; {} where it does not have both.
+    Raises UserError."""
+    if not {"mean", "std"}.issubset(content):
+        return {}
+    facts = {}
+    for key in ("mean", "std"):
+        try:
+            values = torch.as_tensor(content[key], dtype=torch.float64).flatten()
+        except (TypeError, ValueError, RuntimeError):
+            values = torch.empty(0)
+        is_valid = len(values) == channels and bool(values.isfinite().all())
+        if not is_valid or (key == "std" and values.min() <= 0):
+            raise UserError(
+                f"{path}: its {key} is no list of {channels} numbers, one for each channel of its "
+                "inputs; a std has to be above 0"
+            )
+        facts[key] = values.tolist()
+    return facts
+
+
+@torch.no_grad()
+def find_reading_by_example(readings: list[Reading], example: Example) -> Reading:
+    """The reading, with any of ACTIVATIONS, that computes the example. Raises UnreadableError where
+    none does."""
+    channels, size = example.inputs.shape[1:3]
+    classes = example.log_probabilities.shape[1]
+    architecture = readings[0].architecture
+    if (channels, classes) != (architecture.channels, architecture.classes):
+        raise UnreadableError(
+            f"the net reads {architecture.channels} channels and tells {architecture.classes} "
+            f"classes apart, but its example has {channels} and {classes}"
+        )
+    fitting = [reading.for_size(size) for reading in readings]
+    fitting = [reading for reading in fitting if reading is not None]
+    nearest, least_difference = None, EXAMPLE_TOLERANCE
+    for activation in ACTIVATIONS if fitting else ():
+        for reading in change_activation(fitting, activation):
+            try:
+                logits = reading.build().eval()(example.inputs)
+            except RuntimeError:  # most likely strides and poolings leave nothing of the map
+                continue
+            difference = example.difference_of(logits)
+            if difference < least_difference:
+                nearest, least_difference = reading, difference
+            if difference < ROUNDING_DIFFERENCE:
+                return reading
+    if nearest is None:
+        raise UnreadableError(
+            "no reading of its weights computes the outputs that it holds for its inputs; either "
+            "they are not of these weights in eval mode, or the net does something that this tool "
+            "does not take (docs/your-net.md)"
+        )
+    return nearest
 
 
 # ---- checkpoints: finding the weights in a file

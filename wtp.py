@@ -1045,13 +1045,14 @@ class UserNet:
     """A net of the user's, from a checkpoint, and the facts in it.
 
     A foreign state dict, which this tool has not written, may be several nets: its `readings`.
-    `net` is the likeliest of them until images tell which it is.
+    `net` is the likeliest of them until images tell which it is. With an example of what the net
+    computes (models.Example) the file tells, and there are no other readings.
     """
 
     path: Path
     net: object  # models.Net
     facts: dict
-    readings: list  # of models.Reading, the likeliest first; none for a file of this tool
+    readings: list  # of models.Reading, the likeliest first; none where the file says all
     photograph_size: int | None = None  # pixels; the user's --size
     activation: str | None = None  # the user's --activation
     # In [0, 1], of the chosen reading on the images that chose it; None where no image had to.
@@ -1323,7 +1324,7 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
                 "; if its activation is not the one above, name it by --activation: accuracy "
                 "hardly tells relu from GELU or leaky relu"
             )
-        say(advice)
+        say(f"{advice}; some inputs and outputs in the file tell surely (docs/your-net.md)")
     return found.mean, found.std
 
 

@@ -682,6 +682,96 @@ def test_weights_in_half_precision_compute_what_they_do_in_float32(tmp_path):
         assert torch.allclose(loaded_net.eval()(x), expected, atol=1e-5)
 
 
+EXAMPLE_CASES = [
+    # (name, activation): what one reading alone computes.
+    ("CNN of large kernels, averaged", "selu"),
+    ("CNN in blocks, averaged", "relu6"),
+    ("VGG-16 without batch norms", "leaky_relu_0.01"),
+    ("ResNet, averaged shortcut", "relu"),
+    ("bottlenecks", "hardswish"),
+    ("wide ResNet", "mish"),
+]
+
+
+@pytest.mark.parametrize(("name", "activation"), EXAMPLE_CASES)
+@torch.no_grad()
+def test_an_example_tells_how_a_net_is_read(tmp_path, name, activation):
+    case = zoo.CASES[name]
+    with zoo.replace_relu(activation):
+        net, x = zoo.make_lively(case)
+        outputs = net(torch.cat([x, -x]))
+        expected = net(x.flip(3))
+    content = {"state_dict": net.state_dict(), "inputs": torch.cat([x, -x]), "outputs": outputs}
+    torch.save(content, tmp_path / "a.pt")
+
+    loaded_net, checkpoint = sep.load_checkpoint(tmp_path / "a.pt")
+
+    assert loaded_net.architecture.activation == activation
+    assert zoo.largest_difference(loaded_net.eval()(x.flip(3)), expected) < 1e-4
+    assert checkpoint["readings"] == []
+    assert checkpoint["notes"] == [
+        f"{tmp_path}/a.pt: read as {loaded_net.architecture.in_words()}; so it computes the "
+        "outputs that the file holds"
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits.softmax(1),
+        lambda logits: logits.log_softmax(1),
+        lambda logits: logits * (1 + 0.005 * torch.randn_like(logits)),  # rounded by a GPU
+        lambda logits: logits.double().requires_grad_(),
+    ],
+)
+def test_an_example_may_be_of_probabilities_and_rounded(tmp_path, change):
+    net, x = make_lively_net("lenet5")
+    content = {"net": net.state_dict(), "inputs": x, "outputs": change(net(x).detach())}
+    torch.save(content | {"mean": torch.tensor([0.2]), "std": (0.5,)}, tmp_path / "a.pt")
+
+    loaded_net, facts = sep.load(tmp_path / "a.pt")
+
+    assert loaded_net.architecture == net.architecture
+    assert torch.equal(loaded_net.eval()(x), net(x))
+    assert facts == {"mean": [pytest.approx(0.2)], "std": [0.5]}
+
+
+def test_an_example_tells_which_of_several_state_dicts_is_meant(tmp_path):
+    net, x = make_lively_net("resnet8")
+    average = {key: value + 0.01 for key, value in net.state_dict().items()}
+    content = {"net": net.state_dict(), "ema": average, "inputs": x, "outputs": net(x)}
+    torch.save(content, tmp_path / "a.pt")
+
+    assert torch.equal(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"outputs": torch.randn(4, 10)}, "no reading of its weights computes the outputs"),
+        ({"inputs": torch.randn(4, 1, 30, 30)}, "no reading of its weights computes the outputs"),
+        ({"outputs": torch.ones(4, 10)}, "its outputs are the same for all its inputs; make them"),
+        ({"outputs": torch.ones(4, 10) / 0}, "not all finite; make them by"),
+        ({"outputs": torch.randn(4, 7)}, "tells 10 classes apart, but its example has 1 and 7"),
+        ({"outputs": torch.randn(3, 10)}, r"its outputs no \(N, classes\)"),
+        ({"outputs": [1.0]}, r"its outputs no \(N, classes\)"),
+        ({"inputs": torch.randn(4, 784)}, r"no \(N, channels, pixels, pixels\)"),
+        ({"inputs": torch.ones(4, 1, 28, 28).byte()}, "of numbers with a point"),
+        ({"inputs": torch.randn(4, 1, 28, 30)}, "its inputs are no squares, but 4 x 1 x 28 x 30"),
+        ({"mean": [0.1, 0.2]}, "its mean is no list of 1 numbers"),
+        ({"mean": "none"}, "its mean is no list of 1 numbers"),
+        ({"std": [0.0]}, "a std has to be above 0"),
+    ],
+)
+def test_an_example_that_tells_nothing_is_refused(tmp_path, changes, words):
+    net, x = make_lively_net("lenet5")
+    content = {"state_dict": net.state_dict(), "inputs": x, "outputs": net(x)}
+    torch.save(content | {"mean": [0.1], "std": [0.3]} | changes, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match=words):
+        sep.load(tmp_path / "a.pt")
+
+
 def test_safetensors_are_read_where_the_package_is_there(tmp_path, monkeypatch):
     net, x = make_lively_net("resnet8")
     (tmp_path / "a.safetensors").write_bytes(b"no such file")

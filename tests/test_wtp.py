@@ -559,6 +559,27 @@ def test_photographs_for_a_foreign_net_are_brought_to_the_size_that_the_user_say
     assert "says its size, 48 x 48 pixels; leave out --size" in err
 
 
+def test_a_foreign_net_with_an_example_is_read_without_a_guess(capsys, smoke, tmp_path):
+    net, _ = sep.load(smoke[0] / "baseline.pt")
+    inputs = torch.randn(8, 1, 28, 28)
+    content = {"state_dict": net.state_dict(), "inputs": inputs, "outputs": net.eval()(inputs)}
+    save_pictures(tmp_path / "pictures", classes=10, count=12)
+    command = ["evaluate", tmp_path / "net.pt", "--data-dir", tmp_path / "pictures"]
+    statistics = {"mean": [0.5], "std": [0.5]}
+
+    for facts, is_guessed in ((statistics, False), ({}, True)):
+        torch.save(content | facts, tmp_path / "net.pt")
+        status, _, err = call(capsys, *command)
+        assert status == 0, err
+        assert "relu; so it computes the outputs that the file holds" in err
+        assert ("tries what is usual" in err) == is_guessed
+        assert "--activation" not in err
+
+    status, _, err = call(capsys, *command, "--activation", "gelu")
+    assert status == 2
+    assert "says its activation, relu; leave out --activation" in err
+
+
 @pytest.mark.parametrize("is_strange", [False, True])
 def test_batch_norms_that_read_something_else_than_in_training_are_named(tmp_path, is_strange):
     net, images = train_net_with_norms("relu")

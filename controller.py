@@ -2163,7 +2163,7 @@ def layer_features(net: Net, structure) -> torch.Tensor:
     """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size (script).
 
     The size of a layer is its width over the widest layer's (ours: the script's raw widths saturate
-    an LSTM). The size of a pooling is its window of 2 pixels, over the same.
+    an LSTM). The size of a pooling is the side of its window in pixels, over the same.
     """
     widest = max(net.widths)
     width_of = {p.layer_name: width for p, width in zip(net.prunable, structure)}
@@ -2176,7 +2176,7 @@ def layer_features(net: Net, structure) -> torch.Tensor:
     for prunable, width in zip(net.prunable, structure):
         following = prunable.next_layer_name
         if prunable.pooling:
-            next_type, next_size = POOLING_CODE, 2
+            next_type, next_size = POOLING_CODE, models.POOLINGS[prunable.pooling].kernel
         else:
             next_type = type_code(following)
             outputs = net.get_submodule(following).weight.shape[0]

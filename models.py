@@ -120,6 +120,39 @@ def convolve_by_matrix_product(x: torch.Tensor, weight: torch.Tensor, bias) -> t
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """A pooling over kernel x kernel places: their maximum, or their average."""
+
+    is_max: bool
+    kernel: int = 2
+    stride: int = 2
+    padding: int = 0
+
+    def map_size(self, size: int) -> int:
+        """The side of the map that is left of one with that side; 0 where it is too small."""
+        return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        pool = F.max_pool2d if self.is_max else F.avg_pool2d
+        return pool(x, self.kernel, self.stride, self.padding)
+
+
+POOLINGS = {
+    "max": Pooling(True),
+    "average": Pooling(False),
+    "max 3 x 3": Pooling(True, 3),
+    "padded max 3 x 3": Pooling(True, 3, padding=1),
+    "average 3 x 3": Pooling(False, 3),
+    "padded average 3 x 3": Pooling(False, 3, padding=1),
+    "max 3 x 3, stride 3": Pooling(True, 3, 3),
+    "max 4 x 4": Pooling(True, 4, 4),
+    "average 4 x 4": Pooling(False, 4, 4),
+}
+# Most small nets and VGGs have one of these.
+USUAL_POOLINGS = ("max", "average")
+
+
+@dataclass(frozen=True)
 class Convolution:
     """A convolution of a chain, and what follows it."""
 
@@ -127,7 +160,13 @@ class Convolution:
     padding: int = 1
     has_bias: bool = False
     has_norm: bool = True
-    pooling: str = ""  # "max" or "average": over 2 x 2 places
+    pooling: str = ""  # one of POOLINGS, or none
+    stride: int = 1
+
+    def map_size(self, size: int) -> int:
+        """The side of the map that it and its pooling leave of one with that side."""
+        size = max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
+        return POOLINGS[self.pooling].map_size(size) if self.pooling else size
 
 
 @dataclass(frozen=True)
@@ -164,9 +203,7 @@ class ChainArchitecture:
     def map_size(self, size: int) -> int:
         """The side of the last map, for images of that side, in pixels."""
         for convolution in self.convolutions:
-            size = max(0, size + 2 * convolution.padding - convolution.kernel + 1)
-            if convolution.pooling:
-                size //= 2
+            size = convolution.map_size(size)
         return size
 
     def in_words(self) -> str:
@@ -176,8 +213,13 @@ class ChainArchitecture:
             for number, convolution in enumerate(self.convolutions, 1)
             if convolution.pooling
         ]
+        strides = [
+            f"stride {convolution.stride} in convolution {number}"
+            for number, convolution in enumerate(self.convolutions, 1)
+            if convolution.stride > 1
+        ]
         paddings = sorted({convolution.padding for convolution in self.convolutions})
-        words = [self.name, *poolings]
+        words = [self.name, *strides, *poolings]
         if paddings:
             words.append(f"padding {' and '.join(map(str, paddings))}")
         return ", ".join([*words, self.activation])
@@ -285,7 +327,7 @@ class PrunableLayer:
     layer_name: str  # the convolution or linear layer that computes the channels
     norm_name: str | None  # their batch normalisation
     next_layer_name: str  # the layer that reads them
-    pooling: str = ""  # "max" or "average", over 2 x 2 places, stands in between
+    pooling: str = ""  # one of POOLINGS, stands in between
     activation: str = "relu"
 
 
@@ -322,15 +364,14 @@ def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False
     """The activation of a prunable layer, and its pooling where it has one.
 
     Max-pooling and an activation that never falls can change places; pooling first leaves the
-    activation a quarter of the work.
+    activation less work.
     """
-    is_pooled_last = prunable.activation in FALLING_ACTIVATIONS
-    if prunable.pooling == "max" and not is_pooled_last:
-        y = F.max_pool2d(y, 2)
-    y = activate(y, prunable.activation, inplace=inplace)
-    if prunable.pooling == "max" and is_pooled_last:
-        y = F.max_pool2d(y, 2)
-    return F.avg_pool2d(y, 2) if prunable.pooling == "average" else y
+    if not prunable.pooling:
+        return activate(y, prunable.activation, inplace=inplace)
+    pool = POOLINGS[prunable.pooling]
+    if pool.is_max and prunable.activation not in FALLING_ACTIVATIONS:
+        return activate(pool(y), prunable.activation, inplace=inplace)
+    return pool(activate(y, prunable.activation, inplace=inplace))
 
 
 class Net(nn.Module):
@@ -443,7 +484,8 @@ class ChainNet(Net):
                 inputs,
                 width,
                 convolution.kernel,
-                padding=convolution.padding,
+                convolution.stride,
+                convolution.padding,
                 bias=convolution.has_bias,
             )
             yield convolution, layer, width
@@ -1573,6 +1615,18 @@ class UnreadableError(Exception):
     """Why a state dict is not of some kind of net."""
 
 
+READING_ERRORS = (
+    UnreadableError,
+    # Half a batch norm, tensors of odd kinds and the like.
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+)
+
+
 def recognise_state_dict(content, path: Path) -> dict:
     """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
     none where an example in the file has told which is right. `notes` say what was taken from it.
@@ -1582,7 +1636,7 @@ def recognise_state_dict(content, path: Path) -> dict:
     example = read_example(content, path)
     facts = {}
     if example is not None:
-        facts = read_normalisation(content, example.inputs.shape[1], path)
+        facts = read_normalisation(content, example.channels, path)
         content = {key: value for key, value in content.items() if key not in EXAMPLE_KEYS}
     readings, notes = read_first_net(content, path, example)
     first = readings[0]
@@ -1611,29 +1665,13 @@ def read_first_net(
     first_error = None
     for state, notes in find_state_dicts(content, path):
         try:
-            readings = read_modules(list_modules(state))
-        except (
-            UnreadableError,
-            # Half a batch norm, tensors of odd kinds and the like.
-            KeyError,
-            IndexError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            ArithmeticError,
-        ) as error:
+            if example is not None:
+                return [find_reading_by_example(state, example)], notes
+            return read_state(state), notes
+        except READING_ERRORS as error:
             first_error = first_error or error
-            continue
-        try:
-            check_is_finite(state)  # here the tensors still have the user's names
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        if example is None:
-            return readings, notes
-        try:
-            return [find_reading_by_example(readings, example)], notes
-        except UnreadableError as error:
-            first_error = first_error or error
     reason = str(first_error)
     if not isinstance(first_error, UnreadableError):
         reason = f"its tensors are of no net that this tool knows ({first_error!r})"
@@ -1664,6 +1702,19 @@ class Example:
 
     inputs: torch.Tensor  # (N, C, H, H), float32
     log_probabilities: torch.Tensor  # (N, classes), float32
+
+    @property
+    def channels(self) -> int:
+        return self.inputs.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Pixels of an image's side."""
+        return self.inputs.shape[2]
+
+    @property
+    def classes(self) -> int:
+        return self.log_probabilities.shape[1]
 
     def difference_of(self, logits: torch.Tensor) -> float:
         """How far other logits (N, classes) are from the example: the root of the mean square, as a
@@ -1730,19 +1781,39 @@ def read_normalisation(content: dict, channels: int, path: Path) -> dict[str, li
     return facts
 
 
+def find_reading_by_example(state: dict, example: Example) -> Reading:
+    """The reading of a state dict, with any of ACTIVATIONS, that computes the example. Raises one
+    of READING_ERRORS where none does, or UserError where its numbers are not finite."""
+    readings, first_error = [], None
+    for read in (read_state, partial(read_unusual_chain, size=example.size)):
+        try:
+            readings = read(state)
+        except READING_ERRORS as error:
+            first_error = first_error or error
+            continue
+        nearest = find_nearest_reading(readings, example)
+        if nearest is not None:
+            return nearest
+    if not readings:
+        raise first_error
+    raise UnreadableError(
+        "no reading of its weights computes the outputs that it holds for its inputs; either they "
+        "are not of these weights in eval mode, or the net does something that this tool does not "
+        "take (docs/your-net.md)"
+    )
+
+
 @torch.no_grad()
-def find_reading_by_example(readings: list[Reading], example: Example) -> Reading:
-    """The reading, with any of ACTIVATIONS, that computes the example. Raises UnreadableError where
-    none does."""
-    channels, size = example.inputs.shape[1:3]
-    classes = example.log_probabilities.shape[1]
-    architecture = readings[0].architecture
-    if (channels, classes) != (architecture.channels, architecture.classes):
+def find_nearest_reading(readings: list[Reading], example: Example) -> Reading | None:
+    """The reading, with any of ACTIVATIONS, that computes the example best; None where none does.
+    Raises UnreadableError where they are of other images or classes."""
+    net = readings[0].architecture
+    if (net.channels, net.classes) != (example.channels, example.classes):
         raise UnreadableError(
-            f"the net reads {architecture.channels} channels and tells {architecture.classes} "
-            f"classes apart, but its example has {channels} and {classes}"
+            f"the net reads {net.channels} channels and tells {net.classes} classes apart, but its "
+            f"example has {example.channels} and {example.classes}"
         )
-    fitting = [reading.for_size(size) for reading in readings]
+    fitting = [reading.for_size(example.size) for reading in readings]
     fitting = [reading for reading in fitting if reading is not None]
     nearest, least_difference = None, EXAMPLE_TOLERANCE
     for activation in ACTIVATIONS if fitting else ():
@@ -1756,12 +1827,6 @@ def find_reading_by_example(readings: list[Reading], example: Example) -> Readin
                 nearest, least_difference = reading, difference
             if difference < ROUNDING_DIFFERENCE:
                 return reading
-    if nearest is None:
-        raise UnreadableError(
-            "no reading of its weights computes the outputs that it holds for its inputs; either "
-            "they are not of these weights in eval mode, or the net does something that this tool "
-            "does not take (docs/your-net.md)"
-        )
     return nearest
 
 
@@ -2002,6 +2067,24 @@ def is_prelu_outside(module: FoundModule, classes: int) -> bool:
     return weight.is_floating_point() and weight.dim() == 1 and len(weight) != classes
 
 
+def read_state(state: dict) -> list[Reading]:
+    """All that a state dict may be, the likeliest first. Raises one of READING_ERRORS, or UserError
+    where its numbers are not finite."""
+    readings = read_modules(list_modules(state))
+    check_is_finite(state)  # here the tensors still have the user's names
+    return readings
+
+
+def read_unusual_chain(state: dict, size: int) -> list[Reading]:
+    """The unusual chains for images of that size that a state dict may be; errors as `read_state`.
+
+    There are thousands to most weights. Accuracy could not tell them apart, but an example can.
+    """
+    readings = read_chain(list_modules(state), unusual_size=size)
+    check_is_finite(state)
+    return readings
+
+
 def read_modules(modules: list[FoundModule]) -> list[Reading]:
     """All that these modules may be, the likeliest first. Raises UnreadableError."""
     blocks = group_blocks(modules)
@@ -2057,8 +2140,9 @@ def put_norm(state: dict, name: str, norm: FoundModule, bias=None) -> None:
 # ---- checkpoints: chains
 
 
-def read_chain(modules: list[FoundModule]) -> list[Reading]:
-    """The readings of a chain of convolutions and linear layers. Raises UnreadableError."""
+def read_chain(modules: list[FoundModule], unusual_size: int | None = None) -> list[Reading]:
+    """The readings of a chain of convolutions and linear layers; with `unusual_size` the unusual
+    ones, for images of that size. Raises UnreadableError."""
     flatten_head(modules)
     convolutions = [module for module in modules if module.is_convolution]
     linear_layers = [module for module in modules if module.is_linear]
@@ -2069,8 +2153,17 @@ def read_chain(modules: list[FoundModule]) -> list[Reading]:
     fold_norms_after_activations(linear_layers, norm_of)
     channels, head_size = find_inputs(convolutions, linear_layers)
     layers = [*convolutions, *linear_layers]
+    if unusual_size is None:
+        check_first_kernel(convolutions)
+    elif not convolutions:
+        raise UnreadableError("it has no convolutions, so nothing that may be unusual")
     architectures = list_chains(
-        convolutions, linear_layers, norm_of, channels=channels, head_size=head_size
+        convolutions,
+        linear_layers,
+        norm_of,
+        channels=channels,
+        head_size=head_size,
+        unusual_size=unusual_size,
     )
     widths = [module.outputs for module in layers[:-1]]
     states = {}  # Architectures with the same names of layers share one.
@@ -2131,11 +2224,16 @@ def check_chain(modules, convolutions, linear_layers) -> None:
     for before, after in [*pairwise(convolutions), *pairwise(linear_layers)]:
         if after.inputs != before.outputs:
             raise UnreadableError(explain_break(before, after, convolutions))
+
+
+def check_first_kernel(convolutions) -> None:
+    """Raise UnreadableError where the first kernel is so large that it is probably strided."""
     if convolutions and convolutions[0].kernel >= STRIDED_KERNEL:
         raise UnreadableError(
             f"{convolutions[0].name} has kernels of {convolutions[0].kernel} x "
-            f"{convolutions[0].kernel}, so it is probably strided (an AlexNet?); only residual "
-            "nets may begin so"
+            f"{convolutions[0].kernel}, so it is probably strided (an AlexNet?); chains that begin "
+            "so are taken only where the file holds inputs and outputs of the net, too "
+            "(docs/your-net.md)"
         )
 
 
@@ -2296,27 +2394,44 @@ COLOUR_SIZES = (32, 64, 96, 128, 224, *range(8, 257))
 
 
 def list_chains(
-    convolutions, linear_layers, norm_of, *, channels: int, head_size: int
+    convolutions,
+    linear_layers,
+    norm_of,
+    *,
+    channels: int,
+    head_size: int,
+    unusual_size: int | None = None,
 ) -> list[ChainArchitecture]:
-    """The architectures that fit, the likeliest first. Raises UnreadableError where none does."""
+    """The architectures that fit, the likeliest first. With `unusual_size` those with strides or
+    unusual poolings, for images of that size. Raises UnreadableError where none fits."""
     hidden_norms = tuple(module.name in norm_of for module in linear_layers[:-1])
     is_vgg = len(convolutions) >= VGG_CONVOLUTIONS
     sizes = GRAY_SIZES if channels == 1 else COLOUR_SIZES
+    if unusual_size is None:
+        paddings_of_all = list_paddings(convolutions)
+        ways_to_shrink = [
+            (poolings, (1,) * len(convolutions))
+            for poolings in list_poolings(convolutions, norm_of)
+        ]
+    else:
+        sizes = (unusual_size,)
+        paddings_of_all = list_unusual_paddings(convolutions)
+        ways_to_shrink = list_unusual_ways_to_shrink(convolutions, norm_of)
     averaging = (False,)
     if is_vgg:
         averaging = (True,)
     elif head_size == 1 and convolutions:
         averaging = (False, True)
     architectures = []
-    for is_averaged, poolings, paddings in product(
-        averaging, list_poolings(convolutions, norm_of), list_paddings(convolutions)
+    for is_averaged, (poolings, strides), paddings in product(
+        averaging, ways_to_shrink, paddings_of_all
     ):
         architecture = ChainArchitecture(
             name_chain(convolutions),
             linear_layers[-1].outputs,
             channels,
             sizes[0],  # until `fit_size` finds one that fits
-            convolutions=describe_convolutions(convolutions, norm_of, poolings, paddings),
+            convolutions=describe_convolutions(convolutions, norm_of, poolings, strides, paddings),
             hidden_norms=hidden_norms,
             head_size=head_size,
             is_averaged=is_averaged,
@@ -2330,6 +2445,8 @@ def list_chains(
             f"{linear_layers[0].name} reads {head_size} x {head_size} places of each channel, "
             "which no usual paddings and poolings leave of any image"
         )
+    if unusual_size is not None:
+        return architectures[:MAX_UNUSUAL_CHAINS]
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
     with_relu = [name_as_lenet5(architecture) for architecture in architectures]
     if is_vgg:
@@ -2338,14 +2455,16 @@ def list_chains(
     return with_relu + others
 
 
-def describe_convolutions(convolutions, norm_of, poolings, paddings) -> tuple[Convolution, ...]:
-    """The convolutions of a chain, with that pooling and padding of each."""
+def describe_convolutions(
+    convolutions, norm_of, poolings, strides, paddings
+) -> tuple[Convolution, ...]:
+    """The convolutions of a chain, with that pooling, stride and padding of each."""
     described = []
-    for module, pooling, padding in zip(convolutions, poolings, paddings):
+    for module, pooling, stride, padding in zip(convolutions, poolings, strides, paddings):
         has_norm = module.name in norm_of
         # A norm takes the bias in.
         has_bias = module.bias is not None and not has_norm
-        described.append(Convolution(module.kernel, padding, has_bias, has_norm, pooling))
+        described.append(Convolution(module.kernel, padding, has_bias, has_norm, pooling, stride))
     return tuple(described)
 
 
@@ -2462,6 +2581,65 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
     found.append(frozenset(i for i, (a, b) in enumerate(pairwise(widths)) if b > a) | {last})
     # Images of 32 pixels have room for five poolings, of 64 for six.
     return [ends for ends in dict.fromkeys(found) if 2 <= len(ends) <= 6]
+
+
+# ---- checkpoints: unusual chains
+
+# ours: of so many one may be right.
+MAX_UNUSUAL_CHAINS = 3000
+# ours: a first convolution with such a kernel may have a stride of 4 (AlexNet).
+ALEXNET_KERNEL = 8
+
+
+def list_unusual_paddings(convolutions) -> list[tuple[int, ...]]:
+    """As `list_paddings`, and more: even kernels padded as those of DCGAN's discriminator, the
+    first convolution with half the usual padding (AlexNet)."""
+    same = [(module.kernel - 1) // 2 for module in convolutions]
+    halved = (same[0] // 2, *same[1:])
+    return list(dict.fromkeys([*list_paddings(convolutions), tuple(same), halved]))
+
+
+def list_unusual_ways_to_shrink(convolutions, norm_of) -> list[tuple[tuple, tuple]]:
+    """(the pooling, the stride) of each convolution, for nets that have a stride somewhere or
+    poolings that are not usual; the fewer of both, the earlier."""
+    poolable = may_be_pooled(convolutions, norm_of)
+    if len(convolutions) >= VGG_CONVOLUTIONS:
+        choices = list_vgg_choices(convolutions, poolable)
+    else:
+        choices = list_small_chain_choices(convolutions, poolable)
+    found = []
+    for is_pooled, strides in choices:
+        for kind in POOLINGS if any(is_pooled) else ("",):
+            if max(strides) > 1 or kind not in ("", *USUAL_POOLINGS):
+                found.append((tuple(kind if pooled else "" for pooled in is_pooled), strides))
+    return found
+
+
+def list_vgg_choices(convolutions, poolable) -> Iterator[tuple[tuple, tuple]]:
+    """(whether each convolution is pooled, the stride of each) of a VGG. Poolings end its stages,
+    or strides of 2 end them, or begin the next ones."""
+    count = len(convolutions)
+    for ends in list_stage_ends(convolutions):
+        if all(poolable[i] for i in ends):
+            yield tuple(i in ends for i in range(count)), (1,) * count
+        yield (False,) * count, tuple(2 if i in ends else 1 for i in range(count))
+        yield (False,) * count, tuple(2 if i - 1 in ends else 1 for i in range(count))
+
+
+def list_small_chain_choices(convolutions, poolable) -> list[tuple[tuple, tuple]]:
+    """(whether each convolution is pooled, the stride of each): any of them is pooled, or has a
+    stride of 2, or neither. The first may have both."""
+    options = [[(False, 1), (False, 2)] for _ in convolutions]
+    for is_poolable, own_options in zip(poolable, options):
+        if is_poolable:
+            own_options.append((True, 1))
+    strides = (2, 4) if convolutions[0].kernel >= ALEXNET_KERNEL else (2,)
+    options[0] += [(True, stride) for stride in strides if poolable[0]]
+    choices = sorted(product(*options), key=lambda choice: sum(stride for _, stride in choice))
+    return [tuple(zip(*choice)) for choice in choices]
+
+
+# ---- checkpoints: names of chains
 
 
 def name_as_lenet5(architecture: ChainArchitecture) -> ChainArchitecture:

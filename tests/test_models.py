@@ -302,19 +302,25 @@ def test_the_nets_of_public_repositories_are_read(name):
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_the_nets_of_public_repositories_are_pruned_gated_and_counted(name):
     net, x, _ = find_right_reading(name)
-    structure = smaller_structure(net, share=0.5)
+    folded = models.fold_batch_norms(net)
 
+    check_pruning(net, x)
+
+    if getattr(net.architecture, "has_stem_norm", False):
+        assert isinstance(folded.bn1, nn.Identity)
+
+
+@torch.no_grad()
+def check_pruning(net, x):
+    """Removing channels equals masking them; all ways to run a net, and both counts, agree."""
+    structure = smaller_structure(net, share=0.5)
     small = prune_channels(net, structure).eval()
     soft = sep.prune_softly(net, structure, [x]).eval()
 
-    with torch.no_grad():
-        assert zoo.largest_difference(small(x), soft(x)) < 1e-4
-        tuned = sep.TunedNet(soft)
-        assert zoo.largest_difference(tuned(x[:1]), soft(x[:1])) < 1e-4
-        folded = models.fold_batch_norms(net)
-        assert zoo.largest_difference(folded(x), net(x)) < 1e-4
-    if getattr(net.architecture, "has_stem_norm", False):
-        assert isinstance(folded.bn1, nn.Identity)
+    assert zoo.largest_difference(small(x), soft(x)) < 1e-4
+    tuned = sep.TunedNet(soft)
+    assert zoo.largest_difference(tuned(x[:1]), soft(x[:1])) < 1e-4
+    assert zoo.largest_difference(models.fold_batch_norms(net)(x), net(x)) < 1e-4
     for candidate in (net, small):
         assert count_macs(candidate) * 2 == count_flops(candidate, x[:1])
     assert small.structure == structure
@@ -682,6 +688,12 @@ def test_weights_in_half_precision_compute_what_they_do_in_float32(tmp_path):
         assert torch.allclose(loaded_net.eval()(x), expected, atol=1e-5)
 
 
+def save_with_example(path, net, x):
+    """A file of a net's weights, of inputs and of what it puts out for them."""
+    inputs = torch.cat([x, -x])
+    torch.save({"state_dict": net.state_dict(), "inputs": inputs, "outputs": net(inputs)}, path)
+
+
 EXAMPLE_CASES = [
     # (name, activation): what one reading alone computes.
     ("CNN of large kernels, averaged", "selu"),
@@ -699,10 +711,8 @@ def test_an_example_tells_how_a_net_is_read(tmp_path, name, activation):
     case = zoo.CASES[name]
     with zoo.replace_relu(activation):
         net, x = zoo.make_lively(case)
-        outputs = net(torch.cat([x, -x]))
+        save_with_example(tmp_path / "a.pt", net, x)
         expected = net(x.flip(3))
-    content = {"state_dict": net.state_dict(), "inputs": torch.cat([x, -x]), "outputs": outputs}
-    torch.save(content, tmp_path / "a.pt")
 
     loaded_net, checkpoint = sep.load_checkpoint(tmp_path / "a.pt")
 
@@ -713,6 +723,22 @@ def test_an_example_tells_how_a_net_is_read(tmp_path, name, activation):
         f"{tmp_path}/a.pt: read as {loaded_net.architecture.in_words()}; so it computes the "
         "outputs that the file holds"
     ]
+
+
+@pytest.mark.parametrize("name", zoo.EXAMPLE_CASES)
+@torch.no_grad()
+def test_unusual_chains_with_an_example_are_read_pruned_gated_and_exported(tmp_path, name):
+    net, x = zoo.make_lively(zoo.EXAMPLE_CASES[name])
+    save_with_example(tmp_path / "a.pt", net, x)
+
+    loaded_net = sep.load(tmp_path / "a.pt")[0].eval()
+
+    assert zoo.largest_difference(loaded_net(x.flip(3)), net(x.flip(3))) < 1e-4
+    check_pruning(loaded_net, x)
+    statistics = (0.5,) * loaded_net.channels
+    models.export_net(loaded_net, tmp_path / "a.pt2", statistics, statistics, x.shape[2])
+    exported = torch.export.load(tmp_path / "a.pt2").module()
+    assert zoo.largest_difference(exported(0.5 * x + 0.5), net(x)) < 1e-4
 
 
 @pytest.mark.parametrize(

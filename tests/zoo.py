@@ -925,6 +925,82 @@ CASES = {
 }
 
 
+# ---- nets that only an example of their outputs tells ------------------------------------------
+
+
+def make_alexnet():
+    """AlexNet for images of 64 x 64, in narrow: large strides, poolings of 3 x 3."""
+    features = sequence(
+        nn.Conv2d(3, 8, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(8, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        conv(16, 24, bias=True), nn.ReLU(), conv(24, 16, bias=True), nn.ReLU(),
+        conv(16, 16, bias=True), nn.ReLU(),
+    )  # fmt: skip
+    classifier = sequence(nn.Dropout(), nn.Linear(16 * 9, 32), nn.ReLU(), nn.Linear(32, 10))
+    return Layers(
+        lambda net, x: net.classifier(net.features(x).flatten(1)),
+        features=features,
+        classifier=classifier,
+    )
+
+
+def make_strided_cnn():
+    """Kernels of 4 x 4 with stride 2, as in the discriminator of a DCGAN."""
+    modules, inputs = [], 3
+    for width in (8, 16, 24):
+        layer = nn.Conv2d(inputs, width, 4, 2, 1, bias=False)
+        modules += [layer, nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+        inputs = width
+    return Layers(
+        lambda net, x: net.fc(net.main(x).flatten(1)),
+        main=sequence(*modules),
+        fc=nn.Linear(24 * 16, 10),
+    )
+
+
+def make_cnn_with_poolings(pool, places):
+    """Three convolutions, with that pooling after the first two."""
+
+    def run(net, x):
+        x = pool(F.relu(net.bn1(net.conv1(x))))
+        x = pool(F.relu(net.bn2(net.conv2(x))))
+        return net.fc2(F.relu(net.fc1(F.relu(net.conv3(x)).flatten(1))))
+
+    return Layers(
+        run,
+        conv1=conv(3, 8), bn1=nn.BatchNorm2d(8),
+        conv2=conv(8, 12), bn2=nn.BatchNorm2d(12),
+        conv3=conv(12, 16, bias=True),
+        fc1=nn.Linear(16 * places, 20), fc2=nn.Linear(20, 10),
+    )  # fmt: skip
+
+
+def make_strided_vgg():
+    """Stages of two convolutions, of which the second has a stride in place of a pooling."""
+    modules, inputs = [], 3
+    for width in (8, 12, 16, 20):
+        for stride in (1, 2):
+            modules += [conv(inputs, width, stride=stride), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+    return Layers(
+        lambda net, x: net.classifier(net.features(x).mean((2, 3))),
+        features=sequence(*modules),
+        classifier=nn.Linear(20, 10),
+    )
+
+
+EXAMPLE_CASES = {
+    "AlexNet": Case("pytorch/vision", make_alexnet, size=64, gain=GAIN_WITHOUT_NORMS),
+    "strided CNN": Case("pytorch/examples", make_strided_cnn),
+    "CNN, padded poolings of 3 x 3": Case(
+        "none", partial(make_cnn_with_poolings, nn.MaxPool2d(3, 2, 1), 64)
+    ),
+    "CNN, averages of 3 x 3": Case("none", partial(make_cnn_with_poolings, nn.AvgPool2d(3, 2), 49)),
+    "CNN, poolings of 4 x 4": Case("none", partial(make_cnn_with_poolings, nn.MaxPool2d(4), 4)),
+    "strided VGG": Case("none", make_strided_vgg),
+}
+
+
 @contextmanager
 def replace_relu(activation):
     """Nets that run within it have another of models.ACTIVATIONS where they have relu."""

@@ -148,8 +148,8 @@ POOLINGS = {
     "max 4 x 4": Pooling(True, 4, 4),
     "average 4 x 4": Pooling(False, 4, 4),
 }
-# Most small nets and VGGs have one of these.
-USUAL_POOLINGS = ("max", "average")
+# Where the batch norm of a convolution may stand. Nearly all nets have it before the activation.
+NORM_PLACES = ("before activation", "after activation", "after pooling")
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class Convolution:
     has_norm: bool = True
     pooling: str = ""  # one of POOLINGS, or none
     stride: int = 1
+    norm_place: str = NORM_PLACES[0]  # one of NORM_PLACES
 
     def map_size(self, size: int) -> int:
         """The side of the map that it and its pooling leave of one with that side."""
@@ -219,7 +220,14 @@ class ChainArchitecture:
             if convolution.stride > 1
         ]
         paddings = sorted({convolution.padding for convolution in self.convolutions})
-        words = [self.name, *strides, *poolings]
+        late_norms = sorted(
+            {
+                f"batch norms {convolution.norm_place}"
+                for convolution in self.convolutions
+                if convolution.has_norm and convolution.norm_place != NORM_PLACES[0]
+            }
+        )
+        words = [self.name, *strides, *poolings, *late_norms]
         if paddings:
             words.append(f"padding {' and '.join(map(str, paddings))}")
         return ", ".join([*words, self.activation])
@@ -329,6 +337,7 @@ class PrunableLayer:
     next_layer_name: str  # the layer that reads them
     pooling: str = ""  # one of POOLINGS, stands in between
     activation: str = "relu"
+    norm_place: str = NORM_PLACES[0]  # one of NORM_PLACES
 
 
 # The number in the name of a leaky relu is its slope below 0.
@@ -358,6 +367,19 @@ def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor
     if activation == "relu":
         return F.relu(y, inplace)
     return ACTIVATIONS[activation](y)
+
+
+def finish_layer(y: torch.Tensor, norm, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
+    """The batch norm of a prunable layer (None: it has none, or it is folded into the layer), its
+    activation and pooling, in their order."""
+    if norm is None:
+        return pool_and_activate(y, prunable, inplace=inplace)
+    if prunable.norm_place == "after pooling":
+        return norm(pool_and_activate(y, prunable, inplace=inplace))
+    if prunable.norm_place == "after activation":
+        y = norm(activate(y, prunable.activation, inplace=inplace))
+        return POOLINGS[prunable.pooling](y) if prunable.pooling else y
+    return pool_and_activate(norm(y), prunable, inplace=inplace)
 
 
 def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
@@ -425,10 +447,7 @@ class Net(nn.Module):
         gate = self.gates[index] if self.gates is not None else None
         if gate is not None:
             return gate(x, layer, norm, prunable), None
-        y = run_layer(layer, x)
-        if norm is not None:
-            y = norm(y)
-        return pool_and_activate(y, prunable), None
+        return finish_layer(run_layer(layer, x), norm, prunable), None
 
     @property
     def structure(self) -> tuple[int, ...]:
@@ -553,12 +572,17 @@ class ChainNet(Net):
         return names
 
     def list_prunable(self, names: list[tuple[str, str | None]]) -> None:
-        poolings = [convolution.pooling for convolution in self.architecture.convolutions]
-        poolings += [""] * len(self.architecture.hidden_norms)
-        activation = self.architecture.activation
+        convolutions = self.architecture.convolutions
+        poolings = [convolution.pooling for convolution in convolutions]
+        norm_places = [convolution.norm_place for convolution in convolutions]
+        hidden = len(self.architecture.hidden_norms)
         self.prunable = [
-            PrunableLayer(layer, norm, next_layer, pooling, activation)
-            for ((layer, norm), (next_layer, _)), pooling in zip(pairwise(names), poolings)
+            PrunableLayer(layer, norm, next_layer, pooling, self.architecture.activation, place)
+            for ((layer, norm), (next_layer, _)), pooling, place in zip(
+                pairwise(names),
+                poolings + [""] * hidden,
+                norm_places + [NORM_PLACES[0]] * hidden,
+            )
         ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -589,7 +613,7 @@ class ChainNet(Net):
         return [
             (prunable.layer_name, prunable.norm_name)
             for prunable in self.prunable
-            if prunable.norm_name
+            if prunable.norm_name and prunable.norm_place == NORM_PLACES[0]
         ]
 
 
@@ -1785,7 +1809,7 @@ def find_reading_by_example(state: dict, example: Example) -> Reading:
     """The reading of a state dict, with any of ACTIVATIONS, that computes the example. Raises one
     of READING_ERRORS where none does, or UserError where its numbers are not finite."""
     readings, first_error = [], None
-    for read in (read_state, partial(read_unusual_chain, size=example.size)):
+    for read in (read_state, partial(read_unusual_chains, size=example.size)):
         try:
             readings = read(state)
         except READING_ERRORS as error:
@@ -2075,12 +2099,30 @@ def read_state(state: dict) -> list[Reading]:
     return readings
 
 
-def read_unusual_chain(state: dict, size: int) -> list[Reading]:
-    """The unusual chains for images of that size that a state dict may be; errors as `read_state`.
+@dataclass(frozen=True)
+class UnusualChains:
+    """Which readings of a chain are meant beside the usual ones: those with strides or with any of
+    POOLINGS, for images of one size.
 
     There are thousands to most weights. Accuracy could not tell them apart, but an example can.
     """
-    readings = read_chain(list_modules(state), unusual_size=size)
+
+    size: int  # of the images, in pixels
+    norm_place: str  # of all convolutions; one of NORM_PLACES
+    has_late_hidden_norms: bool  # whether those of linear layers stand after the activation
+
+
+def read_unusual_chains(state: dict, size: int) -> list[Reading]:
+    """All UnusualChains of that size that a state dict may be; errors as those of `read_state`."""
+    readings, first_error = [], None
+    for norm_place, has_late_hidden_norms in product(NORM_PLACES, (False, True)):
+        unusual = UnusualChains(size, norm_place, has_late_hidden_norms)
+        try:
+            readings += read_chain(list_modules(state), unusual)
+        except READING_ERRORS as error:
+            first_error = first_error or error
+    if not readings:
+        raise first_error
     check_is_finite(state)
     return readings
 
@@ -2140,30 +2182,32 @@ def put_norm(state: dict, name: str, norm: FoundModule, bias=None) -> None:
 # ---- checkpoints: chains
 
 
-def read_chain(modules: list[FoundModule], unusual_size: int | None = None) -> list[Reading]:
-    """The readings of a chain of convolutions and linear layers; with `unusual_size` the unusual
-    ones, for images of that size. Raises UnreadableError."""
+def read_chain(modules: list[FoundModule], unusual: UnusualChains | None = None) -> list[Reading]:
+    """The readings of a chain of convolutions and linear layers: the usual ones, or those that
+    `unusual` means. Raises UnreadableError."""
     flatten_head(modules)
     convolutions = [module for module in modules if module.is_convolution]
     linear_layers = [module for module in modules if module.is_linear]
     check_chain(modules, convolutions, linear_layers)
+    layers = [*convolutions, *linear_layers]
     norm_of = match_norms(modules)
     if linear_layers[-1].name in norm_of:
         raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
-    fold_norms_after_activations(linear_layers, norm_of)
+    check_norm_places(convolutions, norm_of, unusual.norm_place if unusual else NORM_PLACES[0])
+    if unusual is not None:
+        check_is_unusual(unusual, layers, norm_of)
+    has_late_hidden_norms = unusual is not None and unusual.has_late_hidden_norms
+    fold_norms_after_activations(linear_layers, norm_of, is_any=has_late_hidden_norms)
     channels, head_size = find_inputs(convolutions, linear_layers)
-    layers = [*convolutions, *linear_layers]
-    if unusual_size is None:
+    if unusual is None:
         check_first_kernel(convolutions)
-    elif not convolutions:
-        raise UnreadableError("it has no convolutions, so nothing that may be unusual")
     architectures = list_chains(
         convolutions,
         linear_layers,
         norm_of,
         channels=channels,
         head_size=head_size,
-        unusual_size=unusual_size,
+        unusual=unusual,
     )
     widths = [module.outputs for module in layers[:-1]]
     states = {}  # Architectures with the same names of layers share one.
@@ -2199,7 +2243,12 @@ def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> d
         prunable_layers = build_net(architecture, [1] * architecture.prunable_count).prunable
     state = {}
     for prunable, module in zip(prunable_layers, layers):
-        put_layer(state, prunable.layer_name, module, prunable.norm_name, norm_of.get(module.name))
+        norm = norm_of.get(module.name)
+        if norm is not None and prunable.norm_place != NORM_PLACES[0]:
+            put_layer(state, prunable.layer_name, module, None, None)
+            put_norm(state, prunable.norm_name, norm)
+        else:
+            put_layer(state, prunable.layer_name, module, prunable.norm_name, norm)
     put_layer(state, prunable_layers[-1].next_layer_name, layers[-1], None, None)
     return state
 
@@ -2272,12 +2321,41 @@ def is_after_activation(norm: FoundModule, layer: FoundModule) -> bool:
     return sequence_number(norm) - sequence_number(layer) > 1
 
 
-def fold_norms_after_activations(linear_layers, norm_of: dict[str, FoundModule]) -> None:
+def check_norm_places(convolutions, norm_of: dict[str, FoundModule], place: str) -> None:
+    """Raise UnreadableError where numbers say that the norm of a convolution stands elsewhere."""
+    for layer in convolutions:
+        norm = norm_of.get(layer.name)
+        if norm is None or not are_in_one_sequence(layer, norm):
+            continue
+        if is_after_activation(norm, layer) and place == NORM_PLACES[0]:
+            raise UnreadableError(
+                f"{norm.name} stands after an activation, not before it; that is taken only where "
+                "the file holds inputs and outputs of the net, too (docs/your-net.md)"
+            )
+        if not is_after_activation(norm, layer) and place != NORM_PLACES[0]:
+            raise UnreadableError(f"{norm.name} stands right behind {layer.name}")
+
+
+def check_is_unusual(unusual: UnusualChains, layers, norm_of: dict[str, FoundModule]) -> None:
+    """Raise UnreadableError where other UnusualChains would be read alike: a norm that is to stand
+    late is not there."""
+    with_norm = [layer for layer in layers if layer.name in norm_of]
+    has_late_norms = unusual.norm_place != NORM_PLACES[0]
+    if has_late_norms and not any(layer.is_convolution for layer in with_norm):
+        raise UnreadableError("no norm stands behind a convolution")
+    if unusual.has_late_hidden_norms and not any(layer.is_linear for layer in with_norm):
+        raise UnreadableError("no norm stands behind a linear layer")
+
+
+def fold_norms_after_activations(
+    linear_layers, norm_of: dict[str, FoundModule], *, is_any: bool
+) -> None:
     """Fold norms that stand after the activation of a linear layer into the next linear layer: the
-    scale into its weights, the shift into its bias. Changes the layers and `norm_of` in place."""
+    scale into its weights, the shift into its bias. They are those that numbers show, or with
+    `is_any` all. Changes the layers and `norm_of` in place."""
     for layer, after in pairwise(linear_layers):
         norm = norm_of.get(layer.name)
-        if norm is not None and is_after_activation(norm, layer):
+        if norm is not None and (is_any or is_after_activation(norm, layer)):
             fold_norm_into(after, norm)
             del norm_of[layer.name]
 
@@ -2302,8 +2380,7 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
     the first layer without a norm that has its width. After more layers than norms, numbers in the
     names count: conv1, conv2, bn1.
 
-    Raises UnreadableError where a norm is left over, or stands after the activation of a
-    convolution.
+    Raises UnreadableError where a norm is left over.
     """
     norm_of = {}
     loose = []
@@ -2321,8 +2398,6 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
         loose += norms[len(pairs) :]
         for layer, norm in pairs:
             norm_of[layer.name] = norm
-            if layer.is_convolution and is_after_activation(norm, layer):
-                raise UnreadableError(f"{norm.name} stands after an activation, not before it")
     for norm in loose:
         for layer in modules:
             if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
@@ -2400,21 +2475,23 @@ def list_chains(
     *,
     channels: int,
     head_size: int,
-    unusual_size: int | None = None,
+    unusual: UnusualChains | None = None,
 ) -> list[ChainArchitecture]:
-    """The architectures that fit, the likeliest first. With `unusual_size` those with strides or
-    unusual poolings, for images of that size. Raises UnreadableError where none fits."""
+    """The architectures that fit, the likeliest first: the usual ones, or those that `unusual`
+    means. Raises UnreadableError where none fits."""
     hidden_norms = tuple(module.name in norm_of for module in linear_layers[:-1])
     is_vgg = len(convolutions) >= VGG_CONVOLUTIONS
     sizes = GRAY_SIZES if channels == 1 else COLOUR_SIZES
-    if unusual_size is None:
+    norm_place = NORM_PLACES[0]
+    if unusual is None:
         paddings_of_all = list_paddings(convolutions)
         ways_to_shrink = [
             (poolings, (1,) * len(convolutions))
             for poolings in list_poolings(convolutions, norm_of)
         ]
     else:
-        sizes = (unusual_size,)
+        sizes = (unusual.size,)
+        norm_place = unusual.norm_place
         paddings_of_all = list_unusual_paddings(convolutions)
         ways_to_shrink = list_unusual_ways_to_shrink(convolutions, norm_of)
     averaging = (False,)
@@ -2431,7 +2508,9 @@ def list_chains(
             linear_layers[-1].outputs,
             channels,
             sizes[0],  # until `fit_size` finds one that fits
-            convolutions=describe_convolutions(convolutions, norm_of, poolings, strides, paddings),
+            convolutions=describe_convolutions(
+                convolutions, norm_of, poolings, strides, paddings, norm_place
+            ),
             hidden_norms=hidden_norms,
             head_size=head_size,
             is_averaged=is_averaged,
@@ -2445,7 +2524,7 @@ def list_chains(
             f"{linear_layers[0].name} reads {head_size} x {head_size} places of each channel, "
             "which no usual paddings and poolings leave of any image"
         )
-    if unusual_size is not None:
+    if unusual is not None:
         return architectures[:MAX_UNUSUAL_CHAINS]
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
     with_relu = [name_as_lenet5(architecture) for architecture in architectures]
@@ -2456,15 +2535,19 @@ def list_chains(
 
 
 def describe_convolutions(
-    convolutions, norm_of, poolings, strides, paddings
+    convolutions, norm_of, poolings, strides, paddings, norm_place: str
 ) -> tuple[Convolution, ...]:
-    """The convolutions of a chain, with that pooling, stride and padding of each."""
+    """The convolutions of a chain, with that pooling, stride and padding of each, and norms at that
+    place."""
     described = []
     for module, pooling, stride, padding in zip(convolutions, poolings, strides, paddings):
         has_norm = module.name in norm_of
-        # A norm takes the bias in.
-        has_bias = module.bias is not None and not has_norm
-        described.append(Convolution(module.kernel, padding, has_bias, has_norm, pooling, stride))
+        place = norm_place if has_norm else NORM_PLACES[0]
+        # A norm right behind a convolution takes the bias in.
+        has_bias = module.bias is not None and not (has_norm and place == NORM_PLACES[0])
+        described.append(
+            Convolution(module.kernel, padding, has_bias, has_norm, pooling, stride, place)
+        )
     return tuple(described)
 
 
@@ -2585,8 +2668,8 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
 
 # ---- checkpoints: unusual chains
 
-# ours: of so many one may be right.
-MAX_UNUSUAL_CHAINS = 3000
+# ours: so many are tried for each place of the norms, those with the fewest strides.
+MAX_UNUSUAL_CHAINS = 2000
 # ours: a first convolution with such a kernel may have a stride of 4 (AlexNet).
 ALEXNET_KERNEL = 8
 
@@ -2594,14 +2677,17 @@ ALEXNET_KERNEL = 8
 def list_unusual_paddings(convolutions) -> list[tuple[int, ...]]:
     """As `list_paddings`, and more: even kernels padded as those of DCGAN's discriminator, the
     first convolution with half the usual padding (AlexNet)."""
+    if not convolutions:
+        return [()]
     same = [(module.kernel - 1) // 2 for module in convolutions]
     halved = (same[0] // 2, *same[1:])
     return list(dict.fromkeys([*list_paddings(convolutions), tuple(same), halved]))
 
 
 def list_unusual_ways_to_shrink(convolutions, norm_of) -> list[tuple[tuple, tuple]]:
-    """(the pooling, the stride) of each convolution, for nets that have a stride somewhere or
-    poolings that are not usual; the fewer of both, the earlier."""
+    """(the pooling, the stride) of each convolution; those with the fewest strides first."""
+    if not convolutions:
+        return [((), ())]
     poolable = may_be_pooled(convolutions, norm_of)
     if len(convolutions) >= VGG_CONVOLUTIONS:
         choices = list_vgg_choices(convolutions, poolable)
@@ -2610,8 +2696,7 @@ def list_unusual_ways_to_shrink(convolutions, norm_of) -> list[tuple[tuple, tupl
     found = []
     for is_pooled, strides in choices:
         for kind in POOLINGS if any(is_pooled) else ("",):
-            if max(strides) > 1 or kind not in ("", *USUAL_POOLINGS):
-                found.append((tuple(kind if pooled else "" for pooled in is_pooled), strides))
+            found.append((tuple(kind if pooled else "" for pooled in is_pooled), strides))
     return found
 
 
@@ -3198,12 +3283,17 @@ def fold_batch_norms(net: Net) -> Net:
     """A copy of `net` for inference, with the batch norms of `layers_and_norms` folded into their
     layers."""
     net = deepcopy(net).eval()
-    for layer_name, norm_name in net.layers_and_norms():
+    pairs = net.layers_and_norms()
+    for layer_name, norm_name in pairs:
         layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         net.set_submodule(layer_name, fuse(layer, norm))
         net.set_submodule(norm_name, nn.Identity())
-    net.prunable = [replace(prunable, norm_name=None) for prunable in net.prunable]
+    folded = {norm_name for _, norm_name in pairs}
+    net.prunable = [
+        replace(prunable, norm_name=None) if prunable.norm_name in folded else prunable
+        for prunable in net.prunable
+    ]
     return net
 
 

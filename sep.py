@@ -15,6 +15,7 @@ the paper does not give is marked `ours`.
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -111,10 +112,8 @@ class SEGate(nn.Module):
         if self.usage is not None:
             self.usage.add(chosen_groups)
         mask = self.masks.index_select(0, chosen_groups)  # (B, C)
-        y = models.run_layer(layer, x)
-        if norm is not None:
-            y = masked_batch_norm(y, mask, norm)
-        y = models.pool_and_activate(y, prunable)
+        masked_norm = None if norm is None else partial(masked_batch_norm, mask=mask, norm=norm)
+        y = models.finish_layer(models.run_layer(layer, x), masked_norm, prunable)
         # Last of all: a norm's shift, or a sigmoid, makes something of zeros.
         ones = [1] * (y.dim() - 2)
         return y * mask.reshape(*mask.shape, *ones).to(y.dtype)
@@ -629,25 +628,48 @@ class GatheringLayer:
         return weight, bias
 
 
+class GatheringNorm:
+    """A batch norm after an activation, for inference on one image, of the channels at work."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - scale * norm.running_mean
+        self.scale, self.shift = (each.detach()[:, None, None] for each in (scale, shift))
+
+    def __call__(self, y, own: KernelGroup | None = None):
+        """(1, C', H, W) -> the same shape. `own` is the group that the layer chose."""
+        if own is None:
+            return y * self.scale + self.shift
+        return y * self.scale[own.channels] + self.shift[own.channels]
+
+
 class PlainRunner:
     """A prunable layer without a gate, on one image."""
 
-    def __init__(self, layer: GatheringLayer, prunable: PrunableLayer):
+    def __init__(self, layer: GatheringLayer, norm: GatheringNorm | None, prunable: PrunableLayer):
         self.layer = layer
+        self.norm = norm
         self.prunable = prunable
 
     def __call__(self, x, previous: KernelGroup | None):
         """As Net.run_prunable: x (1, C_in', H, W) -> (y (1, C', H', W'), the group that was chosen
         or None). `previous` is the group that the layer before chose."""
-        y = models.pool_and_activate(self.layer(x, previous), self.prunable, inplace=True)
-        return y, None
+        y = self.layer(x, previous)
+        return models.finish_layer(y, self.norm, self.prunable, inplace=True), None
 
 
 class GatedRunner:
     """A prunable layer with its gate, on one image: it runs only the chosen kernels."""
 
-    def __init__(self, layer: GatheringLayer, prunable: PrunableLayer, gate: SEGate):
+    def __init__(
+        self,
+        layer: GatheringLayer,
+        norm: GatheringNorm | None,
+        prunable: PrunableLayer,
+        gate: SEGate,
+    ):
         self.layer = layer
+        self.norm = norm
         self.prunable = prunable
         self.kernel_groups = [
             KernelGroup(gate.channels_of_group(group), gate.width)
@@ -663,8 +685,9 @@ class GatedRunner:
         squeezed = squeeze(x, is_linear=self.layer.is_linear)[0].to(self.weight.dtype)
         scores = torch.addmv(self.bias, self.gather_weight(previous), squeezed)
         chosen = self.kernel_groups[int(scores.argmax())]
+        norm = None if self.norm is None else partial(self.norm, own=chosen)
         y = self.layer(x, previous, chosen)
-        return models.pool_and_activate(y, self.prunable, inplace=True), chosen
+        return models.finish_layer(y, norm, self.prunable, inplace=True), chosen
 
     def gather_weight(self, previous: KernelGroup | None) -> torch.Tensor:
         """The gate's weight (groups, inputs') on the channels at work."""
@@ -702,10 +725,12 @@ def make_single_image_net(net: Net) -> Net:
     net.layer_runners = []
     for prunable, gate in zip(net.prunable, gates):
         layer = attrgetter(prunable.layer_name)(net)
+        # Norms before the activation are folded into their layers.
+        norm = GatheringNorm(net.get_submodule(prunable.norm_name)) if prunable.norm_name else None
         if gate is None:
-            net.layer_runners.append(PlainRunner(layer, prunable))
+            net.layer_runners.append(PlainRunner(layer, norm, prunable))
         else:
-            net.layer_runners.append(GatedRunner(layer, prunable, gate))
+            net.layer_runners.append(GatedRunner(layer, norm, prunable, gate))
     return net
 
 

@@ -964,7 +964,8 @@ Activation = Annotated[
     typer.Option(
         metavar="NAME",
         help="of a net from elsewhere, for its weights do not tell it: relu, tanh, sigmoid, elu, "
-        "gelu, silu, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2; default: what the tool finds",
+        "gelu, silu, relu6, selu, hardswish, mish, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2; "
+        "default: what the tool finds",
         show_default=False,
     ),
 ]

@@ -989,6 +989,34 @@ def make_strided_vgg():
     )
 
 
+def make_cnn_with_late_norms(*, is_pooled_last):
+    """Convolution, relu, batch norm and pooling, or the last two the other way round; in the hidden
+    linear layer, too, the norm stands last."""
+
+    def run(net, x):
+        for layer, norm in ((net.conv1, net.bn1), (net.conv2, net.bn2)):
+            x = F.relu(layer(x))
+            x = F.max_pool2d(norm(x), 2) if is_pooled_last else norm(F.max_pool2d(x, 2))
+        return net.fc2(net.bn3(F.relu(net.fc1(x.flatten(1)))))
+
+    return Layers(
+        run,
+        conv1=conv(3, 8, bias=True), bn1=nn.BatchNorm2d(8),
+        conv2=conv(8, 12, bias=True), bn2=nn.BatchNorm2d(12),
+        fc1=nn.Linear(12 * 64, 20), bn3=nn.BatchNorm1d(20), fc2=nn.Linear(20, 10),
+    )  # fmt: skip
+
+
+def make_late_norm_sequence():
+    """The same in one nn.Sequential, whose numbers show where the norms stand."""
+    modules, inputs = [], 3
+    for width in (8, 12, 16):
+        modules += [conv(inputs, width, bias=True), nn.ReLU(), nn.BatchNorm2d(width)]
+        modules.append(nn.MaxPool2d(2))
+        inputs = width
+    return sequence(*modules, nn.Flatten(), nn.Linear(16 * 16, 10))
+
+
 EXAMPLE_CASES = {
     "AlexNet": Case("pytorch/vision", make_alexnet, size=64, gain=GAIN_WITHOUT_NORMS),
     "strided CNN": Case("pytorch/examples", make_strided_cnn),
@@ -998,6 +1026,13 @@ EXAMPLE_CASES = {
     "CNN, averages of 3 x 3": Case("none", partial(make_cnn_with_poolings, nn.AvgPool2d(3, 2), 49)),
     "CNN, poolings of 4 x 4": Case("none", partial(make_cnn_with_poolings, nn.MaxPool2d(4), 4)),
     "strided VGG": Case("none", make_strided_vgg),
+    "CNN, norm before the pooling": Case(
+        "none", partial(make_cnn_with_late_norms, is_pooled_last=True)
+    ),
+    "CNN, norm after the pooling": Case(
+        "none", partial(make_cnn_with_late_norms, is_pooled_last=False)
+    ),
+    "sequence, norms after relus": Case("none", make_late_norm_sequence),
 }
 
 

@@ -2522,7 +2522,9 @@ def list_chains(
     if not architectures:
         raise UnreadableError(
             f"{linear_layers[0].name} reads {head_size} x {head_size} places of each channel, "
-            "which no usual paddings and poolings leave of any image"
+            "which no usual paddings and poolings leave of any image; if it has strides, or other "
+            "poolings than 2 x 2, put some inputs and outputs of it into the file "
+            "(docs/your-net.md)"
         )
     if unusual is not None:
         return architectures[:MAX_UNUSUAL_CHAINS]

@@ -1072,7 +1072,8 @@ class UserNet:
             self.readings[0].architecture.check_size(size)
             raise UserError(
                 f"{self.path}: no reading of its weights takes images of {size} x {size} pixels; "
-                "strided convolutions and poolings other than 2 x 2 are not known"
+                "if it has strides, or other poolings than 2 x 2, put some inputs and outputs of "
+                "it into the file (docs/your-net.md)"
             )
 
     def describe_source(self) -> str:
@@ -1308,10 +1309,12 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     ending = ""
     if not found.is_only_best:
         ending = "; others get as many or nearly, so this may be the wrong one"
+    reading = ""
+    if user_net.readings:
+        reading = f", and the net read as {found.net.architecture.in_words()}"
     say(
-        f"images normalised by {found.normalisation}, and the net read as "
-        f"{found.net.architecture.in_words()}: of all that was tried this fits best, and gets "
-        f"{found.accuracy:.2%} of {found.images:,} training images right{ending}"
+        f"images normalised by {found.normalisation}{reading}: of all that was tried this fits "
+        f"best, and gets {found.accuracy:.2%} of {found.images:,} training images right{ending}"
     )
     if found.has_strange_norms:
         say(
@@ -1363,8 +1366,9 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
 # ---- opening a run: checks and warnings --------------------------------------------------------
 
 WHY_A_NET_GUESSES = (
-    "it was hardly trained, or it is another net (weights do not show strides, nor all poolings), "
-    "for other images, for images normalised in another way, or with its classes in another order"
+    "it was hardly trained, or it is another net (weights do not show strides, nor all poolings; "
+    "docs/your-net.md says what does), for other images, for images normalised in another way, or "
+    "with its classes in another order"
 )
 
 

@@ -1721,6 +1721,38 @@ def measure_norm_mismatches(net: Net, images: Images) -> list[float | None]:
     return mismatches
 
 
+def take_matching_norm_place(net: Net, images: Images) -> Net:
+    """`net`, or the same with its batch norms after the poolings in place of after the activations
+    or the other way round, whichever matches better what the norms remember.
+
+    Where no norm has a negative scale both compute the same, but in training they read different
+    maps. Where they do not, or where norms stand before the activations, `net` itself is returned.
+    """
+    after_activation, after_pooling = models.NORM_PLACES[1:]
+    other_place = {after_activation: after_pooling, after_pooling: after_activation}
+    architecture = net.architecture
+    convolutions = getattr(architecture, "convolutions", ())
+    if not any(each.pooling and each.norm_place in other_place for each in convolutions):
+        return net
+    changed = tuple(
+        replace(each, norm_place=other_place.get(each.norm_place, each.norm_place))
+        for each in convolutions
+    )
+    other = models.build_net(replace(architecture, convolutions=changed), net.widths)
+    models.load_weights(other, net.state_dict())
+    other = other.to(next(net.parameters()).device).eval()
+    images = images.select(slice(4 * NORM_IMAGES))
+    sample = images.select(slice(32))
+    logits, other_logits = (compute_logits(each, sample, in_float32=True) for each in (net, other))
+    if not torch.allclose(logits, other_logits, rtol=1e-4, atol=1e-5):
+        return net
+    mismatches = [
+        min(filter(None, measure_norm_mismatches(each, images)), default=math.inf)
+        for each in (net.eval(), other)
+    ]
+    return other if mismatches[1] < mismatches[0] else net
+
+
 class NormInputs:
     """The mean and variance of all that a batch norm has read: per channel, (C,)."""
 

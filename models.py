@@ -24,7 +24,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -340,17 +340,17 @@ class PrunableLayer:
     norm_place: str = NORM_PLACES[0]  # one of NORM_PLACES
 
 
-# The number in the name of a leaky relu is its slope below 0.
+# The usual ones first. The number in the name of a leaky relu is its slope below 0.
 ACTIVATIONS = {
     "relu": F.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "silu": F.silu,
     "leaky_relu_0.01": partial(F.leaky_relu, negative_slope=0.01),
     "leaky_relu_0.1": partial(F.leaky_relu, negative_slope=0.1),
     "leaky_relu_0.2": partial(F.leaky_relu, negative_slope=0.2),
     "elu": F.elu,
-    "gelu": F.gelu,
-    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
     "relu6": F.relu6,
     "selu": F.selu,
     "hardswish": F.hardswish,
@@ -570,6 +570,19 @@ class ChainNet(Net):
             names.append((f"classifier.{3 * number}", norm))
         self.classifier = nn.Sequential(modules)
         return names
+
+    def become(self, architecture: ChainArchitecture) -> None:
+        """Take the strides, paddings, poolings and activation of another chain of the same layers.
+
+        The names of a VGG's layers, which depend on where poolings stand, stay.
+        """
+        self.architecture = architecture
+        for convolution, prunable in zip(architecture.convolutions, self.prunable):
+            layer = self.get_submodule(prunable.layer_name)
+            layer.stride = (convolution.stride, convolution.stride)
+            layer.padding = (convolution.padding, convolution.padding)
+        names = [(prunable.layer_name, prunable.norm_name) for prunable in self.prunable]
+        self.list_prunable([*names, (self.prunable[-1].next_layer_name, None)])
 
     def list_prunable(self, names: list[tuple[str, str | None]]) -> None:
         convolutions = self.architecture.convolutions
@@ -965,8 +978,14 @@ def build_net(architecture, widths) -> Net:
         )
     if architecture.activation not in ACTIVATIONS:
         raise UserError(f"unknown activation '{architecture.activation}'")
-    is_chain = isinstance(architecture, ChainArchitecture)
-    return (ChainNet if is_chain else ResNet)(architecture, widths)
+    if isinstance(architecture, ResNetArchitecture):
+        return ResNet(architecture, widths)
+    for convolution in architecture.convolutions:
+        if convolution.pooling not in ("", *POOLINGS):
+            raise UserError(f"unknown pooling '{convolution.pooling}'")
+        if convolution.norm_place not in NORM_PLACES:
+            raise UserError(f"unknown place of a batch norm '{convolution.norm_place}'")
+    return ChainNet(architecture, widths)
 
 
 def build_like(net: Net, widths) -> Net:
@@ -1361,7 +1380,8 @@ def read_safetensors(path: Path) -> dict:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged, or no safetensors file: {error}") from error
-    return restore_order(tensors)
+    others = {key: tensors.pop(key) for key in EXAMPLE_KEYS + NORMALISATION_KEYS if key in tensors}
+    return restore_order(tensors) | others
 
 
 def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -1538,8 +1558,8 @@ def describe_shape(tensor: torch.Tensor) -> str:
 #                       every architecture that fits, the likeliest first, each as a Reading
 #
 # What shapes and names do not say (where poolings stand, which kind of shortcut it is) has several
-# readings. An Example in the file tells which is right. Without one nothing here knows:
-# controller.find_reading tries them on images.
+# readings. An Example in the file tells which is right, and `find_reading_by_example` takes that
+# one. Without one nothing here knows: controller.find_reading tries them on images.
 
 KNOWN_NETS = (
     "LeNets and perceptrons, VGGs, ResNets of basic blocks, bottlenecks and pre-activated blocks"
@@ -1639,6 +1659,11 @@ class UnreadableError(Exception):
     """Why a state dict is not of some kind of net."""
 
 
+class UnusualError(UnreadableError):
+    """The same of a net that may be taken with an Example."""
+
+
+# What a state dict of some other net may raise.
 READING_ERRORS = (
     UnreadableError,
     # Half a batch norm, tensors of odd kinds and the like.
@@ -1651,81 +1676,37 @@ READING_ERRORS = (
 )
 
 
-def recognise_state_dict(content, path: Path) -> dict:
-    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
-    none where an example in the file has told which is right. `notes` say what was taken from it.
-
-    Raises UserError where it is of no net that this tool knows.
-    """
-    example = read_example(content, path)
-    facts = {}
-    if example is not None:
-        facts = read_normalisation(content, example.channels, path)
-        content = {key: value for key, value in content.items() if key not in EXAMPLE_KEYS}
-    readings, notes = read_first_net(content, path, example)
-    first = readings[0]
-    if example is not None:
-        notes.append(
-            f"{path}: read as {first.architecture.in_words()}; so it computes the outputs that "
-            "the file holds"
-        )
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "architecture": asdict(first.architecture),
-        "widths": first.widths,
-        "gates": None,
-        "state": first.state,
-        "facts": facts,
-        "readings": readings if example is None else [],
-        "notes": notes,
-    }
-
-
-def read_first_net(
-    content, path: Path, example: "Example | None" = None
-) -> tuple[list[Reading], list[str]]:
-    """(readings, notes) of the first state dict in a file that is a known net; with an `example`
-    the one reading that computes it. Raises UserError."""
-    first_error = None
-    for state, notes in find_state_dicts(content, path):
-        try:
-            if example is not None:
-                return [find_reading_by_example(state, example)], notes
-            return read_state(state), notes
-        except READING_ERRORS as error:
-            first_error = first_error or error
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    reason = str(first_error)
-    if not isinstance(first_error, UnreadableError):
-        reason = f"its tensors are of no net that this tool knows ({first_error!r})"
-    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from first_error
-
-
 # ---- checkpoints: an example of what a foreign net computes
 
 # A file has an example where it holds both, beside the state dict.
-EXAMPLE_KEYS = {"inputs", "outputs"}
-# ours: so many of an example's inputs are tried.
-MAX_EXAMPLE_INPUTS = 8
-# ours: logarithms of probabilities count down to here; in float32 smaller ones get lost.
-LEAST_LOG_PROBABILITY = -60.0
+EXAMPLE_KEYS = ("inputs", "outputs")
+# ... and perhaps how images are normalised.
+NORMALISATION_KEYS = ("mean", "std")
+# ours: so many of an example's inputs are tried; each gives as many numbers as there are classes.
+MAX_EXAMPLE_INPUTS = 4
 # ours: a reading is right up to this difference (`Example.difference_of`), of several the nearest
 # one. A GPU rounds convolutions so that a right one has up to 0.01.
 EXAMPLE_TOLERANCE = 0.02
-# ours: below this difference nothing but rounding differs, and no other reading is tried.
+# ours: the user is told of a difference from here on.
+STRANGE_DIFFERENCE = 1e-3
+# ours: below this difference no nearer reading is looked for.
 ROUNDING_DIFFERENCE = 1e-4
+# ours: logarithms of probabilities count down to here. In float32 smaller ones get lost.
+LEAST_LOG_PROBABILITY = -60.0
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
     """Some inputs of a foreign net and what it puts out for them: this tells what weights do not.
 
-    A net may put out logits, probabilities, or their logarithms, so the last are compared.
+    The outputs may be logits, the logarithms of probabilities, or probabilities. Of the last the
+    logarithms are kept.
     """
 
     inputs: torch.Tensor  # (N, C, H, H), float32
-    log_probabilities: torch.Tensor  # (N, classes), float32
+    outputs: torch.Tensor  # (N, classes), float32
+    are_probabilities: bool
+    normalisation: dict[str, list[float]]  # "mean" and "std" by channel; {} where it is not known
 
     @property
     def channels(self) -> int:
@@ -1738,92 +1719,120 @@ class Example:
 
     @property
     def classes(self) -> int:
-        return self.log_probabilities.shape[1]
+        return self.outputs.shape[1]
 
     def difference_of(self, logits: torch.Tensor) -> float:
-        """How far other logits (N, classes) are from the example: the root of the mean square, as a
-        share of how far the outputs of different inputs are apart."""
-        difference = logits.log_softmax(1).clamp(min=LEAST_LOG_PROBABILITY) - self.log_probabilities
-        spread = self.log_probabilities - self.log_probabilities.mean(0)
+        """How far the logits (M, classes) of the first M inputs are from the example: the root of
+        the mean square, as a share of how far the outputs of different inputs are apart.
+
+        What is added to all logits of an image does not count, as in a softmax.
+        """
+        if self.are_probabilities:
+            logits = logits.log_softmax(1).clamp(min=LEAST_LOG_PROBABILITY)
+        outputs = centre(self.outputs)
+        difference = centre(logits) - outputs[: len(logits)]
+        spread = outputs - outputs.mean(0)
         return float((difference.square().mean() / spread.square().mean()).sqrt())
 
 
-def read_example(content, path: Path) -> Example | None:
-    """The example in a file; None where it has none. Raises UserError where it tells nothing."""
-    if not isinstance(content, dict) or not EXAMPLE_KEYS.issubset(content):
-        return None
-    inputs, outputs = content["inputs"], content["outputs"]
+def centre(outputs: torch.Tensor) -> torch.Tensor:
+    """Outputs (N, classes) less their mean for each input."""
+    return outputs - outputs.mean(1, keepdim=True)
+
+
+def take_example(content, path: Path) -> tuple[Example | None, object]:
+    """(the example in a file's content or None, the content without it). Raises UserError where the
+    example tells nothing."""
+    if not isinstance(content, dict):
+        return None, content
+    inputs, outputs = (content.get(key) for key in EXAMPLE_KEYS)
+    if not isinstance(inputs, torch.Tensor) or not isinstance(outputs, torch.Tensor):
+        return None, content
+    check_example(inputs, outputs, path)
+    normalisation = read_normalisation(content, inputs.shape[1], path)
+    inputs, outputs = (each[:MAX_EXAMPLE_INPUTS].detach().float() for each in (inputs, outputs))
+    sums = outputs.sum(1)
+    # In half precision they sum up to 1 less exactly.
+    are_probabilities = bool(outputs.min() >= 0) and torch.allclose(
+        sums, torch.ones_like(sums), atol=0.02
+    )
+    if are_probabilities:
+        outputs = outputs.log().clamp(min=LEAST_LOG_PROBABILITY)
+    rest = {
+        key: value for key, value in content.items() if key not in EXAMPLE_KEYS + NORMALISATION_KEYS
+    }
+    return Example(inputs, outputs, are_probabilities, normalisation), rest
+
+
+def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> None:
+    """Raise UserError where these are no inputs and outputs of a net that tell what it is."""
     advice = (
         "make them by: inputs = torch.randn(8, channels, pixels, pixels); "
         "outputs = net.eval()(inputs)"
     )
-    for tensor, dimensions in ((inputs, 4), (outputs, 2)):
-        is_of_numbers = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if not is_of_numbers or tensor.dim() != dimensions or len(tensor) != len(inputs):
-            raise UserError(
-                f"{path}: its inputs are no (N, channels, pixels, pixels), or its outputs no "
-                f"(N, classes), of numbers with a point; {advice}"
-            )
-    if inputs.shape[2] != inputs.shape[3]:
-        raise UserError(f"{path}: its inputs are no squares, but {describe_shape(inputs)}")
-    inputs = inputs[:MAX_EXAMPLE_INPUTS].detach().float()
-    outputs = outputs[:MAX_EXAMPLE_INPUTS].detach().float()
-    log_probabilities = log_probabilities_of(outputs)
-    if not inputs.isfinite().all() or not log_probabilities.isfinite().all():
+    if inputs.dim() != 4 or inputs.shape[2] != inputs.shape[3] or not inputs.is_floating_point():
+        raise UserError(
+            f"{path}: its inputs, {describe_shape(inputs)} of {inputs.dtype}, are no "
+            f"floating-point numbers of the shape (N, channels, pixels, pixels); {advice}"
+        )
+    if outputs.dim() != 2 or len(outputs) != len(inputs) or not outputs.is_floating_point():
+        raise UserError(
+            f"{path}: its outputs, {describe_shape(outputs)} of {outputs.dtype}, are no "
+            f"floating-point numbers of the shape (N, classes) for its {len(inputs)} inputs; "
+            f"{advice}"
+        )
+    if not inputs.isfinite().all() or not outputs.isfinite().all():
         raise UserError(f"{path}: its inputs or outputs are not all finite; {advice}")
-    if torch.allclose(log_probabilities, log_probabilities.mean(0), rtol=0, atol=1e-6):
+    if len(inputs) < 2:
+        raise UserError(f"{path}: it has {len(inputs)} inputs, needed are two or more; {advice}")
+    first_outputs = centre(outputs[:MAX_EXAMPLE_INPUTS].float())
+    if torch.allclose(first_outputs, first_outputs[:1], rtol=1e-5, atol=1e-7):
         raise UserError(f"{path}: its outputs are the same for all its inputs; {advice}")
-    return Example(inputs, log_probabilities)
-
-
-def log_probabilities_of(outputs: torch.Tensor) -> torch.Tensor:
-    """(N, classes) -> the same, of logits, of probabilities, or of their logarithms."""
-    sums = outputs.sum(1)
-    if outputs.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        outputs = outputs.log()
-    return outputs.log_softmax(1).clamp(min=LEAST_LOG_PROBABILITY)
 
 
 def read_normalisation(content: dict, channels: int, path: Path) -> dict[str, list[float]]:
-    """The `mean` and `std` of a file, a number for each channel; {} where it does not have both.
-    Raises UserError."""
-    if not {"mean", "std"}.issubset(content):
+    """The mean and std of images in a file, a number for each channel; {} where it has none. Raises
+    UserError."""
+    if not any(key in content for key in NORMALISATION_KEYS):
         return {}
-    facts = {}
-    for key in ("mean", "std"):
+    normalisation = {}
+    for key in NORMALISATION_KEYS:
         try:
-            values = torch.as_tensor(content[key], dtype=torch.float64).flatten()
+            values = torch.as_tensor(content.get(key), dtype=torch.float64).flatten()
         except (TypeError, ValueError, RuntimeError):
             values = torch.empty(0)
-        is_valid = len(values) == channels and bool(values.isfinite().all())
-        if not is_valid or (key == "std" and values.min() <= 0):
+        is_valid = len(values) == channels and bool(((values >= 0) & (values <= 1)).all())
+        if not is_valid or (key == "std" and values.min() == 0):
             raise UserError(
-                f"{path}: its {key} is no list of {channels} numbers, one for each channel of its "
-                "inputs; a std has to be above 0"
+                f"{path}: its {key} has to be {channels} numbers between 0 and 1, one for each "
+                "channel of images with pixels between 0 and 1; leave out mean and std if you do "
+                "not know them"
             )
-        facts[key] = values.tolist()
-    return facts
+        normalisation[key] = values.tolist()
+    return normalisation
 
 
 def find_reading_by_example(state: dict, example: Example) -> Reading:
     """The reading of a state dict, with any of ACTIVATIONS, that computes the example. Raises one
     of READING_ERRORS where none does, or UserError where its numbers are not finite."""
-    readings, first_error = [], None
-    for read in (read_state, partial(read_unusual_chains, size=example.size)):
+    first_error = None
+    is_read = False
+    for read in (read_state, partial(read_chain_variants, size=example.size)):
         try:
             readings = read(state)
         except READING_ERRORS as error:
             first_error = first_error or error
             continue
+        is_read = True
         nearest = find_nearest_reading(readings, example)
         if nearest is not None:
             return nearest
-    if not readings:
+    if not is_read:
         raise first_error
     raise UnreadableError(
-        "no reading of its weights computes the outputs that it holds for its inputs; either they "
-        "are not of these weights in eval mode, or the net does something that this tool does not "
-        "take (docs/your-net.md)"
+        f"no reading of its weights computes its outputs from its inputs of {example.size} x "
+        f"{example.size} pixels; either they are not of these weights in eval mode, or the net "
+        "does something that this tool does not take (docs/your-net.md)"
     )
 
 
@@ -1839,19 +1848,117 @@ def find_nearest_reading(readings: list[Reading], example: Example) -> Reading |
         )
     fitting = [reading.for_size(example.size) for reading in readings]
     fitting = [reading for reading in fitting if reading is not None]
+    if not fitting:
+        return None
+    with_all_activations = chain.from_iterable(
+        change_activation(fitting, activation) for activation in ACTIVATIONS
+    )
+    # With the mean square of all inputs below the tolerance, that of one can be so much larger.
+    first_tolerance = EXAMPLE_TOLERANCE * len(example.inputs) ** 0.5
     nearest, least_difference = None, EXAMPLE_TOLERANCE
-    for activation in ACTIVATIONS if fitting else ():
-        for reading in change_activation(fitting, activation):
-            try:
-                logits = reading.build().eval()(example.inputs)
-            except RuntimeError:  # most likely strides and poolings leave nothing of the map
+    for reading, net in build_in_turn(with_all_activations):
+        try:
+            # One input shows most wrong readings, and takes less time.
+            if example.difference_of(net(example.inputs[:1])) > first_tolerance:
                 continue
-            difference = example.difference_of(logits)
-            if difference < least_difference:
-                nearest, least_difference = reading, difference
-            if difference < ROUNDING_DIFFERENCE:
-                return reading
+            difference = example.difference_of(net(example.inputs))
+        except RuntimeError:  # most likely strides and poolings leave nothing of the map
+            continue
+        if difference < least_difference:
+            nearest, least_difference = reading, difference
+        if difference < ROUNDING_DIFFERENCE:
+            break
     return nearest
+
+
+def build_in_turn(readings: Iterable[Reading]) -> Iterator[tuple[Reading, Net]]:
+    """Yield each reading with its net in evaluation mode, which the next step of the loop may
+    change: chains of the same weights are one net that becomes each of them, which is quick."""
+    net = state = None
+    for reading in readings:
+        if isinstance(net, ChainNet) and reading.state is state:
+            net.become(reading.architecture)
+        else:
+            net, state = reading.build().eval(), reading.state
+        yield reading, net
+
+
+@torch.no_grad()
+def describe_match(reading: Reading, example: Example) -> str:
+    """How the net is read, for the user, and what the example leaves open."""
+    words = f"read as {reading.architecture.in_words()}; so it computes the outputs in the file"
+    difference = example.difference_of(reading.build().eval()(example.inputs))
+    if difference > STRANGE_DIFFERENCE:
+        words += (
+            f", but for a difference of {difference:.2%}: outputs of a GPU or in half precision "
+            "are rounded so, and so differ nets whose activation has another slope, or whose batch "
+            "norms another eps"
+        )
+    own = reading.architecture.activation
+    others = [reading.with_activation(activation) for activation in ACTIVATIONS]
+    alike = [
+        other.architecture.activation
+        for other, net in build_in_turn(others)
+        if other.architecture.activation != own
+        and example.difference_of(net(example.inputs)) <= max(difference, ROUNDING_DIFFERENCE)
+    ]
+    if alike:
+        words += f"; so does {' or '.join(alike)}: larger inputs would tell"
+    return words
+
+
+# ---- checkpoints: from the content of a file to a net
+
+
+def recognise_state_dict(content, path: Path) -> dict:
+    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
+    `is_certain` says that an example has told the right one, the only reading then. `notes` say
+    what was taken from the file.
+
+    Raises UserError where it is of no net that this tool knows.
+    """
+    example, content = take_example(content, path)
+    readings, notes = read_first_net(content, path, example)
+    first = readings[0]
+    facts = {}
+    if example is not None:
+        facts = example.normalisation
+        notes.append(f"{path}: {describe_match(first, example)}")
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "architecture": asdict(first.architecture),
+        "widths": first.widths,
+        "gates": None,
+        "state": first.state,
+        "facts": facts,
+        "readings": readings,
+        "is_certain": example is not None,
+        "notes": notes,
+    }
+
+
+def read_first_net(content, path: Path, example: Example | None) -> tuple[list[Reading], list[str]]:
+    """(readings, notes) of the first state dict in a file that is a known net; with an `example`
+    the one reading that computes it. Raises UserError."""
+    first_error = None
+    for state, notes in find_state_dicts(content, path):
+        try:
+            if example is not None:
+                return [find_reading_by_example(state, example)], notes
+            return read_state(state), notes
+        except READING_ERRORS as error:
+            first_error = first_error or error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    reason = str(first_error)
+    if not isinstance(first_error, UnreadableError):
+        reason = f"its tensors are of no net that this tool knows ({first_error!r})"
+    if isinstance(first_error, UnusualError) and example is None:
+        reason += (
+            "; some such nets are taken where the file holds inputs and outputs, too "
+            "(docs/your-net.md)"
+        )
+    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from first_error
 
 
 # ---- checkpoints: finding the weights in a file
@@ -1907,7 +2014,7 @@ def list_notes(name: str, found: dict[str, dict], path: Path) -> list[str]:
 
 
 def convert_tensors(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """Dense tensors, those of numbers with a point in float32. Raises UserError."""
+    """Dense tensors, those of floating-point numbers in float32. Raises UserError."""
     state = {}
     for key, value in tensors.items():
         if value.is_quantized:
@@ -2038,8 +2145,8 @@ def spread_selections(found: dict[str, FoundModule]) -> None:
 
 
 def check_weights(modules: list[FoundModule]) -> None:
-    """Raise UnreadableError where weights are empty, no numbers with a point, or of kernels that
-    are not square."""
+    """Raise UnreadableError where weights are empty, no floating-point numbers, or of kernels
+    that are not square."""
     for module in modules:
         weight = module.tensors.get("weight", module.tensors.get("running_mean"))
         if not weight.is_floating_point() or not weight.numel():
@@ -2099,34 +2206,6 @@ def read_state(state: dict) -> list[Reading]:
     return readings
 
 
-@dataclass(frozen=True)
-class UnusualChains:
-    """Which readings of a chain are meant beside the usual ones: those with strides or with any of
-    POOLINGS, for images of one size.
-
-    There are thousands to most weights. Accuracy could not tell them apart, but an example can.
-    """
-
-    size: int  # of the images, in pixels
-    norm_place: str  # of all convolutions; one of NORM_PLACES
-    has_late_hidden_norms: bool  # whether those of linear layers stand after the activation
-
-
-def read_unusual_chains(state: dict, size: int) -> list[Reading]:
-    """All UnusualChains of that size that a state dict may be; errors as those of `read_state`."""
-    readings, first_error = [], None
-    for norm_place, has_late_hidden_norms in product(NORM_PLACES, (False, True)):
-        unusual = UnusualChains(size, norm_place, has_late_hidden_norms)
-        try:
-            readings += read_chain(list_modules(state), unusual)
-        except READING_ERRORS as error:
-            first_error = first_error or error
-    if not readings:
-        raise first_error
-    check_is_finite(state)
-    return readings
-
-
 def read_modules(modules: list[FoundModule]) -> list[Reading]:
     """All that these modules may be, the likeliest first. Raises UnreadableError."""
     blocks = group_blocks(modules)
@@ -2182,9 +2261,35 @@ def put_norm(state: dict, name: str, norm: FoundModule, bias=None) -> None:
 # ---- checkpoints: chains
 
 
-def read_chain(modules: list[FoundModule], unusual: UnusualChains | None = None) -> list[Reading]:
-    """The readings of a chain of convolutions and linear layers: the usual ones, or those that
-    `unusual` means. Raises UnreadableError."""
+@dataclass(frozen=True)
+class ChainVariant:
+    """Readings of a chain that are tried with an example alone: with strides, with any of POOLINGS,
+    for images of one size. To most weights there are hundreds or thousands, which no accuracy could
+    tell apart."""
+
+    size: int  # of the images, in pixels
+    norm_place: str  # of all convolutions; one of NORM_PLACES
+    has_late_hidden_norms: bool  # whether those of linear layers stand after the activation
+
+
+def read_chain_variants(state: dict, size: int) -> list[Reading]:
+    """The readings of all ChainVariants of that size; errors as those of `read_state`."""
+    readings, first_error = [], None
+    for norm_place, has_late_hidden_norms in product(NORM_PLACES, (False, True)):
+        variant = ChainVariant(size, norm_place, has_late_hidden_norms)
+        try:
+            readings += read_chain(list_modules(state), variant)
+        except READING_ERRORS as error:
+            first_error = first_error or error
+    if not readings:
+        raise first_error
+    check_is_finite(state)
+    return readings
+
+
+def read_chain(modules: list[FoundModule], variant: ChainVariant | None = None) -> list[Reading]:
+    """The readings of a chain of convolutions and linear layers: the usual ones, or those of a
+    variant. Raises UnreadableError."""
     flatten_head(modules)
     convolutions = [module for module in modules if module.is_convolution]
     linear_layers = [module for module in modules if module.is_linear]
@@ -2193,21 +2298,24 @@ def read_chain(modules: list[FoundModule], unusual: UnusualChains | None = None)
     norm_of = match_norms(modules)
     if linear_layers[-1].name in norm_of:
         raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
-    check_norm_places(convolutions, norm_of, unusual.norm_place if unusual else NORM_PLACES[0])
-    if unusual is not None:
-        check_is_unusual(unusual, layers, norm_of)
-    has_late_hidden_norms = unusual is not None and unusual.has_late_hidden_norms
-    fold_norms_after_activations(linear_layers, norm_of, is_any=has_late_hidden_norms)
-    channels, head_size = find_inputs(convolutions, linear_layers)
-    if unusual is None:
+    if variant is None:
         check_first_kernel(convolutions)
+        check_norm_places(convolutions, norm_of, NORM_PLACES[0])
+        fold_norms_after_activations(linear_layers, norm_of)
+    else:
+        check_late_norms_exist(variant, layers, norm_of)
+        check_norm_places(convolutions, norm_of, variant.norm_place)
+        fold_norms_after_activations(
+            linear_layers, norm_of, folds_all=variant.has_late_hidden_norms
+        )
+    channels, head_size = find_inputs(convolutions, linear_layers)
     architectures = list_chains(
         convolutions,
         linear_layers,
         norm_of,
         channels=channels,
         head_size=head_size,
-        unusual=unusual,
+        variant=variant,
     )
     widths = [module.outputs for module in layers[:-1]]
     states = {}  # Architectures with the same names of layers share one.
@@ -2278,11 +2386,9 @@ def check_chain(modules, convolutions, linear_layers) -> None:
 def check_first_kernel(convolutions) -> None:
     """Raise UnreadableError where the first kernel is so large that it is probably strided."""
     if convolutions and convolutions[0].kernel >= STRIDED_KERNEL:
-        raise UnreadableError(
+        raise UnusualError(
             f"{convolutions[0].name} has kernels of {convolutions[0].kernel} x "
-            f"{convolutions[0].kernel}, so it is probably strided (an AlexNet?); chains that begin "
-            "so are taken only where the file holds inputs and outputs of the net, too "
-            "(docs/your-net.md)"
+            f"{convolutions[0].kernel}, so it is probably strided (an AlexNet?)"
         )
 
 
@@ -2328,34 +2434,31 @@ def check_norm_places(convolutions, norm_of: dict[str, FoundModule], place: str)
         if norm is None or not are_in_one_sequence(layer, norm):
             continue
         if is_after_activation(norm, layer) and place == NORM_PLACES[0]:
-            raise UnreadableError(
-                f"{norm.name} stands after an activation, not before it; that is taken only where "
-                "the file holds inputs and outputs of the net, too (docs/your-net.md)"
-            )
+            raise UnusualError(f"{norm.name} stands after an activation, not before it")
         if not is_after_activation(norm, layer) and place != NORM_PLACES[0]:
             raise UnreadableError(f"{norm.name} stands right behind {layer.name}")
 
 
-def check_is_unusual(unusual: UnusualChains, layers, norm_of: dict[str, FoundModule]) -> None:
-    """Raise UnreadableError where other UnusualChains would be read alike: a norm that is to stand
-    late is not there."""
+def check_late_norms_exist(variant: ChainVariant, layers, norm_of: dict[str, FoundModule]) -> None:
+    """Raise UnreadableError where norms are to stand late, and there are none: then another variant
+    has the same readings."""
     with_norm = [layer for layer in layers if layer.name in norm_of]
-    has_late_norms = unusual.norm_place != NORM_PLACES[0]
+    has_late_norms = variant.norm_place != NORM_PLACES[0]
     if has_late_norms and not any(layer.is_convolution for layer in with_norm):
         raise UnreadableError("no norm stands behind a convolution")
-    if unusual.has_late_hidden_norms and not any(layer.is_linear for layer in with_norm):
+    if variant.has_late_hidden_norms and not any(layer.is_linear for layer in with_norm):
         raise UnreadableError("no norm stands behind a linear layer")
 
 
 def fold_norms_after_activations(
-    linear_layers, norm_of: dict[str, FoundModule], *, is_any: bool
+    linear_layers, norm_of: dict[str, FoundModule], *, folds_all: bool = False
 ) -> None:
     """Fold norms that stand after the activation of a linear layer into the next linear layer: the
-    scale into its weights, the shift into its bias. They are those that numbers show, or with
-    `is_any` all. Changes the layers and `norm_of` in place."""
+    scale into its weights, the shift into its bias. Numbers in the names show them; with
+    `folds_all` all norms of linear layers are meant. Changes the layers and `norm_of` in place."""
     for layer, after in pairwise(linear_layers):
         norm = norm_of.get(layer.name)
-        if norm is not None and (is_any or is_after_activation(norm, layer)):
+        if norm is not None and (folds_all or is_after_activation(norm, layer)):
             fold_norm_into(after, norm)
             del norm_of[layer.name]
 
@@ -2475,25 +2578,25 @@ def list_chains(
     *,
     channels: int,
     head_size: int,
-    unusual: UnusualChains | None = None,
+    variant: ChainVariant | None = None,
 ) -> list[ChainArchitecture]:
-    """The architectures that fit, the likeliest first: the usual ones, or those that `unusual`
-    means. Raises UnreadableError where none fits."""
+    """The architectures that fit, the likeliest first: the usual ones, or those of a variant.
+    Raises UnreadableError where none fits."""
     hidden_norms = tuple(module.name in norm_of for module in linear_layers[:-1])
     is_vgg = len(convolutions) >= VGG_CONVOLUTIONS
     sizes = GRAY_SIZES if channels == 1 else COLOUR_SIZES
     norm_place = NORM_PLACES[0]
-    if unusual is None:
-        paddings_of_all = list_paddings(convolutions)
-        ways_to_shrink = [
-            (poolings, (1,) * len(convolutions))
-            for poolings in list_poolings(convolutions, norm_of)
+    if variant is None:
+        all_paddings = list_paddings(convolutions)
+        no_strides = (1,) * len(convolutions)
+        poolings_and_strides = [
+            (poolings, no_strides) for poolings in list_poolings(convolutions, norm_of)
         ]
     else:
-        sizes = (unusual.size,)
-        norm_place = unusual.norm_place
-        paddings_of_all = list_unusual_paddings(convolutions)
-        ways_to_shrink = list_unusual_ways_to_shrink(convolutions, norm_of)
+        sizes = (variant.size,)
+        norm_place = variant.norm_place
+        all_paddings = list_variant_paddings(convolutions)
+        poolings_and_strides = list_poolings_and_strides(convolutions, norm_of)
     averaging = (False,)
     if is_vgg:
         averaging = (True,)
@@ -2501,7 +2604,7 @@ def list_chains(
         averaging = (False, True)
     architectures = []
     for is_averaged, (poolings, strides), paddings in product(
-        averaging, ways_to_shrink, paddings_of_all
+        averaging, poolings_and_strides, all_paddings
     ):
         architecture = ChainArchitecture(
             name_chain(convolutions),
@@ -2520,14 +2623,13 @@ def list_chains(
         if fitting is not None:
             architectures.append(fitting)
     if not architectures:
-        raise UnreadableError(
+        raise UnusualError(
             f"{linear_layers[0].name} reads {head_size} x {head_size} places of each channel, "
-            "which no usual paddings and poolings leave of any image; if it has strides, or other "
-            "poolings than 2 x 2, put some inputs and outputs of it into the file "
-            "(docs/your-net.md)"
+            "which no usual paddings and poolings leave of any image (it may have strides, or "
+            "other poolings than 2 x 2)"
         )
-    if unusual is not None:
-        return architectures[:MAX_UNUSUAL_CHAINS]
+    if variant is not None:
+        return architectures
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
     with_relu = [name_as_lenet5(architecture) for architecture in architectures]
     if is_vgg:
@@ -2668,15 +2770,15 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
     return [ends for ends in dict.fromkeys(found) if 2 <= len(ends) <= 6]
 
 
-# ---- checkpoints: unusual chains
+# ---- checkpoints: variants of chains
 
-# ours: so many are tried for each place of the norms, those with the fewest strides.
-MAX_UNUSUAL_CHAINS = 2000
 # ours: a first convolution with such a kernel may have a stride of 4 (AlexNet).
 ALEXNET_KERNEL = 8
+# ours: in chains of so many convolutions any of them may have a stride or a pooling.
+MAX_MIXED_CONVOLUTIONS = 4
 
 
-def list_unusual_paddings(convolutions) -> list[tuple[int, ...]]:
+def list_variant_paddings(convolutions) -> list[tuple[int, ...]]:
     """As `list_paddings`, and more: even kernels padded as those of DCGAN's discriminator, the
     first convolution with half the usual padding (AlexNet)."""
     if not convolutions:
@@ -2686,8 +2788,9 @@ def list_unusual_paddings(convolutions) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*list_paddings(convolutions), tuple(same), halved]))
 
 
-def list_unusual_ways_to_shrink(convolutions, norm_of) -> list[tuple[tuple, tuple]]:
-    """(the pooling, the stride) of each convolution; those with the fewest strides first."""
+def list_poolings_and_strides(convolutions, norm_of) -> list[tuple[tuple, tuple]]:
+    """(the pooling, the stride) of each convolution, for the variants of a chain. All poolings of a
+    net are alike."""
     if not convolutions:
         return [((), ())]
     poolable = may_be_pooled(convolutions, norm_of)
@@ -2696,7 +2799,7 @@ def list_unusual_ways_to_shrink(convolutions, norm_of) -> list[tuple[tuple, tupl
     else:
         choices = list_small_chain_choices(convolutions, poolable)
     found = []
-    for is_pooled, strides in choices:
+    for is_pooled, strides in dict.fromkeys(choices):
         for kind in POOLINGS if any(is_pooled) else ("",):
             found.append((tuple(kind if pooled else "" for pooled in is_pooled), strides))
     return found
@@ -2704,26 +2807,32 @@ def list_unusual_ways_to_shrink(convolutions, norm_of) -> list[tuple[tuple, tupl
 
 def list_vgg_choices(convolutions, poolable) -> Iterator[tuple[tuple, tuple]]:
     """(whether each convolution is pooled, the stride of each) of a VGG. Poolings end its stages,
-    or strides of 2 end them, or begin the next ones."""
+    but for the last one perhaps; or strides of 2 end them, or begin the next ones."""
     count = len(convolutions)
     for ends in list_stage_ends(convolutions):
         if all(poolable[i] for i in ends):
-            yield tuple(i in ends for i in range(count)), (1,) * count
+            for places in (ends, ends - {count - 1}):
+                yield tuple(i in places for i in range(count)), (1,) * count
         yield (False,) * count, tuple(2 if i in ends else 1 for i in range(count))
         yield (False,) * count, tuple(2 if i - 1 in ends else 1 for i in range(count))
 
 
-def list_small_chain_choices(convolutions, poolable) -> list[tuple[tuple, tuple]]:
-    """(whether each convolution is pooled, the stride of each): any of them is pooled, or has a
-    stride of 2, or neither. The first may have both."""
-    options = [[(False, 1), (False, 2)] for _ in convolutions]
-    for is_poolable, own_options in zip(poolable, options):
-        if is_poolable:
-            own_options.append((True, 1))
-    strides = (2, 4) if convolutions[0].kernel >= ALEXNET_KERNEL else (2,)
-    options[0] += [(True, stride) for stride in strides if poolable[0]]
-    choices = sorted(product(*options), key=lambda choice: sum(stride for _, stride in choice))
-    return [tuple(zip(*choice)) for choice in choices]
+def list_small_chain_choices(convolutions, poolable) -> Iterator[tuple[tuple, tuple]]:
+    """(whether each convolution is pooled, the stride of each): strides of 2 alone, then poolings
+    alone, both with a stride in the first convolution, too. In short chains come all mixtures."""
+    count = len(convolutions)
+    first_strides = (1, 2, 4) if convolutions[0].kernel >= ALEXNET_KERNEL else (1, 2)
+    all_strides = [(first_strides), *[(1, 2)] * (count - 1)]
+    all_poolings = [(True, False) if is_poolable else (False,) for is_poolable in poolable]
+    for strides in product(*all_strides):
+        yield (False,) * count, strides
+    for first_stride, is_pooled in product(first_strides, product(*all_poolings)):
+        yield is_pooled, (first_stride, *[1] * (count - 1))
+    if count <= MAX_MIXED_CONVOLUTIONS:
+        for is_pooled, strides in product(product(*all_poolings), product(*all_strides)):
+            # A convolution has one of both, but for the first.
+            if not any(pooled and stride > 1 for pooled, stride in zip(is_pooled[1:], strides[1:])):
+                yield is_pooled, strides
 
 
 # ---- checkpoints: names of chains

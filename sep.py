@@ -634,13 +634,15 @@ class GatheringNorm:
     def __init__(self, norm: nn.BatchNorm2d):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - scale * norm.running_mean
-        self.scale, self.shift = (each.detach()[:, None, None] for each in (scale, shift))
+        # (scale, shift), each (C', 1, 1), by the group that the layer chose; None: all channels.
+        self.gathered = {None: [each.detach()[:, None, None] for each in (scale, shift)]}
 
     def __call__(self, y, own: KernelGroup | None = None):
         """(1, C', H, W) -> the same shape. `own` is the group that the layer chose."""
-        if own is None:
-            return y * self.scale + self.shift
-        return y * self.scale[own.channels] + self.shift[own.channels]
+        if own not in self.gathered:
+            self.gathered[own] = [each[own.channels] for each in self.gathered[None]]
+        scale, shift = self.gathered[own]
+        return y * scale + shift
 
 
 class PlainRunner:

@@ -1046,14 +1046,15 @@ class UserNet:
     """A net of the user's, from a checkpoint, and the facts in it.
 
     A foreign state dict, which this tool has not written, may be several nets: its `readings`.
-    `net` is the likeliest of them until images tell which it is. With an example of what the net
-    computes (models.Example) the file tells, and there are no other readings.
+    `net` is the likeliest of them until images tell which it is. Where the file has an example of
+    what the net computes (models.Example), there is one reading, and it is certain.
     """
 
     path: Path
     net: object  # models.Net
     facts: dict
-    readings: list  # of models.Reading, the likeliest first; none where the file says all
+    readings: list  # of models.Reading, the likeliest first; none for a file of this tool
+    is_certain: bool = False
     photograph_size: int | None = None  # pixels; the user's --size
     activation: str | None = None  # the user's --activation
     # In [0, 1], of the chosen reading on the images that chose it; None where no image had to.
@@ -1070,10 +1071,15 @@ class UserNet:
             self.net = fitting[0].build()
         elif self.readings:
             self.readings[0].architecture.check_size(size)
-            raise UserError(
-                f"{self.path}: no reading of its weights takes images of {size} x {size} pixels; "
-                "if it has strides, or other poolings than 2 x 2, put some inputs and outputs of "
+            advice = (
+                "; if it has strides, or other poolings than 2 x 2, put some inputs and outputs of "
                 "it into the file (docs/your-net.md)"
+            )
+            if self.is_certain:
+                advice = f"; its inputs in the file have {self.net.size} x {self.net.size}"
+            raise UserError(
+                f"{self.path}: no reading of its weights takes images of {size} x {size} pixels"
+                f"{advice}"
             )
 
     def describe_source(self) -> str:
@@ -1098,7 +1104,9 @@ def load_user_net(
         raise UserError(f"unknown activation '{activation}'; there are {', '.join(ACTIVATIONS)}", 2)
     net, checkpoint = sep.load_checkpoint(path)
     readings = checkpoint.get("readings", [])
-    if not readings and activation not in (None, net.architecture.activation):
+    is_certain = checkpoint.get("is_certain", False)
+    says_activation = is_certain or not readings
+    if says_activation and activation not in (None, net.architecture.activation):
         raise UserError(
             f"{path} says its activation, {net.architecture.activation}; leave out --activation", 2
         )
@@ -1108,10 +1116,11 @@ def load_user_net(
         )
     for note in checkpoint.get("notes", []):
         print_note(note)
-    if activation is not None and readings:
+    if activation is not None and not says_activation:
         readings = change_activation(readings, activation)
         net = readings[0].build()
-    return UserNet(path, net, checkpoint["facts"], readings, photograph_size, activation)
+    facts = checkpoint["facts"]
+    return UserNet(path, net, facts, readings, is_certain, photograph_size, activation)
 
 
 # ---- opening a run: data and device ------------------------------------------------------------
@@ -1258,7 +1267,7 @@ def load_images_for_user_net(
     net, facts = user_net.net, user_net.facts
     size = user_net.photograph_size or net.size
     size_advice = ""
-    if user_net.readings and user_net.photograph_size is None:
+    if user_net.readings and not user_net.is_certain and user_net.photograph_size is None:
         size_advice = "; the net may have been trained at another size: --size names it"
     try:
         train, test, description = load_experiment_images(
@@ -1286,12 +1295,24 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     Of a foreign state dict all readings are tried, and `user_net.net` becomes the best. `say` tells
     the user.
     """
-    from controller import KnownNet, find_reading, stored_normalisation
+    from controller import stored_normalisation, take_matching_norm_place
 
-    stored = stored_normalisation(user_net.net, user_net.facts)
-    if stored is not None:
-        return stored
-    if user_net.readings:
+    mean, std = stored_normalisation(user_net.net, user_net.facts) or try_readings(
+        user_net, train, seed, say
+    )
+    if user_net.is_certain:
+        # An example does not tell this.
+        user_net.net = take_matching_norm_place(user_net.net, train.normalised_by(mean, std))
+    return mean, std
+
+
+def try_readings(user_net: UserNet, train, seed: int, say) -> tuple:
+    """(mean, std) that serve a user's net best. All its readings are tried, and `user_net.net`
+    becomes the best."""
+    from controller import KnownNet, find_reading
+
+    is_open = bool(user_net.readings) and not user_net.is_certain
+    if is_open:
         say(
             "the weights alone do not tell how images were normalised, nor all of the net: tries "
             "what is usual on some of the training images"
@@ -1302,7 +1323,7 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
         user_net.readings or [KnownNet(user_net.net)],
         train,
         seed,
-        tries_activations=bool(user_net.readings) and user_net.activation is None,
+        tries_activations=is_open and user_net.activation is None,
         wrap=show_attempts,
     )
     user_net.net, user_net.accuracy = found.net, found.accuracy
@@ -1310,18 +1331,18 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     if not found.is_only_best:
         ending = "; others get as many or nearly, so this may be the wrong one"
     reading = ""
-    if user_net.readings:
+    if is_open:
         reading = f", and the net read as {found.net.architecture.in_words()}"
     say(
         f"images normalised by {found.normalisation}{reading}: of all that was tried this fits "
         f"best, and gets {found.accuracy:.2%} of {found.images:,} training images right{ending}"
     )
-    if found.has_strange_norms:
+    if found.has_strange_norms and not user_net.is_certain:
         say(
             "its batch norms remember other values than they read now: most likely this is not the "
             "net that was trained, or these are not the images that trained it"
         )
-    if user_net.readings:
+    if is_open:
         advice = "compare that with what you know of the net"
         if user_net.activation is None:
             advice += (

@@ -26,6 +26,7 @@
     bench.py . small [CHECKPOINT ...]              how much of the MACs saved arrives as time
     bench.py . families [NAME]                     the nets of zoo.py by the commands, end to end
     bench.py DATA_DIR readings [NAME]              trained nets of zoo.py: are they read rightly?
+    bench.py . examples [NAME]                     the same by files with inputs and outputs
     bench.py DATA_DIR photographs FOLDER           a ResNet-18 on pictures in a folder, end to end
 
 DATA_DIR holds torchvision's MNIST and CIFAR-10, for DATA_SET cifar100 also CIFAR-100. BASELINE is a
@@ -1541,6 +1542,40 @@ def judge_reading(net, images, x, expected):
     return f"{verdict}, warned" if best.has_strange_norms else verdict
 
 
+# ---- examples ----------------------------------------------------------------------------------
+
+
+def examples(_, name=""):
+    """Each net of zoo.py, as it is and with GELU in place of relu, by a file that holds some inputs
+    and outputs of it beside its state dict. Is it read as the net that it is?"""
+    say("| net | activation | seconds | read |")
+    say("|---|---|---|---|")
+    counts = Counter()
+    for case_name, case in (zoo.CASES | zoo.EXAMPLE_CASES).items():
+        for activation in ("relu", "gelu") if name in case_name else ():
+            with zoo.replace_relu(activation), tempfile.TemporaryDirectory() as folder:
+                seconds, verdict = measure_example(Path(folder) / "net.pth", case)
+            counts[verdict] += 1
+            say(f"| {case_name} | {activation} | {seconds:.1f} | {verdict} |")
+    say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+
+
+@torch.no_grad()
+def measure_example(path, case):
+    """(seconds that the reading takes, what comes of it)."""
+    net, _ = zoo.make_lively(case)
+    inputs, others = torch.randn(2, 8, case.channels, case.size, case.size)
+    torch.save({"state_dict": net.state_dict(), "inputs": inputs, "outputs": net(inputs)}, path)
+    start = time.perf_counter()
+    try:
+        found, _ = sep.load(path)
+    except models.UserError as error:
+        return time.perf_counter() - start, f"refused: {error}"
+    seconds = time.perf_counter() - start
+    is_right = zoo.largest_difference(found.eval()(others), net(others)) < DIFFERENT_LOGITS
+    return seconds, "right" if is_right else "wrong"
+
+
 # ---- photographs -------------------------------------------------------------------------------
 
 
@@ -1595,7 +1630,7 @@ USUAL = (exactness, speed, size, search)
 OTHERS = (
     *(narrow, structures, recipes, gates, signals, budgets, seeds),
     *(finalists, leads, imitation, rivals),
-    *(small, families, readings, photographs),
+    *(small, families, readings, examples, photographs),
 )
 
 

@@ -656,6 +656,33 @@ def test_norms_decide_between_attempts_that_are_about_as_accurate(scores, order)
     assert [attempt.place for attempt, _ in ranked] == order
 
 
+@pytest.mark.parametrize("is_pooled_last", [True, False])
+def test_norms_tell_whether_they_stand_before_or_after_a_pooling(is_pooled_last):
+    torch.manual_seed(0)
+    net = zoo.make_cnn_with_late_norms(is_pooled_last=is_pooled_last)
+    images = Images(
+        smooth(torch.randint(0, 256, (600, 32, 32, 3), dtype=torch.uint8)),
+        torch.zeros(600, dtype=torch.long),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net.train()(images.batch(torch.arange(600)))
+        x = images.batch(torch.arange(4))
+        example = models.Example(x, net.eval()(x), are_probabilities=False, normalisation={})
+    reading = models.find_reading_by_example(net.state_dict(), example)
+
+    found = controller.take_matching_norm_place(reading.build(), images)
+
+    place = "after activation" if is_pooled_last else "after pooling"
+    assert {each.norm_place for each in found.architecture.convolutions} == {place}
+    with torch.no_grad():
+        assert torch.allclose(found.eval()(x), net(x), atol=1e-4)
+
+
 def take_case(name):
     """A case of the zoo. Residual nets take images of any size, and small ones take less time."""
     case = zoo.CASES[name]

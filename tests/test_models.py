@@ -694,8 +694,8 @@ def save_with_example(path, net, x):
     torch.save({"state_dict": net.state_dict(), "inputs": inputs, "outputs": net(inputs)}, path)
 
 
-EXAMPLE_CASES = [
-    # (name, activation): what one reading alone computes.
+USUAL_NETS_WITH_EXAMPLES = [
+    # (name, activation)
     ("CNN of large kernels, averaged", "selu"),
     ("CNN in blocks, averaged", "relu6"),
     ("VGG-16 without batch norms", "mish"),
@@ -705,7 +705,7 @@ EXAMPLE_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "activation"), EXAMPLE_CASES)
+@pytest.mark.parametrize(("name", "activation"), USUAL_NETS_WITH_EXAMPLES)
 @torch.no_grad()
 def test_an_example_tells_how_a_net_is_read(tmp_path, name, activation):
     case = zoo.CASES[name]
@@ -718,27 +718,91 @@ def test_an_example_tells_how_a_net_is_read(tmp_path, name, activation):
 
     assert loaded_net.architecture.activation == activation
     assert zoo.largest_difference(loaded_net.eval()(x.flip(3)), expected) < 1e-4
-    assert checkpoint["readings"] == []
+    assert checkpoint["is_certain"]
+    assert [each.architecture for each in checkpoint["readings"]] == [loaded_net.architecture]
     assert checkpoint["notes"] == [
         f"{tmp_path}/a.pt: read as {loaded_net.architecture.in_words()}; so it computes the "
-        "outputs that the file holds"
+        "outputs in the file"
     ]
+
+
+WORDS_OF_EXAMPLE_CASES = {
+    "AlexNet": "stride 4 in convolution 1, max 3 x 3 pooling after convolution 1, "
+    "max 3 x 3 pooling after convolution 2, padding 1 and 2,",
+    "strided CNN, averaged": "stride 2 in convolution 1, stride 2 in convolution 2, stride 2 in "
+    "convolution 3, padding 1,",
+    "CNN, padded poolings of 3 x 3": "padded max 3 x 3 pooling after convolution 2, padding 1,",
+    "CNN, averages of 3 x 3": "average 3 x 3 pooling after convolution 1, ",
+    "CNN, poolings of 4 x 4": "max 4 x 4 pooling after convolution 1, ",
+    "CNN, norm before the pooling": "batch norms after activation, padding 1,",
+    "CNN, norm after the pooling": "batch norms after pooling, padding 1,",
+    "sequence, norms after relus": "batch norms after activation, padding 1,",
+}
 
 
 @pytest.mark.parametrize("name", zoo.EXAMPLE_CASES)
 @torch.no_grad()
-def test_unusual_chains_with_an_example_are_read_pruned_gated_and_exported(tmp_path, name):
+def test_variants_of_chains_with_an_example_are_read_pruned_gated_and_exported(tmp_path, name):
     net, x = zoo.make_lively(zoo.EXAMPLE_CASES[name])
+    if "norm" in name:
+        for module in net.modules():
+            # With a negative scale the order of norm and max-pooling matters.
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight[::2] *= -1
     save_with_example(tmp_path / "a.pt", net, x)
 
     loaded_net = sep.load(tmp_path / "a.pt")[0].eval()
 
     assert zoo.largest_difference(loaded_net(x.flip(3)), net(x.flip(3))) < 1e-4
+    assert WORDS_OF_EXAMPLE_CASES.get(name, "") in loaded_net.architecture.in_words()
     check_pruning(loaded_net, x)
+    models.save_checkpoint(tmp_path / "b.pt", loaded_net, {})
+    assert torch.equal(sep.load(tmp_path / "b.pt")[0].eval()(x), loaded_net(x))
     statistics = (0.5,) * loaded_net.channels
     models.export_net(loaded_net, tmp_path / "a.pt2", statistics, statistics, x.shape[2])
     exported = torch.export.load(tmp_path / "a.pt2").module()
     assert zoo.largest_difference(exported(0.5 * x + 0.5), net(x)) < 1e-4
+
+
+def test_what_an_example_leaves_open_is_said(tmp_path):
+    net, x = make_lively_net("lenet5")
+
+    def read_note(inputs, outputs):
+        content = {"state_dict": net.state_dict(), "inputs": inputs, "outputs": outputs}
+        torch.save(content, tmp_path / "a.pt")
+        (note,) = models.read_checkpoint(tmp_path / "a.pt")["notes"]
+        return note
+
+    outputs = net(x).detach()
+    assert read_note(x, outputs).endswith("relu; so it computes the outputs in the file")
+    note = read_note(x, outputs * (1 + 0.005 * torch.randn_like(outputs)))  # as a GPU rounds
+    assert "outputs in the file, but for a difference of " in note
+    assert "whose activation has another slope" in note
+    # No activation is above 6 where inputs are small.
+    note = read_note(0.05 * x, net(0.05 * x))
+    assert note.endswith("outputs in the file; so does relu6: larger inputs would tell")
+
+
+def test_safetensors_may_hold_an_example(tmp_path):
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    net, x = zoo.make_lively(zoo.CASES["CNN in blocks, averaged"])
+    outputs = net(x).detach()
+    tensors = {"inputs": x, "outputs": outputs, "mean": torch.zeros(3), "std": torch.ones(3)}
+    safetensors_torch.save_file(net.state_dict() | tensors, tmp_path / "a.safetensors")
+
+    loaded_net, facts = sep.load(tmp_path / "a.safetensors")
+
+    assert zoo.largest_difference(loaded_net.eval()(x.flip(3)), net(x.flip(3))) < 1e-4
+    assert facts == {"mean": [0.0] * 3, "std": [1.0] * 3}
+
+
+def test_inputs_and_outputs_that_are_no_tensors_are_no_example(tmp_path):
+    net, _ = make_lively_net("lenet5")
+    torch.save({"state_dict": net.state_dict(), "inputs": 784, "outputs": 10}, tmp_path / "a.pt")
+
+    checkpoint = models.read_checkpoint(tmp_path / "a.pt")
+
+    assert not checkpoint["is_certain"] and len(checkpoint["readings"]) > 1
 
 
 @pytest.mark.parametrize(
@@ -748,6 +812,8 @@ def test_unusual_chains_with_an_example_are_read_pruned_gated_and_exported(tmp_p
         lambda logits: logits.log_softmax(1),
         lambda logits: logits * (1 + 0.005 * torch.randn_like(logits)),  # rounded by a GPU
         lambda logits: logits.double().requires_grad_(),
+        lambda logits: logits.softmax(1).bfloat16(),
+        lambda logits: logits - 1000,
     ],
 )
 def test_an_example_may_be_of_probabilities_and_rounded(tmp_path, change):
@@ -774,19 +840,22 @@ def test_an_example_tells_which_of_several_state_dicts_is_meant(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"outputs": torch.randn(4, 10)}, "no reading of its weights computes the outputs"),
-        ({"inputs": torch.randn(4, 1, 30, 30)}, "no reading of its weights computes the outputs"),
+        ({"outputs": torch.randn(4, 10)}, "no reading of its weights computes its outputs"),
+        ({"inputs": torch.randn(4, 1, 30, 30)}, "from its inputs of 30 x 30 pixels"),
         ({"outputs": torch.ones(4, 10)}, "its outputs are the same for all its inputs; make them"),
         ({"outputs": torch.ones(4, 10) / 0}, "not all finite; make them by"),
         ({"outputs": torch.randn(4, 7)}, "tells 10 classes apart, but its example has 1 and 7"),
-        ({"outputs": torch.randn(3, 10)}, r"its outputs no \(N, classes\)"),
-        ({"outputs": [1.0]}, r"its outputs no \(N, classes\)"),
-        ({"inputs": torch.randn(4, 784)}, r"no \(N, channels, pixels, pixels\)"),
-        ({"inputs": torch.ones(4, 1, 28, 28).byte()}, "of numbers with a point"),
-        ({"inputs": torch.randn(4, 1, 28, 30)}, "its inputs are no squares, but 4 x 1 x 28 x 30"),
-        ({"mean": [0.1, 0.2]}, "its mean is no list of 1 numbers"),
-        ({"mean": "none"}, "its mean is no list of 1 numbers"),
-        ({"std": [0.0]}, "a std has to be above 0"),
+        ({"outputs": torch.randn(3, 10)}, r"its outputs, 3 x 10 .* for its 4 inputs"),
+        ({"outputs": torch.ones(4, 10).int()}, "int32, are no floating-point numbers"),
+        ({"inputs": torch.randn(4, 784)}, r"of the shape \(N, channels, pixels, pixels\)"),
+        ({"inputs": torch.ones(4, 1, 28, 28).byte()}, "uint8, are no floating-point numbers"),
+        ({"inputs": torch.randn(4, 1, 28, 30)}, "its inputs, 4 x 1 x 28 x 30 of"),
+        ({"inputs": torch.ones(0, 1, 28, 28), "outputs": torch.ones(0, 10)}, "it has 0 inputs"),
+        ({"mean": [0.1, 0.2]}, "its mean has to be 1 numbers between 0 and 1"),
+        ({"mean": "none"}, "its mean has to be 1 numbers between 0 and 1"),
+        ({"mean": 127.5}, "its mean has to be 1 numbers between 0 and 1"),
+        ({"std": [0.0]}, "its std has to be 1 numbers between 0 and 1"),
+        ({"std": None}, "its std has to be 1 numbers between 0 and 1"),
     ],
 )
 def test_an_example_that_tells_nothing_is_refused(tmp_path, changes, words):

@@ -571,7 +571,7 @@ def test_a_foreign_net_with_an_example_is_read_without_a_guess(capsys, smoke, tm
         torch.save(content | facts, tmp_path / "net.pt")
         status, _, err = call(capsys, *command)
         assert status == 0, err
-        assert "relu; so it computes the outputs that the file holds" in err
+        assert "relu; so it computes the outputs in the file" in err
         assert ("tries what is usual" in err) == is_guessed
         assert "--activation" not in err
 

@@ -23,7 +23,7 @@ from models import ACTIVATIONS
 class Case:
     """A net of the zoo: the repository, how to make it, and the images that it takes."""
 
-    repository: str
+    repository: str  # or none
     make: object
     channels: int = 3
     size: int = 32
@@ -1017,22 +1017,60 @@ def make_late_norm_sequence():
     return sequence(*modules, nn.Flatten(), nn.Linear(16 * 16, 10))
 
 
+def make_strided_average(strides):
+    """Convolutions with these strides, then an average."""
+    modules, inputs = [], 3
+    for width, stride in zip((8, 12, 16, 20), strides):
+        modules += [conv(inputs, width, stride=stride, bias=True), nn.ReLU()]
+        inputs = width
+    return sequence(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
+def make_nature_cnn():
+    """The convolutions of a DQN: 8 x 8 with stride 4, 4 x 4 with stride 2, 3 x 3."""
+    return sequence(
+        nn.Conv2d(3, 8, 8, 4), nn.ReLU(), nn.Conv2d(8, 12, 4, 2), nn.ReLU(),
+        nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 24), nn.ReLU(),
+        nn.Linear(24, 10),
+    )  # fmt: skip
+
+
+def make_late_norm_vgg():
+    """Stages of two convolutions, norms after the relus, poolings but after the last stage."""
+    modules, inputs = [], 3
+    for number, width in enumerate((8, 12, 16, 20)):
+        for _ in range(2):
+            modules += [conv(inputs, width), nn.ReLU(), nn.BatchNorm2d(width)]
+            inputs = width
+        if number < 3:
+            modules.append(nn.MaxPool2d(2))
+    return Layers(
+        lambda net, x: net.classifier(net.features(x).mean((2, 3))),
+        features=sequence(*modules),
+        classifier=nn.Linear(20, 10),
+    )
+
+
 EXAMPLE_CASES = {
     "AlexNet": Case("pytorch/vision", make_alexnet, size=64, gain=GAIN_WITHOUT_NORMS),
     "strided CNN": Case("pytorch/examples", make_strided_cnn),
+    "strided CNN, averaged": Case("", partial(make_strided_average, (2, 2, 2))),
+    "CNN, strided later, averaged": Case("", partial(make_strided_average, (1, 2, 2, 2))),
+    "Nature CNN": Case("", make_nature_cnn, size=64),
     "CNN, padded poolings of 3 x 3": Case(
-        "none", partial(make_cnn_with_poolings, nn.MaxPool2d(3, 2, 1), 64)
+        "", partial(make_cnn_with_poolings, nn.MaxPool2d(3, 2, 1), 64)
     ),
-    "CNN, averages of 3 x 3": Case("none", partial(make_cnn_with_poolings, nn.AvgPool2d(3, 2), 49)),
-    "CNN, poolings of 4 x 4": Case("none", partial(make_cnn_with_poolings, nn.MaxPool2d(4), 4)),
-    "strided VGG": Case("none", make_strided_vgg),
+    "CNN, averages of 3 x 3": Case("", partial(make_cnn_with_poolings, nn.AvgPool2d(3, 2), 49)),
+    "CNN, poolings of 4 x 4": Case("", partial(make_cnn_with_poolings, nn.MaxPool2d(4), 4)),
+    "strided VGG": Case("", make_strided_vgg),
     "CNN, norm before the pooling": Case(
-        "none", partial(make_cnn_with_late_norms, is_pooled_last=True)
+        "", partial(make_cnn_with_late_norms, is_pooled_last=True)
     ),
     "CNN, norm after the pooling": Case(
-        "none", partial(make_cnn_with_late_norms, is_pooled_last=False)
+        "", partial(make_cnn_with_late_norms, is_pooled_last=False)
     ),
-    "sequence, norms after relus": Case("none", make_late_norm_sequence),
+    "sequence, norms after relus": Case("", make_late_norm_sequence),
+    "VGG, norms after relus, average at its end": Case("", make_late_norm_vgg),
 }
 
 

@@ -1385,8 +1385,6 @@ LEAST_LOSS = 0.1
 # ours: attempts are tried on at least so many images, where there are so many; fewer leave much to
 # chance.
 MIN_TRIED_IMAGES = 400
-# ours: so many images more or fewer right, of those that are tried, may be chance.
-CHANCE_IMAGES = 2
 # ours: batch norms are read on so many images, or on a quarter of those that are tried: their maps
 # have many places, so few images do. They are not read where fewer than this many are tried.
 NORM_IMAGES = 128
@@ -1473,9 +1471,9 @@ class FoundReading:
     accuracy: float  # in [0, 1], on so many `images`
     images: int
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
-    # No other attempt of the last round is about as good: their norms match worse, or they get
-    # fewer images right, by more than CHANCE_IMAGES. Not counted are those that compute the same,
-    # or whose activation is of the other kind, rare or usual.
+    # No other attempt of the last round is about as good: their norms match worse, or they are
+    # clearly less accurate. Not counted are those that compute the same, or whose activation is of
+    # the other kind, rare or usual.
     is_only_best: bool
 
     @property
@@ -1509,9 +1507,8 @@ def find_reading(
     net = best.reading.build().to(train.device)
     mean, std = list_normalisations(train)[best.normalisation]
     matching = find_matching([each for _, each in ranked])
-    least_accuracy = score.accuracy - (CHANCE_IMAGES + 0.5) / len(sample)
     is_only_best = not any(
-        other_score.accuracy > least_accuracy
+        not is_clearly_less_accurate(other_score, score)
         and (other_score in matching) == (score in matching)
         and other.is_rare == best.is_rare
         and not have_equal_outputs(best, other, sample)
@@ -1728,8 +1725,10 @@ def take_matching_norm_place(net: Net, images: Images) -> Net:
     Where no norm has a negative scale both compute the same, but in training they read different
     maps. Where they do not, or where norms stand before the activations, `net` itself is returned.
     """
-    after_activation, after_pooling = models.NORM_PLACES[1:]
-    other_place = {after_activation: after_pooling, after_pooling: after_activation}
+    other_place = {
+        models.AFTER_ACTIVATION: models.AFTER_POOLING,
+        models.AFTER_POOLING: models.AFTER_ACTIVATION,
+    }
     architecture = net.architecture
     convolutions = getattr(architecture, "convolutions", ())
     if not any(each.pooling and each.norm_place in other_place for each in convolutions):

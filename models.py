@@ -19,6 +19,7 @@ IEEE TIP 2021); `ours` were chosen here.
 
 import difflib
 import json
+import math
 import os
 import re
 import warnings
@@ -149,7 +150,10 @@ POOLINGS = {
     "average 4 x 4": Pooling(False, 4, 4),
 }
 # Where the batch norm of a convolution may stand. Nearly all nets have it before the activation.
-NORM_PLACES = ("before activation", "after activation", "after pooling")
+BEFORE_ACTIVATION = "before activation"
+AFTER_ACTIVATION = "after activation"
+AFTER_POOLING = "after pooling"
+NORM_PLACES = (BEFORE_ACTIVATION, AFTER_ACTIVATION, AFTER_POOLING)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class Convolution:
     has_norm: bool = True
     pooling: str = ""  # one of POOLINGS, or none
     stride: int = 1
-    norm_place: str = NORM_PLACES[0]  # one of NORM_PLACES
+    norm_place: str = BEFORE_ACTIVATION  # one of NORM_PLACES
 
     def map_size(self, size: int) -> int:
         """The side of the map that it and its pooling leave of one with that side."""
@@ -224,7 +228,7 @@ class ChainArchitecture:
             {
                 f"batch norms {convolution.norm_place}"
                 for convolution in self.convolutions
-                if convolution.has_norm and convolution.norm_place != NORM_PLACES[0]
+                if convolution.has_norm and convolution.norm_place != BEFORE_ACTIVATION
             }
         )
         words = [self.name, *strides, *poolings, *late_norms]
@@ -337,7 +341,7 @@ class PrunableLayer:
     next_layer_name: str  # the layer that reads them
     pooling: str = ""  # one of POOLINGS, stands in between
     activation: str = "relu"
-    norm_place: str = NORM_PLACES[0]  # one of NORM_PLACES
+    norm_place: str = BEFORE_ACTIVATION  # one of NORM_PLACES
 
 
 # The usual ones first. The number in the name of a leaky relu is its slope below 0.
@@ -356,8 +360,8 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
     "mish": F.mish,
 }
-# No usual net of the families here has them. They are found where batch norms tell, or where they
-# do much better.
+# No usual net of the families here has them. controller.find_reading finds them where batch norms
+# tell, or where they do much better. The others behind them are found by an Example alone.
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
 # They fall for some inputs, so max-pooling before them gives something else than after them.
 FALLING_ACTIVATIONS = ("gelu", "silu", "hardswish", "mish")
@@ -374,9 +378,9 @@ def finish_layer(y: torch.Tensor, norm, prunable: PrunableLayer, *, inplace=Fals
     activation and pooling, in their order."""
     if norm is None:
         return pool_and_activate(y, prunable, inplace=inplace)
-    if prunable.norm_place == "after pooling":
+    if prunable.norm_place == AFTER_POOLING:
         return norm(pool_and_activate(y, prunable, inplace=inplace))
-    if prunable.norm_place == "after activation":
+    if prunable.norm_place == AFTER_ACTIVATION:
         y = norm(activate(y, prunable.activation, inplace=inplace))
         return POOLINGS[prunable.pooling](y) if prunable.pooling else y
     return pool_and_activate(norm(y), prunable, inplace=inplace)
@@ -488,7 +492,7 @@ class ChainNet(Net):
             names = self.add_flat_layers()
         else:
             names = self.add_features() + self.add_classifier()
-        self.list_prunable(names)
+        self.set_prunable(names)
         self.initialise_weights()
 
     @property
@@ -571,10 +575,11 @@ class ChainNet(Net):
         self.classifier = nn.Sequential(modules)
         return names
 
-    def become(self, architecture: ChainArchitecture) -> None:
-        """Take the strides, paddings, poolings and activation of another chain of the same layers.
+    def switch_architecture(self, architecture: ChainArchitecture) -> None:
+        """Compute another chain with the weights of this one, whose layers, widths, biases and
+        norms have to be the same. Building a net takes longer, and thousands may be tried.
 
-        The names of a VGG's layers, which depend on where poolings stand, stay.
+        The layers keep their names, though in a VGG poolings shift the numbers in them.
         """
         self.architecture = architecture
         for convolution, prunable in zip(architecture.convolutions, self.prunable):
@@ -582,9 +587,9 @@ class ChainNet(Net):
             layer.stride = (convolution.stride, convolution.stride)
             layer.padding = (convolution.padding, convolution.padding)
         names = [(prunable.layer_name, prunable.norm_name) for prunable in self.prunable]
-        self.list_prunable([*names, (self.prunable[-1].next_layer_name, None)])
+        self.set_prunable([*names, (self.prunable[-1].next_layer_name, None)])
 
-    def list_prunable(self, names: list[tuple[str, str | None]]) -> None:
+    def set_prunable(self, names: list[tuple[str, str | None]]) -> None:
         convolutions = self.architecture.convolutions
         poolings = [convolution.pooling for convolution in convolutions]
         norm_places = [convolution.norm_place for convolution in convolutions]
@@ -594,7 +599,7 @@ class ChainNet(Net):
             for ((layer, norm), (next_layer, _)), pooling, place in zip(
                 pairwise(names),
                 poolings + [""] * hidden,
-                norm_places + [NORM_PLACES[0]] * hidden,
+                norm_places + [BEFORE_ACTIVATION] * hidden,
             )
         ]
 
@@ -626,7 +631,7 @@ class ChainNet(Net):
         return [
             (prunable.layer_name, prunable.norm_name)
             for prunable in self.prunable
-            if prunable.norm_name and prunable.norm_place == NORM_PLACES[0]
+            if prunable.norm_name and prunable.norm_place == BEFORE_ACTIVATION
         ]
 
 
@@ -1549,17 +1554,22 @@ def describe_shape(tensor: torch.Tensor) -> str:
 # ---- checkpoints: foreign state dicts ----------------------------------------------------------
 #
 # A state dict lists its tensors in the order in which the net's modules were made. The shapes say
-# what each module is, and how it is chained to the next one. So it becomes a net:
+# what each module is, and how it is chained to the next one. `recognise_state_dict` makes a net of
+# it, in these steps:
 #
+#   take_example        some inputs and outputs of the net, if its owner put them into the file
 #   find_state_dicts    the weights in the file, their names without wrappers
 #   list_modules        convolutions, batch norms and linear layers, in their order
 #   group_blocks        are they the blocks of a residual net, or one chain?
 #   read_chain, read_residual_net
 #                       every architecture that fits, the likeliest first, each as a Reading
+#   find_reading_by_example
+#                       with an example: the one reading that computes it. Chains with strides and
+#                       the like are tried, too (read_unusual_chains)
 #
 # What shapes and names do not say (where poolings stand, which kind of shortcut it is) has several
-# readings. An Example in the file tells which is right, and `find_reading_by_example` takes that
-# one. Without one nothing here knows: controller.find_reading tries them on images.
+# readings. Without an example nothing here knows which is right: controller.find_reading tries them
+# on images.
 
 KNOWN_NETS = (
     "LeNets and perceptrons, VGGs, ResNets of basic blocks, bottlenecks and pre-activated blocks"
@@ -1576,6 +1586,8 @@ SHORTCUT_WORDS = re.compile(r"short|down|skip|proj|identity|convdim|residual_con
 RESIDUAL_WORDS = re.compile(r"\bres\d|residual|shortcut|skip|projection|idconv|downsample")
 # Kernels of a first convolution from which on it usually has a stride, as in ImageNet's nets.
 STRIDED_KERNEL = 7
+# Kernels of a last convolution from which on it usually sees the whole map.
+WHOLE_MAP_KERNEL = 7
 
 
 @dataclass(eq=False)
@@ -1660,7 +1672,7 @@ class UnreadableError(Exception):
 
 
 class UnusualError(UnreadableError):
-    """The same of a net that may be taken with an Example."""
+    """Why it is not, of a chain that may be read with an Example."""
 
 
 # What a state dict of some other net may raise.
@@ -1674,6 +1686,62 @@ READING_ERRORS = (
     RuntimeError,
     ArithmeticError,
 )
+
+
+def recognise_state_dict(content, path: Path) -> dict:
+    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
+    with an Example in the file (`has_example`) there is only the one that computes it. `facts` may
+    have the mean and std of images, and `notes` say what was taken from the file.
+
+    Raises UserError where it is of no net that this tool knows.
+    """
+    example = take_example(content, path)
+    beside_weights = {}
+    if example is not None:
+        known_keys = EXAMPLE_KEYS + NORMALISATION_KEYS
+        beside_weights = {key: content[key] for key in known_keys if key in content}
+        content = {key: value for key, value in content.items() if key not in known_keys}
+    readings, notes = read_first_net(content, path, example)
+    first = readings[0]
+    if example is not None:
+        notes.append(f"{path}: {describe_match(first, example)}")
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "architecture": asdict(first.architecture),
+        "widths": first.widths,
+        "gates": None,
+        "state": first.state,
+        "facts": read_normalisation(beside_weights, first.architecture.channels, path),
+        "readings": readings,
+        "has_example": example is not None,
+        "notes": notes,
+    }
+
+
+def read_first_net(
+    content, path: Path, example: "Example | None"
+) -> tuple[list[Reading], list[str]]:
+    """(readings, notes) of the first state dict in a file that is a known net; with an `example`
+    the one reading that computes it. Raises UserError."""
+    first_error = None
+    for state, notes in find_state_dicts(content, path):
+        try:
+            if example is not None:
+                return [find_reading_by_example(state, example)], notes
+            return read_state(state), notes
+        except READING_ERRORS as error:
+            first_error = first_error or error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    reason = str(first_error)
+    if not isinstance(first_error, UnreadableError):
+        reason = f"its tensors are of no net that this tool knows ({first_error!r})"
+    if isinstance(first_error, UnusualError) and example is None:
+        reason += (
+            "; some such nets are taken where the file holds inputs and outputs, too "
+            "(docs/your-net.md)"
+        )
+    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from first_error
 
 
 # ---- checkpoints: an example of what a foreign net computes
@@ -1691,8 +1759,6 @@ EXAMPLE_TOLERANCE = 0.02
 STRANGE_DIFFERENCE = 1e-3
 # ours: below this difference no nearer reading is looked for.
 ROUNDING_DIFFERENCE = 1e-4
-# ours: logarithms of probabilities count down to here. In float32 smaller ones get lost.
-LEAST_LOG_PROBABILITY = -60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -1705,8 +1771,8 @@ class Example:
 
     inputs: torch.Tensor  # (N, C, H, H), float32
     outputs: torch.Tensor  # (N, classes), float32
-    are_probabilities: bool
-    normalisation: dict[str, list[float]]  # "mean" and "std" by channel; {} where it is not known
+    # Of probabilities the least logarithm that their type can hold; None for other outputs.
+    least_log: float | None = None
 
     @property
     def channels(self) -> int:
@@ -1727,8 +1793,8 @@ class Example:
 
         What is added to all logits of an image does not count, as in a softmax.
         """
-        if self.are_probabilities:
-            logits = logits.log_softmax(1).clamp(min=LEAST_LOG_PROBABILITY)
+        if self.least_log is not None:
+            logits = logits.log_softmax(1).clamp(min=self.least_log)
         outputs = centre(self.outputs)
         difference = centre(logits) - outputs[: len(logits)]
         spread = outputs - outputs.mean(0)
@@ -1740,34 +1806,40 @@ def centre(outputs: torch.Tensor) -> torch.Tensor:
     return outputs - outputs.mean(1, keepdim=True)
 
 
-def take_example(content, path: Path) -> tuple[Example | None, object]:
-    """(the example in a file's content or None, the content without it). Raises UserError where the
-    example tells nothing."""
+def take_example(content, path: Path) -> Example | None:
+    """The example in the content of a file; None where there is none. Raises UserError where it
+    tells nothing."""
     if not isinstance(content, dict):
-        return None, content
-    inputs, outputs = (content.get(key) for key in EXAMPLE_KEYS)
-    if not isinstance(inputs, torch.Tensor) or not isinstance(outputs, torch.Tensor):
-        return None, content
+        return None
+    values = [content.get(key) for key in EXAMPLE_KEYS]
+    if not hasattr(values[0], "__array__"):  # as tensors and numpy's arrays have it
+        return None
+    if not hasattr(values[1], "__array__"):
+        kind = type(values[1]).__name__
+        raise UserError(
+            f"{path}: beside its inputs its outputs are no tensor, but {kind}; of several outputs "
+            "of a net take the one that tells the classes apart"
+        )
+    inputs, outputs = map(torch.as_tensor, values)
     check_example(inputs, outputs, path)
-    normalisation = read_normalisation(content, inputs.shape[1], path)
+    return make_example(inputs, outputs)
+
+
+def make_example(inputs: torch.Tensor, outputs: torch.Tensor) -> Example:
+    """The Example of inputs (N, C, H, H) and outputs (N, classes) in any precision."""
+    least_log = math.log(torch.finfo(outputs.dtype).tiny)
     inputs, outputs = (each[:MAX_EXAMPLE_INPUTS].detach().float() for each in (inputs, outputs))
     sums = outputs.sum(1)
-    # In half precision they sum up to 1 less exactly.
-    are_probabilities = bool(outputs.min() >= 0) and torch.allclose(
-        sums, torch.ones_like(sums), atol=0.02
-    )
-    if are_probabilities:
-        outputs = outputs.log().clamp(min=LEAST_LOG_PROBABILITY)
-    rest = {
-        key: value for key, value in content.items() if key not in EXAMPLE_KEYS + NORMALISATION_KEYS
-    }
-    return Example(inputs, outputs, are_probabilities, normalisation), rest
+    # In half precision the sums are less exact.
+    if outputs.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=0.02):
+        return Example(inputs, outputs)
+    return Example(inputs, outputs.log().clamp(min=least_log), least_log)
 
 
 def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> None:
     """Raise UserError where these are no inputs and outputs of a net that tell what it is."""
     advice = (
-        "make them by: inputs = torch.randn(8, channels, pixels, pixels); "
+        f"make them by: inputs = torch.randn({MAX_EXAMPLE_INPUTS}, channels, pixels, pixels); "
         "outputs = net.eval()(inputs)"
     )
     if inputs.dim() != 4 or inputs.shape[2] != inputs.shape[3] or not inputs.is_floating_point():
@@ -1783,6 +1855,8 @@ def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> No
         )
     if not inputs.isfinite().all() or not outputs.isfinite().all():
         raise UserError(f"{path}: its inputs or outputs are not all finite; {advice}")
+    if outputs.shape[1] < 2:
+        raise UserError(f"{path}: its outputs are one number an input, not one for each class")
     if len(inputs) < 2:
         raise UserError(f"{path}: it has {len(inputs)} inputs, needed are two or more; {advice}")
     first_outputs = centre(outputs[:MAX_EXAMPLE_INPUTS].float())
@@ -1791,8 +1865,8 @@ def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> No
 
 
 def read_normalisation(content: dict, channels: int, path: Path) -> dict[str, list[float]]:
-    """The mean and std of images in a file, a number for each channel; {} where it has none. Raises
-    UserError."""
+    """The mean and std of images in the content of a file, a number for each channel; {} where it
+    has none. Raises UserError."""
     if not any(key in content for key in NORMALISATION_KEYS):
         return {}
     normalisation = {}
@@ -1816,68 +1890,71 @@ def find_reading_by_example(state: dict, example: Example) -> Reading:
     """The reading of a state dict, with any of ACTIVATIONS, that computes the example. Raises one
     of READING_ERRORS where none does, or UserError where its numbers are not finite."""
     first_error = None
-    is_read = False
-    for read in (read_state, partial(read_chain_variants, size=example.size)):
+    differences = []
+    for read in (read_state, partial(read_unusual_chains, size=example.size)):
         try:
             readings = read(state)
         except READING_ERRORS as error:
             first_error = first_error or error
             continue
-        is_read = True
-        nearest = find_nearest_reading(readings, example)
-        if nearest is not None:
+        nearest, difference = find_nearest_reading(readings, example)
+        if difference < EXAMPLE_TOLERANCE:
             return nearest
-    if not is_read:
+        differences.append(difference)
+    if not differences:
         raise first_error
     raise UnreadableError(
         f"no reading of its weights computes its outputs from its inputs of {example.size} x "
-        f"{example.size} pixels; either they are not of these weights in eval mode and float32, or "
-        "the net does something that this tool does not take (docs/your-net.md)"
+        f"{example.size} pixels (the nearest differs by {min(differences):.0%}); either they are "
+        "not of these weights in eval mode and float32, or the net does something that this tool "
+        "does not take (docs/your-net.md)"
     )
 
 
 @torch.no_grad()
-def find_nearest_reading(readings: list[Reading], example: Example) -> Reading | None:
-    """The reading, with any of ACTIVATIONS, that computes the example best; None where none does.
-    Raises UnreadableError where they are of other images or classes."""
-    net = readings[0].architecture
-    if (net.channels, net.classes) != (example.channels, example.classes):
+def find_nearest_reading(readings: list[Reading], example: Example) -> tuple[Reading | None, float]:
+    """(the reading, with any of ACTIVATIONS, that computes the example best; the difference, as
+    `Example.difference_of`). None and infinity where none takes such inputs. Raises UnreadableError
+    where they have other channels or classes."""
+    architecture = readings[0].architecture  # all of them have as many channels and classes
+    channels, classes = architecture.channels, architecture.classes
+    if (channels, classes) != (example.channels, example.classes):
         raise UnreadableError(
-            f"the net reads {net.channels} channels and tells {net.classes} classes apart, but its "
-            f"example has {example.channels} and {example.classes}"
+            f"the net reads {channels} channels and tells {classes} classes apart, but its inputs "
+            f"and outputs in the file have {example.channels} and {example.classes}"
         )
     fitting = [reading.for_size(example.size) for reading in readings]
     fitting = [reading for reading in fitting if reading is not None]
+    nearest, least_difference = None, math.inf
     if not fitting:
-        return None
+        return nearest, least_difference
     with_all_activations = chain.from_iterable(
         change_activation(fitting, activation) for activation in ACTIVATIONS
     )
-    # With the mean square of all inputs below the tolerance, that of one can be so much larger.
+    # The square difference of one input is at most N times the mean of N.
     first_tolerance = EXAMPLE_TOLERANCE * len(example.inputs) ** 0.5
-    nearest, least_difference = None, EXAMPLE_TOLERANCE
     for reading, net in build_in_turn(with_all_activations):
         try:
             # One input shows most wrong readings, and takes less time.
-            if example.difference_of(net(example.inputs[:1])) > first_tolerance:
-                continue
-            difference = example.difference_of(net(example.inputs))
+            difference = example.difference_of(net(example.inputs[:1]))
+            if difference <= first_tolerance:
+                difference = example.difference_of(net(example.inputs))
         except RuntimeError:  # most likely strides and poolings leave nothing of the map
             continue
         if difference < least_difference:
             nearest, least_difference = reading, difference
         if difference < ROUNDING_DIFFERENCE:
             break
-    return nearest
+    return nearest, least_difference
 
 
 def build_in_turn(readings: Iterable[Reading]) -> Iterator[tuple[Reading, Net]]:
-    """Yield each reading with its net in evaluation mode, which the next step of the loop may
-    change: chains of the same weights are one net that becomes each of them, which is quick."""
+    """Yield each reading with its net in evaluation mode. Use the net at once: chains of the same
+    weights are one net, whose architecture the next step of the loop switches."""
     net = state = None
     for reading in readings:
         if isinstance(net, ChainNet) and reading.state is state:
-            net.become(reading.architecture)
+            net.switch_architecture(reading.architecture)
         else:
             net, state = reading.build().eval(), reading.state
         yield reading, net
@@ -1905,60 +1982,6 @@ def describe_match(reading: Reading, example: Example) -> str:
     if alike:
         words += f"; so does {' or '.join(alike)}: larger inputs would tell"
     return words
-
-
-# ---- checkpoints: from the content of a file to a net
-
-
-def recognise_state_dict(content, path: Path) -> dict:
-    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
-    `is_certain` says that an example has told the right one, the only reading then. `notes` say
-    what was taken from the file.
-
-    Raises UserError where it is of no net that this tool knows.
-    """
-    example, content = take_example(content, path)
-    readings, notes = read_first_net(content, path, example)
-    first = readings[0]
-    facts = {}
-    if example is not None:
-        facts = example.normalisation
-        notes.append(f"{path}: {describe_match(first, example)}")
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "architecture": asdict(first.architecture),
-        "widths": first.widths,
-        "gates": None,
-        "state": first.state,
-        "facts": facts,
-        "readings": readings,
-        "is_certain": example is not None,
-        "notes": notes,
-    }
-
-
-def read_first_net(content, path: Path, example: Example | None) -> tuple[list[Reading], list[str]]:
-    """(readings, notes) of the first state dict in a file that is a known net; with an `example`
-    the one reading that computes it. Raises UserError."""
-    first_error = None
-    for state, notes in find_state_dicts(content, path):
-        try:
-            if example is not None:
-                return [find_reading_by_example(state, example)], notes
-            return read_state(state), notes
-        except READING_ERRORS as error:
-            first_error = first_error or error
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    reason = str(first_error)
-    if not isinstance(first_error, UnreadableError):
-        reason = f"its tensors are of no net that this tool knows ({first_error!r})"
-    if isinstance(first_error, UnusualError) and example is None:
-        reason += (
-            "; some such nets are taken where the file holds inputs and outputs, too "
-            "(docs/your-net.md)"
-        )
-    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from first_error
 
 
 # ---- checkpoints: finding the weights in a file
@@ -2054,11 +2077,19 @@ def strip_wrappers(state: dict) -> dict:
     all weights share.
 
     Where one prefix is an averaged copy of another, only the copy stays. Tensors without the
-    prefix, such as a loss's, are left out.
+    prefix, such as a loss's, keep their names.
     """
     parts = {key: [part for part in key.split(".") if part not in WRAPPER_PARTS] for key in state}
     while (first := find_first_part(state, parts)) is not None:
-        parts = {key: names[1:] for key, names in parts.items() if names[0] == first}
+        has_other_weights = any(
+            names[0] != first and state[key].dim() > 1 for key, names in parts.items()
+        )
+        if has_other_weights:  # of the net of which `first` is an averaged copy
+            parts = {key: names for key, names in parts.items() if names[0] == first}
+        parts = {
+            key: names[1:] if names[0] == first and len(names) > 1 else names
+            for key, names in parts.items()
+        }
     return {".".join(names): state[key] for key, names in parts.items()}
 
 
@@ -2167,11 +2198,13 @@ def refuse_other_parameters(found: dict[str, FoundModule], modules: list[FoundMo
     another norm, a PReLU, a learned scale.
 
     Before and after the layers stand counters, the weights of losses and the like, which do no
-    harm. Only a PReLU is refused there, too, as it may be of a list of their own.
+    harm. Only PReLUs and norms are refused there, too: they may stand in a list of their own.
     """
     names = list(found)
     first, last = names.index(modules[0].name), names.index(modules[-1].name)
     for name in [*names[:first], *names[last + 1 :]]:
+        if found[name].tensors.keys() >= {"weight", "bias"}:
+            raise UnreadableError(f"{name} looks like a layer or group norm, not a batch norm")
         if is_prelu_outside(found[name], classes=modules[-1].outputs):
             raise UnreadableError(f"{name} looks like a PReLU, whose slopes this tool cannot use")
     layers = {module.name for module in modules}
@@ -2219,10 +2252,11 @@ def read_modules(modules: list[FoundModule]) -> list[Reading]:
     for read in (partial(read_residual_net, groups=blocks), read_chain):
         try:
             readings += read(modules)
-        except UnreadableError as error:
+        except READING_ERRORS as error:
             errors.append(error)
     if not readings:
-        raise errors[0]
+        unusual_errors = [error for error in errors if isinstance(error, UnusualError)]
+        raise (unusual_errors or errors)[0]
     return readings
 
 
@@ -2232,7 +2266,7 @@ def read_modules(modules: list[FoundModule]) -> list[Reading]:
 def put_layer(state: dict, name: str, module: FoundModule, norm_name, norm) -> None:
     """Put the tensors of a layer and its norm into `state`, under our names.
 
-    norm(y + b) has the running mean less b, so a bias in front of a norm goes there.
+    A bias in front of a norm is taken off its running mean: norm(y + b) stays the same.
     """
     state[f"{name}.weight"] = module.weight
     bias = module.bias
@@ -2261,24 +2295,48 @@ def put_norm(state: dict, name: str, norm: FoundModule, bias=None) -> None:
 # ---- checkpoints: chains
 
 
+@dataclass
+class FoundChain:
+    """The layers of a foreign chain, in their order, and what their shapes say."""
+
+    convolutions: list[FoundModule]
+    linear_layers: list[FoundModule]
+    norm_of: dict[str, FoundModule]  # by the names of layers
+    channels: int  # of the images
+    head_size: int  # the side of the map that the first linear layer reads
+
+
 @dataclass(frozen=True)
-class ChainVariant:
-    """Readings of a chain that are tried with an example alone: with strides, with any of POOLINGS,
-    for images of one size. To most weights there are hundreds or thousands, which no accuracy could
-    tell apart."""
+class NormPlaces:
+    """Where the batch norms of a chain are assumed to stand."""
 
-    size: int  # of the images, in pixels
-    norm_place: str  # of all convolutions; one of NORM_PLACES
-    has_late_hidden_norms: bool  # whether those of linear layers stand after the activation
+    of_convolutions: str = BEFORE_ACTIVATION  # one of NORM_PLACES
+    # Whether norms of linear layers stand after the activation. Where numbers in the names show it,
+    # they count.
+    is_late_in_linear_layers: bool = False
 
 
-def read_chain_variants(state: dict, size: int) -> list[Reading]:
-    """The readings of all ChainVariants of that size; errors as those of `read_state`."""
+def read_chain(modules: list[FoundModule]) -> list[Reading]:
+    """The readings of a chain of convolutions and linear layers, but for unusual ones. Raises
+    UnreadableError."""
+    found = find_chain(modules, NormPlaces())
+    check_first_kernel(found.convolutions)
+    return make_readings(found, list_chains(found))
+
+
+def read_unusual_chains(state: dict, size: int) -> list[Reading]:
+    """The readings of a state dict as a chain with strides, other poolings or late norms, for
+    images of that size; errors as those of `read_state`.
+
+    Most weights have hundreds or thousands of them, which accuracy could not tell apart. So they
+    are tried with an Example only.
+    """
     readings, first_error = [], None
-    for norm_place, has_late_hidden_norms in product(NORM_PLACES, (False, True)):
-        variant = ChainVariant(size, norm_place, has_late_hidden_norms)
+    for places in map(NormPlaces, *zip(*product(NORM_PLACES, (False, True)))):
         try:
-            readings += read_chain(list_modules(state), variant)
+            # New modules each time: to read them changes them.
+            found = find_chain(list_modules(state), places)
+            readings += make_readings(found, list_unusual_chains(found, places, size))
         except READING_ERRORS as error:
             first_error = first_error or error
     if not readings:
@@ -2287,36 +2345,25 @@ def read_chain_variants(state: dict, size: int) -> list[Reading]:
     return readings
 
 
-def read_chain(modules: list[FoundModule], variant: ChainVariant | None = None) -> list[Reading]:
-    """The readings of a chain of convolutions and linear layers: the usual ones, or those of a
-    variant. Raises UnreadableError."""
+def find_chain(modules: list[FoundModule], places: NormPlaces) -> FoundChain:
+    """The chain that these modules are if norms stand so. Changes the modules: norms that stand
+    late in linear layers are folded. Raises UnreadableError."""
     flatten_head(modules)
     convolutions = [module for module in modules if module.is_convolution]
     linear_layers = [module for module in modules if module.is_linear]
     check_chain(modules, convolutions, linear_layers)
-    layers = [*convolutions, *linear_layers]
     norm_of = match_norms(modules)
     if linear_layers[-1].name in norm_of:
         raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
-    if variant is None:
-        check_first_kernel(convolutions)
-        check_norm_places(convolutions, norm_of, NORM_PLACES[0])
-        fold_norms_after_activations(linear_layers, norm_of)
-    else:
-        check_late_norms_exist(variant, layers, norm_of)
-        check_norm_places(convolutions, norm_of, variant.norm_place)
-        fold_norms_after_activations(
-            linear_layers, norm_of, folds_all=variant.has_late_hidden_norms
-        )
+    check_norm_places(convolutions, norm_of, places.of_convolutions)
+    fold_late_norms(linear_layers, norm_of, folds_all=places.is_late_in_linear_layers)
     channels, head_size = find_inputs(convolutions, linear_layers)
-    architectures = list_chains(
-        convolutions,
-        linear_layers,
-        norm_of,
-        channels=channels,
-        head_size=head_size,
-        variant=variant,
-    )
+    return FoundChain(convolutions, linear_layers, norm_of, channels, head_size)
+
+
+def make_readings(found: FoundChain, architectures: list[ChainArchitecture]) -> list[Reading]:
+    """The readings of a chain by these architectures."""
+    layers = [*found.convolutions, *found.linear_layers]
     widths = [module.outputs for module in layers[:-1]]
     states = {}  # Architectures with the same names of layers share one.
     readings = []
@@ -2325,7 +2372,7 @@ def read_chain(modules: list[FoundModule], variant: ChainVariant | None = None) 
         poolings = tuple(bool(convolution.pooling) for convolution in architecture.convolutions)
         key = () if architecture.has_flat_names else poolings
         if key not in states:
-            states[key] = translate_chain_state(architecture, layers, norm_of)
+            states[key] = translate_chain_state(architecture, layers, found.norm_of)
         readings.append(Reading(architecture, widths, states[key]))
     return readings
 
@@ -2337,7 +2384,7 @@ def flatten_head(modules: list[FoundModule]) -> None:
     has_linear_layer = any(module.is_linear for module in modules)
     for index, module in enumerate(convolutions):
         followers = convolutions[index + 1 :]
-        is_head = module.kernel >= STRIDED_KERNEL and all(each.kernel == 1 for each in followers)
+        is_head = module.kernel >= WHOLE_MAP_KERNEL and all(each.kernel == 1 for each in followers)
         if index and is_head and (followers or not has_linear_layer):
             for each in (module, *followers):
                 each.tensors["weight"] = each.weight.flatten(1)
@@ -2352,7 +2399,7 @@ def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> d
     state = {}
     for prunable, module in zip(prunable_layers, layers):
         norm = norm_of.get(module.name)
-        if norm is not None and prunable.norm_place != NORM_PLACES[0]:
+        if norm is not None and prunable.norm_place != BEFORE_ACTIVATION:
             put_layer(state, prunable.layer_name, module, None, None)
             put_norm(state, prunable.norm_name, norm)
         else:
@@ -2428,39 +2475,41 @@ def is_after_activation(norm: FoundModule, layer: FoundModule) -> bool:
 
 
 def check_norm_places(convolutions, norm_of: dict[str, FoundModule], place: str) -> None:
-    """Raise UnreadableError where numbers say that the norm of a convolution stands elsewhere."""
-    for layer in convolutions:
-        norm = norm_of.get(layer.name)
-        if norm is None or not are_in_one_sequence(layer, norm):
+    """Raise UnreadableError where numbers in the names say that the norm of a convolution stands
+    elsewhere, or where norms are to stand late and there are none."""
+    is_late = place != BEFORE_ACTIVATION
+    with_norm = [layer for layer in convolutions if layer.name in norm_of]
+    if is_late and not with_norm:
+        raise UnreadableError("no norm stands behind a convolution")
+    for layer in with_norm:
+        norm = norm_of[layer.name]
+        if not are_in_one_sequence(layer, norm):
             continue
-        if is_after_activation(norm, layer) and place == NORM_PLACES[0]:
+        if is_after_activation(norm, layer) and not is_late:
             raise UnusualError(f"{norm.name} stands after an activation, not before it")
-        if not is_after_activation(norm, layer) and place != NORM_PLACES[0]:
+        if not is_after_activation(norm, layer) and is_late:
             raise UnreadableError(f"{norm.name} stands right behind {layer.name}")
 
 
-def check_late_norms_exist(variant: ChainVariant, layers, norm_of: dict[str, FoundModule]) -> None:
-    """Raise UnreadableError where norms are to stand late, and there are none: then another variant
-    has the same readings."""
-    with_norm = [layer for layer in layers if layer.name in norm_of]
-    has_late_norms = variant.norm_place != NORM_PLACES[0]
-    if has_late_norms and not any(layer.is_convolution for layer in with_norm):
-        raise UnreadableError("no norm stands behind a convolution")
-    if variant.has_late_hidden_norms and not any(layer.is_linear for layer in with_norm):
-        raise UnreadableError("no norm stands behind a linear layer")
-
-
-def fold_norms_after_activations(
-    linear_layers, norm_of: dict[str, FoundModule], *, folds_all: bool = False
-) -> None:
+def fold_late_norms(linear_layers, norm_of: dict[str, FoundModule], *, folds_all: bool) -> None:
     """Fold norms that stand after the activation of a linear layer into the next linear layer: the
-    scale into its weights, the shift into its bias. Numbers in the names show them; with
-    `folds_all` all norms of linear layers are meant. Changes the layers and `norm_of` in place."""
+    scale into its weights, the shift into its bias. Changes the layers and `norm_of` in place.
+
+    Numbers in the names show them. With `folds_all` those norms are meant, too, of which no numbers
+    tell; raises UnreadableError where there are none.
+    """
+    is_any_open = False
     for layer, after in pairwise(linear_layers):
         norm = norm_of.get(layer.name)
-        if norm is not None and (folds_all or is_after_activation(norm, layer)):
+        if norm is None:
+            continue
+        is_open = not are_in_one_sequence(layer, norm)
+        is_any_open = is_any_open or is_open
+        if is_after_activation(norm, layer) or (is_open and folds_all):
             fold_norm_into(after, norm)
             del norm_of[layer.name]
+    if folds_all and not is_any_open:
+        raise UnreadableError("no norm stands behind a linear layer, or numbers tell where")
 
 
 def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
@@ -2571,65 +2620,24 @@ GRAY_SIZES = (28, 32, *range(8, 257))
 COLOUR_SIZES = (32, 64, 96, 128, 224, *range(8, 257))
 
 
-def list_chains(
-    convolutions,
-    linear_layers,
-    norm_of,
-    *,
-    channels: int,
-    head_size: int,
-    variant: ChainVariant | None = None,
-) -> list[ChainArchitecture]:
-    """The architectures that fit, the likeliest first: the usual ones, or those of a variant.
-    Raises UnreadableError where none fits."""
-    hidden_norms = tuple(module.name in norm_of for module in linear_layers[:-1])
+def list_chains(found: FoundChain) -> list[ChainArchitecture]:
+    """The usual architectures of a chain, the likeliest first. Raises UnusualError where none
+    fits."""
+    convolutions = found.convolutions
     is_vgg = len(convolutions) >= VGG_CONVOLUTIONS
-    sizes = GRAY_SIZES if channels == 1 else COLOUR_SIZES
-    norm_place = NORM_PLACES[0]
-    if variant is None:
-        all_paddings = list_paddings(convolutions)
-        no_strides = (1,) * len(convolutions)
-        poolings_and_strides = [
-            (poolings, no_strides) for poolings in list_poolings(convolutions, norm_of)
-        ]
-    else:
-        sizes = (variant.size,)
-        norm_place = variant.norm_place
-        all_paddings = list_variant_paddings(convolutions)
-        poolings_and_strides = list_poolings_and_strides(convolutions, norm_of)
     averaging = (False,)
     if is_vgg:
         averaging = (True,)
-    elif head_size == 1 and convolutions:
+    elif found.head_size == 1 and convolutions:
         averaging = (False, True)
-    architectures = []
-    for is_averaged, (poolings, strides), paddings in product(
-        averaging, poolings_and_strides, all_paddings
-    ):
-        architecture = ChainArchitecture(
-            name_chain(convolutions),
-            linear_layers[-1].outputs,
-            channels,
-            sizes[0],  # until `fit_size` finds one that fits
-            convolutions=describe_convolutions(
-                convolutions, norm_of, poolings, strides, paddings, norm_place
-            ),
-            hidden_norms=hidden_norms,
-            head_size=head_size,
-            is_averaged=is_averaged,
-            has_flat_names=not is_vgg,
-        )
-        fitting = fit_size(architecture, sizes)
-        if fitting is not None:
-            architectures.append(fitting)
-    if not architectures:
-        raise UnusualError(
-            f"{linear_layers[0].name} reads {head_size} x {head_size} places of each channel, "
-            "which no usual paddings and poolings leave of any image (it may have strides, or "
-            "other poolings than 2 x 2)"
-        )
-    if variant is not None:
-        return architectures
+    shapes = product(
+        averaging,
+        list_poolings(convolutions, found.norm_of),
+        [(1,) * len(convolutions)],
+        list_paddings(convolutions),
+    )
+    sizes = GRAY_SIZES if found.channels == 1 else COLOUR_SIZES
+    architectures = list_fitting_chains(found, BEFORE_ACTIVATION, shapes, sizes)
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
     with_relu = [name_as_lenet5(architecture) for architecture in architectures]
     if is_vgg:
@@ -2638,21 +2646,61 @@ def list_chains(
     return with_relu + others
 
 
-def describe_convolutions(
-    convolutions, norm_of, poolings, strides, paddings, norm_place: str
-) -> tuple[Convolution, ...]:
-    """The convolutions of a chain, with that pooling, stride and padding of each, and norms at that
-    place."""
-    described = []
-    for module, pooling, stride, padding in zip(convolutions, poolings, strides, paddings):
-        has_norm = module.name in norm_of
-        place = norm_place if has_norm else NORM_PLACES[0]
-        # A norm right behind a convolution takes the bias in.
-        has_bias = module.bias is not None and not (has_norm and place == NORM_PLACES[0])
-        described.append(
-            Convolution(module.kernel, padding, has_bias, has_norm, pooling, stride, place)
+def list_fitting_chains(
+    found: FoundChain, norm_place: str, shapes: Iterable[tuple], sizes
+) -> list[ChainArchitecture]:
+    """The architectures that fit the weights, and images of one of these sizes.
+
+    `shapes` are (whether the last map is averaged; the pooling, the stride and the padding of each
+    convolution). Raises UnusualError where none fits.
+    """
+    convolutions = found.convolutions
+    architectures = []
+    for is_averaged, poolings, strides, paddings in shapes:
+        architecture = ChainArchitecture(
+            name_chain(convolutions),
+            found.linear_layers[-1].outputs,
+            found.channels,
+            sizes[0],  # until `fit_size` finds one that fits
+            convolutions=tuple(
+                describe_convolution(module, found.norm_of, norm_place, pooling, stride, padding)
+                for module, pooling, stride, padding in zip(
+                    convolutions, poolings, strides, paddings
+                )
+            ),
+            hidden_norms=tuple(module.name in found.norm_of for module in found.linear_layers[:-1]),
+            head_size=found.head_size,
+            is_averaged=is_averaged,
+            has_flat_names=len(convolutions) < VGG_CONVOLUTIONS,
         )
-    return tuple(described)
+        fitting = fit_size(architecture, sizes)
+        if fitting is not None:
+            architectures.append(fitting)
+    if not architectures:
+        raise UnusualError(
+            f"{found.linear_layers[0].name} reads {found.head_size} x {found.head_size} places of "
+            "each channel, which no usual paddings and poolings leave of any image (it may have "
+            "strides, or other poolings than 2 x 2)"
+        )
+    return architectures
+
+
+def describe_convolution(
+    module: FoundModule, norm_of, norm_place: str, pooling: str, stride: int, padding: int
+) -> Convolution:
+    has_norm = module.name in norm_of
+    place = norm_place if has_norm else BEFORE_ACTIVATION
+    # A norm right behind a convolution takes the bias in.
+    has_bias = module.bias is not None and not (has_norm and place == BEFORE_ACTIVATION)
+    return Convolution(
+        module.kernel,
+        padding,
+        has_bias=has_bias,
+        has_norm=has_norm,
+        pooling=pooling,
+        stride=stride,
+        norm_place=place,
+    )
 
 
 def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None:
@@ -2679,7 +2727,7 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
         return list(dict.fromkeys([tuple(same), (*same[:-1], 0), widened]))
     if len(convolutions) > 3:
         # A large last kernel may see the whole map.
-        ends = [(*same[:-1], 0)] if convolutions[-1].kernel >= STRIDED_KERNEL else []
+        ends = [(*same[:-1], 0)] if convolutions[-1].kernel >= WHOLE_MAP_KERNEL else []
         every_second = tuple(0 if i % 2 else padding for i, padding in enumerate(same))
         return list(dict.fromkeys([tuple(same), (0,) * len(same), *ends, every_second, widened]))
     return [*dict.fromkeys(product(*((0, padding) for padding in same))), widened]
@@ -2770,27 +2818,47 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
     return [ends for ends in dict.fromkeys(found) if 2 <= len(ends) <= 6]
 
 
-# ---- checkpoints: variants of chains
+# ---- checkpoints: unusual chains
 
-# ours: a first convolution with such a kernel may have a stride of 4 (AlexNet).
+# ours: a first convolution with such a kernel, or a larger one, may have a stride of 4 (AlexNet).
 ALEXNET_KERNEL = 8
-# ours: in chains of so many convolutions any of them may have a stride or a pooling.
+# ours: in chains of up to so many convolutions any of them may have a stride or a pooling.
 MAX_MIXED_CONVOLUTIONS = 4
 
 
-def list_variant_paddings(convolutions) -> list[tuple[int, ...]]:
-    """As `list_paddings`, and more: even kernels padded as those of DCGAN's discriminator, the
-    first convolution with half the usual padding (AlexNet)."""
+def list_unusual_chains(
+    found: FoundChain, places: NormPlaces, size: int
+) -> list[ChainArchitecture]:
+    """The architectures of a chain that may have strides and any of POOLINGS, for images of that
+    size. Usual ones are among them. Raises UnusualError where none fits."""
+    convolutions = found.convolutions
+    averaging = (False, True) if convolutions else (False,)
+    shapes = [
+        (is_averaged, poolings, strides, paddings)
+        for is_averaged, (poolings, strides) in product(
+            averaging, list_poolings_and_strides(convolutions, found.norm_of)
+        )
+        for paddings in list_unusual_paddings(convolutions, strides)
+    ]
+    return list_fitting_chains(found, places.of_convolutions, shapes, (size,))
+
+
+def list_unusual_paddings(convolutions, strides) -> list[tuple[int, ...]]:
+    """As `list_paddings`, and more: such that a stride of 2 halves maps also with even kernels
+    (DCGAN's discriminator), half as much around the first convolution (AlexNet), or only where a
+    convolution has a stride."""
     if not convolutions:
         return [()]
-    same = [(module.kernel - 1) // 2 for module in convolutions]
-    halved = (same[0] // 2, *same[1:])
-    return list(dict.fromkeys([*list_paddings(convolutions), tuple(same), halved]))
+    halving = tuple((module.kernel - 1) // 2 for module in convolutions)
+    less_at_first = (halving[0] // 2, *halving[1:])
+    where_strided = tuple(padding if stride > 1 else 0 for padding, stride in zip(halving, strides))
+    found = [*list_paddings(convolutions), halving, less_at_first, where_strided]
+    return list(dict.fromkeys(found))
 
 
 def list_poolings_and_strides(convolutions, norm_of) -> list[tuple[tuple, tuple]]:
-    """(the pooling, the stride) of each convolution, for the variants of a chain. All poolings of a
-    net are alike."""
+    """(the pooling, the stride) of each convolution, for unusual chains. All poolings of a net are
+    alike."""
     if not convolutions:
         return [((), ())]
     poolable = may_be_pooled(convolutions, norm_of)
@@ -2818,21 +2886,23 @@ def list_vgg_choices(convolutions, poolable) -> Iterator[tuple[tuple, tuple]]:
 
 
 def list_small_chain_choices(convolutions, poolable) -> Iterator[tuple[tuple, tuple]]:
-    """(whether each convolution is pooled, the stride of each): strides of 2 alone, then poolings
-    alone, both with a stride in the first convolution, too. In short chains come all mixtures."""
+    """(whether each convolution is pooled, the stride of each) of a small chain."""
     count = len(convolutions)
     first_strides = (1, 2, 4) if convolutions[0].kernel >= ALEXNET_KERNEL else (1, 2)
-    all_strides = [(first_strides), *[(1, 2)] * (count - 1)]
-    all_poolings = [(True, False) if is_poolable else (False,) for is_poolable in poolable]
-    for strides in product(*all_strides):
+    all_strides = list(product(first_strides, *[(1, 2)] * (count - 1)))
+    all_poolings = list(product(*[(True, False) if can_be else (False,) for can_be in poolable]))
+    # Strides alone.
+    for strides in all_strides:
         yield (False,) * count, strides
-    for first_stride, is_pooled in product(first_strides, product(*all_poolings)):
+    # Poolings, and perhaps a stride in the first convolution.
+    for first_stride, is_pooled in product(first_strides, all_poolings):
         yield is_pooled, (first_stride, *[1] * (count - 1))
-    if count <= MAX_MIXED_CONVOLUTIONS:
-        for is_pooled, strides in product(product(*all_poolings), product(*all_strides)):
-            # A convolution has one of both, but for the first.
-            if not any(pooled and stride > 1 for pooled, stride in zip(is_pooled[1:], strides[1:])):
-                yield is_pooled, strides
+    if count > MAX_MIXED_CONVOLUTIONS:
+        return
+    # All mixtures, but the first convolution alone may have both.
+    for is_pooled, strides in product(all_poolings, all_strides):
+        if not any(pooled and stride > 1 for pooled, stride in zip(is_pooled[1:], strides[1:])):
+            yield is_pooled, strides
 
 
 # ---- checkpoints: names of chains

@@ -1047,14 +1047,14 @@ class UserNet:
 
     A foreign state dict, which this tool has not written, may be several nets: its `readings`.
     `net` is the likeliest of them until images tell which it is. Where the file has an example of
-    what the net computes (models.Example), there is one reading, and it is certain.
+    what the net computes (models.Example), the reading that computes it is the only one.
     """
 
     path: Path
     net: object  # models.Net
     facts: dict
     readings: list  # of models.Reading, the likeliest first; none for a file of this tool
-    is_certain: bool = False
+    has_example: bool = False  # then the only reading is the right one
     photograph_size: int | None = None  # pixels; the user's --size
     activation: str | None = None  # the user's --activation
     # In [0, 1], of the chosen reading on the images that chose it; None where no image had to.
@@ -1075,7 +1075,7 @@ class UserNet:
                 "; if it has strides, or other poolings than 2 x 2, put some inputs and outputs of "
                 "it into the file (docs/your-net.md)"
             )
-            if self.is_certain:
+            if self.has_example:
                 advice = f"; its inputs in the file have {self.net.size} x {self.net.size}"
             raise UserError(
                 f"{self.path}: no reading of its weights takes images of {size} x {size} pixels"
@@ -1104,8 +1104,8 @@ def load_user_net(
         raise UserError(f"unknown activation '{activation}'; there are {', '.join(ACTIVATIONS)}", 2)
     net, checkpoint = sep.load_checkpoint(path)
     readings = checkpoint.get("readings", [])
-    is_certain = checkpoint.get("is_certain", False)
-    says_activation = is_certain or not readings
+    has_example = checkpoint.get("has_example", False)
+    says_activation = has_example or not readings
     if says_activation and activation not in (None, net.architecture.activation):
         raise UserError(
             f"{path} says its activation, {net.architecture.activation}; leave out --activation", 2
@@ -1120,7 +1120,7 @@ def load_user_net(
         readings = change_activation(readings, activation)
         net = readings[0].build()
     facts = checkpoint["facts"]
-    return UserNet(path, net, facts, readings, is_certain, photograph_size, activation)
+    return UserNet(path, net, facts, readings, has_example, photograph_size, activation)
 
 
 # ---- opening a run: data and device ------------------------------------------------------------
@@ -1267,7 +1267,7 @@ def load_images_for_user_net(
     net, facts = user_net.net, user_net.facts
     size = user_net.photograph_size or net.size
     size_advice = ""
-    if user_net.readings and not user_net.is_certain and user_net.photograph_size is None:
+    if user_net.readings and not user_net.has_example and user_net.photograph_size is None:
         size_advice = "; the net may have been trained at another size: --size names it"
     try:
         train, test, description = load_experiment_images(
@@ -1300,7 +1300,7 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
     mean, std = stored_normalisation(user_net.net, user_net.facts) or try_readings(
         user_net, train, seed, say
     )
-    if user_net.is_certain:
+    if user_net.has_example:
         # An example does not tell this.
         user_net.net = take_matching_norm_place(user_net.net, train.normalised_by(mean, std))
     return mean, std
@@ -1311,7 +1311,7 @@ def try_readings(user_net: UserNet, train, seed: int, say) -> tuple:
     becomes the best."""
     from controller import KnownNet, find_reading
 
-    is_open = bool(user_net.readings) and not user_net.is_certain
+    is_open = bool(user_net.readings) and not user_net.has_example
     if is_open:
         say(
             "the weights alone do not tell how images were normalised, nor all of the net: tries "
@@ -1329,7 +1329,7 @@ def try_readings(user_net: UserNet, train, seed: int, say) -> tuple:
     user_net.net, user_net.accuracy = found.net, found.accuracy
     ending = ""
     if not found.is_only_best:
-        ending = "; others get as many or nearly, so this may be the wrong one"
+        ending = "; others are about as accurate, so this may be the wrong one"
     reading = ""
     if is_open:
         reading = f", and the net read as {found.net.architecture.in_words()}"
@@ -1337,11 +1337,13 @@ def try_readings(user_net: UserNet, train, seed: int, say) -> tuple:
         f"images normalised by {found.normalisation}{reading}: of all that was tried this fits "
         f"best, and gets {found.accuracy:.2%} of {found.images:,} training images right{ending}"
     )
-    if found.has_strange_norms and not user_net.is_certain:
+    if found.has_strange_norms and not user_net.has_example:
         say(
             "its batch norms remember other values than they read now: most likely this is not the "
             "net that was trained, or these are not the images that trained it"
         )
+    if user_net.has_example:
+        say("if images were normalised in another way, put mean and std into the file")
     if is_open:
         advice = "compare that with what you know of the net"
         if user_net.activation is None:

@@ -514,7 +514,7 @@ def test_of_readings_that_get_as_many_right_the_most_usual_is_taken(norms_tell):
 @pytest.mark.parametrize(
     ("name", "activation"),
     [
-        ("CNN of large kernels, averaged", "gelu"),
+        ("CNN in blocks, averaged", "gelu"),
         ("bottlenecks", "leaky_relu_0.2"),
         ("VGG-16, one linear layer", "elu"),
         ("wide ResNet", "leaky_relu_0.1"),
@@ -672,7 +672,7 @@ def test_norms_tell_whether_they_stand_before_or_after_a_pooling(is_pooled_last)
     with torch.no_grad():
         net.train()(images.batch(torch.arange(600)))
         x = images.batch(torch.arange(4))
-        example = models.Example(x, net.eval()(x), are_probabilities=False, normalisation={})
+        example = models.Example(x, net.eval()(x))
     reading = models.find_reading_by_example(net.state_dict(), example)
 
     found = controller.take_matching_norm_place(reading.build(), images)

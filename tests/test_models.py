@@ -718,7 +718,7 @@ def test_an_example_tells_how_a_net_is_read(tmp_path, name, activation):
 
     assert loaded_net.architecture.activation == activation
     assert zoo.largest_difference(loaded_net.eval()(x.flip(3)), expected) < 1e-4
-    assert checkpoint["is_certain"]
+    assert checkpoint["has_example"]
     assert [each.architecture for each in checkpoint["readings"]] == [loaded_net.architecture]
     assert checkpoint["notes"] == [
         f"{tmp_path}/a.pt: read as {loaded_net.architecture.in_words()}; so it computes the "
@@ -802,7 +802,7 @@ def test_inputs_and_outputs_that_are_no_tensors_are_no_example(tmp_path):
 
     checkpoint = models.read_checkpoint(tmp_path / "a.pt")
 
-    assert not checkpoint["is_certain"] and len(checkpoint["readings"]) > 1
+    assert not checkpoint["has_example"] and len(checkpoint["readings"]) > 1
 
 
 @pytest.mark.parametrize(
@@ -813,6 +813,8 @@ def test_inputs_and_outputs_that_are_no_tensors_are_no_example(tmp_path):
         lambda logits: logits * (1 + 0.005 * torch.randn_like(logits)),  # rounded by a GPU
         lambda logits: logits.double().requires_grad_(),
         lambda logits: logits.softmax(1).bfloat16(),
+        lambda logits: logits.softmax(1).half(),
+        lambda logits: logits.numpy(),
         lambda logits: logits - 1000,
     ],
 )
@@ -840,12 +842,15 @@ def test_an_example_tells_which_of_several_state_dicts_is_meant(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"outputs": torch.randn(4, 10)}, "no reading of its weights computes its outputs"),
+        ({"outputs": torch.randn(4, 10)}, r"28 x 28 pixels \(the nearest differs by [1-9]\d+%\)"),
         ({"inputs": torch.randn(4, 1, 30, 30)}, "from its inputs of 30 x 30 pixels"),
         ({"outputs": torch.ones(4, 10)}, "its outputs are the same for all its inputs; make them"),
         ({"outputs": torch.ones(4, 10) / 0}, "not all finite; make them by"),
-        ({"outputs": torch.randn(4, 7)}, "tells 10 classes apart, but its example has 1 and 7"),
+        ({"outputs": torch.randn(4, 7)}, "tells 10 classes apart, but its inputs and outputs"),
         ({"outputs": torch.randn(3, 10)}, r"its outputs, 3 x 10 .* for its 4 inputs"),
+        ({"outputs": (torch.randn(4, 10), 1)}, "its outputs are no tensor, but tuple; of several"),
+        ({"outputs": None}, "its outputs are no tensor, but NoneType"),
+        ({"outputs": torch.randn(4, 1)}, "one number an input, not one for each class"),
         ({"outputs": torch.ones(4, 10).int()}, "int32, are no floating-point numbers"),
         ({"inputs": torch.randn(4, 784)}, r"of the shape \(N, channels, pixels, pixels\)"),
         ({"inputs": torch.ones(4, 1, 28, 28).byte()}, "uint8, are no floating-point numbers"),

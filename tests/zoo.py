@@ -1035,6 +1035,24 @@ def make_nature_cnn():
     )  # fmt: skip
 
 
+def make_kaggle_cnn():
+    """Four convolutions with norms after the relus; the third one is strided and alone padded."""
+
+    def run(net, x):
+        for number in range(1, 5):
+            x = net.get_submodule(f"bn{number}")(F.relu(net.get_submodule(f"conv{number}")(x)))
+        return net.fc(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+    return Layers(
+        run,
+        conv1=nn.Conv2d(3, 8, 3), bn1=nn.BatchNorm2d(8),
+        conv2=nn.Conv2d(8, 8, 3), bn2=nn.BatchNorm2d(8),
+        conv3=nn.Conv2d(8, 12, 5, 2, 2), bn3=nn.BatchNorm2d(12),
+        conv4=nn.Conv2d(12, 16, 3), bn4=nn.BatchNorm2d(16),
+        fc=nn.Linear(16 * 4, 10),
+    )  # fmt: skip
+
+
 def make_late_norm_vgg():
     """Stages of two convolutions, norms after the relus, poolings but after the last stage."""
     modules, inputs = [], 3
@@ -1070,6 +1088,7 @@ EXAMPLE_CASES = {
         "", partial(make_cnn_with_late_norms, is_pooled_last=False)
     ),
     "sequence, norms after relus": Case("", make_late_norm_sequence),
+    "CNN, padded where it is strided": Case("", make_kaggle_cnn),
     "VGG, norms after relus, average at its end": Case("", make_late_norm_vgg),
 }
 

@@ -2188,7 +2188,7 @@ def evaluate(
 ):
     """Accuracy, MACs, parameters, size, latency of a checkpoint."""
     import sep
-    from controller import measure_accuracy
+    from controller import is_near_guessing, measure_accuracy
 
     user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, user_net.facts)
@@ -2201,6 +2201,8 @@ def evaluate(
     net = prepare_for_inference(user_net.net, device)
     with sep.record_usage(net) as usage:
         accuracy = measure_accuracy(net, test, in_float32=True)
+    if is_near_guessing(accuracy, net.classes):
+        print_note(f"{accuracy:.2%} is hardly more than guessing: {WHY_A_NET_GUESSES}")
     baseline_net = build_untrained_baseline(user_net, device)
     baseline = known_baseline(user_net.facts, baseline_net, len(test), description)
     own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
@@ -2220,15 +2222,11 @@ def evaluate(
 
 
 def say_what_is_read(user_net: UserNet, test, description: str) -> None:
-    """Tell the user which images are read, and whether the net hardly knows them."""
-    from controller import is_near_guessing
-
+    """Tell the user which images are read."""
     note = f"reads {len(test):,} test images of {description}"
     if user_net.facts.get("data") not in (None, description):
         note += f"; it was trained on {user_net.facts['data']}"
     print_note(note)
-    if user_net.accuracy is not None and is_near_guessing(user_net.accuracy, user_net.net.classes):
-        print_note(f"that is hardly more than guessing: {WHY_A_NET_GUESSES}")
 
 
 def prepare_for_inference(net, device):

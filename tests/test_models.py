@@ -742,7 +742,7 @@ WORDS_OF_EXAMPLE_CASES = {
 
 @pytest.mark.parametrize("name", zoo.EXAMPLE_CASES)
 @torch.no_grad()
-def test_variants_of_chains_with_an_example_are_read_pruned_gated_and_exported(tmp_path, name):
+def test_unusual_chains_with_an_example_are_read_pruned_gated_and_exported(tmp_path, name):
     net, x = zoo.make_lively(zoo.EXAMPLE_CASES[name])
     if "norm" in name:
         for module in net.modules():

@@ -1696,14 +1696,15 @@ def recognise_state_dict(content, path: Path) -> dict:
     Raises UserError where it is of no net that this tool knows.
     """
     example = take_example(content, path)
-    beside_weights = {}
+    rest = content
     if example is not None:
-        known_keys = EXAMPLE_KEYS + NORMALISATION_KEYS
-        beside_weights = {key: content[key] for key in known_keys if key in content}
-        content = {key: value for key, value in content.items() if key not in known_keys}
-    readings, notes = read_first_net(content, path, example)
+        taken_keys = EXAMPLE_KEYS + NORMALISATION_KEYS
+        rest = {key: value for key, value in content.items() if key not in taken_keys}
+    readings, notes = read_first_net(rest, path, example)
     first = readings[0]
+    facts = {}
     if example is not None:
+        facts = read_normalisation(content, first.architecture.channels, path)
         notes.append(f"{path}: {describe_match(first, example)}")
     return {
         "format": CHECKPOINT_FORMAT,
@@ -1711,7 +1712,7 @@ def recognise_state_dict(content, path: Path) -> dict:
         "widths": first.widths,
         "gates": None,
         "state": first.state,
-        "facts": read_normalisation(beside_weights, first.architecture.channels, path),
+        "facts": facts,
         "readings": readings,
         "has_example": example is not None,
         "notes": notes,
@@ -1827,7 +1828,7 @@ def take_example(content, path: Path) -> Example | None:
 
 def make_example(inputs: torch.Tensor, outputs: torch.Tensor) -> Example:
     """The Example of inputs (N, C, H, H) and outputs (N, classes) in any precision."""
-    least_log = math.log(torch.finfo(outputs.dtype).tiny)
+    least_log = math.log(max(torch.finfo(dtype).tiny for dtype in (outputs.dtype, torch.float)))
     inputs, outputs = (each[:MAX_EXAMPLE_INPUTS].detach().float() for each in (inputs, outputs))
     sums = outputs.sum(1)
     # In half precision the sums are less exact.

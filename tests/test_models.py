@@ -814,6 +814,7 @@ def test_inputs_and_outputs_that_are_no_tensors_are_no_example(tmp_path):
         lambda logits: logits.double().requires_grad_(),
         lambda logits: logits.softmax(1).bfloat16(),
         lambda logits: logits.softmax(1).half(),
+        lambda logits: logits.double().softmax(1),
         lambda logits: logits.numpy(),
         lambda logits: logits - 1000,
     ],

@@ -2333,7 +2333,8 @@ def read_unusual_chains(state: dict, size: int) -> list[Reading]:
     are tried with an Example only.
     """
     readings, first_error = [], None
-    for places in map(NormPlaces, *zip(*product(NORM_PLACES, (False, True)))):
+    for place, is_late in product(NORM_PLACES, (False, True)):
+        places = NormPlaces(place, is_late)
         try:
             # New modules each time: to read them changes them.
             found = find_chain(list_modules(state), places)

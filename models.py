@@ -1904,11 +1904,13 @@ def find_reading_by_example(state: dict, example: Example) -> Reading:
         differences.append(difference)
     if not differences:
         raise first_error
+    inputs = f"its inputs of {example.size} x {example.size} pixels"
+    if min(differences) == math.inf:
+        raise UnreadableError(f"no reading of its weights takes {inputs}")
     raise UnreadableError(
-        f"no reading of its weights computes its outputs from its inputs of {example.size} x "
-        f"{example.size} pixels (the nearest differs by {min(differences):.0%}); either they are "
-        "not of these weights in eval mode and float32, or the net does something that this tool "
-        "does not take (docs/your-net.md)"
+        f"no reading of its weights computes its outputs from {inputs} (the nearest differs by "
+        f"{min(differences):.0%}); either they are not of these weights in eval mode and float32, "
+        "or the net does something that this tool does not take (docs/your-net.md)"
     )
 
 

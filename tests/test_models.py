@@ -844,7 +844,7 @@ def test_an_example_tells_which_of_several_state_dicts_is_meant(tmp_path):
     ("changes", "words"),
     [
         ({"outputs": torch.randn(4, 10)}, r"28 x 28 pixels \(the nearest differs by [1-9]\d+%\)"),
-        ({"inputs": torch.randn(4, 1, 30, 30)}, "from its inputs of 30 x 30 pixels"),
+        ({"inputs": torch.randn(4, 1, 30, 30)}, "its inputs of 30 x 30 pixels"),
         ({"outputs": torch.ones(4, 10)}, "its outputs are the same for all its inputs; make them"),
         ({"outputs": torch.ones(4, 10) / 0}, "not all finite; make them by"),
         ({"outputs": torch.randn(4, 7)}, "tells 10 classes apart, but its inputs and outputs"),

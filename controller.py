@@ -1682,27 +1682,28 @@ def score_if_fitting(net: Net, images: Images, *, reads_norms: bool) -> AttemptS
     net.eval()
     is_right, loss = [], 0.0
     chunks = split_into_chunks(images)
-    mismatches = []
+    mismatch = None
     try:
         for index, x in zip(chunks, images.batches(chunks)):
             logits, labels = net(x), images.labels[index]
             is_right.append((logits.argmax(1) == labels).cpu())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         if reads_norms and net.gates is None and len(images) >= FEWEST_IMAGES_FOR_NORMS:
-            mismatches = measure_norm_mismatches(net, images)
+            mismatch = measure_least_norm_mismatch(net, images)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         # Most likely strides and poolings leave nothing of the map.
         return AttemptScore(torch.zeros(len(images), dtype=torch.bool), math.inf, None)
     loss = loss if math.isfinite(loss) else math.inf
-    known_mismatches = [mismatch for mismatch in mismatches if mismatch is not None]
-    return AttemptScore(torch.cat(is_right), loss, min(known_mismatches, default=None))
+    return AttemptScore(torch.cat(is_right), loss, mismatch)
 
 
 @torch.no_grad()
-def measure_norm_mismatches(net: Net, images: Images) -> list[float | None]:
-    """`measure_norm_mismatch` for some of the images: as they are, and as a training augments them.
+def measure_least_norm_mismatch(net: Net, images: Images) -> float | None:
+    """The smaller `measure_norm_mismatch` for some of the images: as they are, and as a training
+    augments them. None where no batch norm tells.
+
     Nobody knows which of the two the batch norms have read. Crops with black borders change much.
     """
     count = min(NORM_IMAGES, len(images) // 4)
@@ -1715,7 +1716,7 @@ def measure_norm_mismatches(net: Net, images: Images) -> list[float | None]:
             for x in images.batches(chunks, each):
                 net(x)
         mismatches.append(measure_norm_mismatch(norm_inputs))
-    return mismatches
+    return min((each for each in mismatches if each is not None), default=None)
 
 
 def take_matching_norm_place(net: Net, images: Images) -> Net:
@@ -1739,17 +1740,15 @@ def take_matching_norm_place(net: Net, images: Images) -> Net:
     )
     other = models.build_net(replace(architecture, convolutions=changed), net.widths)
     models.load_weights(other, net.state_dict())
-    other = other.to(next(net.parameters()).device).eval()
+    nets = [each.to(images.device).eval() for each in (net, other)]
     images = images.select(slice(4 * NORM_IMAGES))
     sample = images.select(slice(32))
-    logits, other_logits = (compute_logits(each, sample, in_float32=True) for each in (net, other))
+    logits, other_logits = (compute_logits(each, sample, in_float32=True) for each in nets)
     if not torch.allclose(logits, other_logits, rtol=1e-4, atol=1e-5):
         return net
-    mismatches = [
-        min(filter(None, measure_norm_mismatches(each, images)), default=math.inf)
-        for each in (net.eval(), other)
-    ]
-    return other if mismatches[1] < mismatches[0] else net
+    mismatches = [measure_least_norm_mismatch(each, images) for each in nets]
+    # None where the norms have learned nothing.
+    return other if None not in mismatches and mismatches[1] < mismatches[0] else net
 
 
 class NormInputs:

@@ -361,7 +361,8 @@ ACTIVATIONS = {
     "mish": F.mish,
 }
 # No usual net of the families here has them. controller.find_reading finds them where batch norms
-# tell, or where they do much better. The others behind them are found by an Example alone.
+# tell, or where they do much better. It does not try relu6, selu, hardswish and mish, which only an
+# Example tells.
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
 # They fall for some inputs, so max-pooling before them gives something else than after them.
 FALLING_ACTIVATIONS = ("gelu", "silu", "hardswish", "mish")
@@ -1801,6 +1802,15 @@ class Example:
         spread = outputs - outputs.mean(0)
         return float((difference.square().mean() / spread.square().mean()).sqrt())
 
+    def difference_of_net(self, net: Net, tolerance: float) -> float:
+        """The difference of what a net computes. Where it is above the tolerance, it may be that of
+        the first input alone, which shows most wrong nets and takes less time."""
+        difference = self.difference_of(net(self.inputs[:1]))
+        # The square difference of one input is at most N times the mean of N.
+        if difference > tolerance * len(self.inputs) ** 0.5:
+            return difference
+        return self.difference_of(net(self.inputs))
+
 
 def centre(outputs: torch.Tensor) -> torch.Tensor:
     """Outputs (N, classes) less their mean for each input."""
@@ -1934,14 +1944,9 @@ def find_nearest_reading(readings: list[Reading], example: Example) -> tuple[Rea
     with_all_activations = chain.from_iterable(
         change_activation(fitting, activation) for activation in ACTIVATIONS
     )
-    # The square difference of one input is at most N times the mean of N.
-    first_tolerance = EXAMPLE_TOLERANCE * len(example.inputs) ** 0.5
     for reading, net in build_in_turn(with_all_activations):
         try:
-            # One input shows most wrong readings, and takes less time.
-            difference = example.difference_of(net(example.inputs[:1]))
-            if difference <= first_tolerance:
-                difference = example.difference_of(net(example.inputs))
+            difference = example.difference_of_net(net, EXAMPLE_TOLERANCE)
         except RuntimeError:  # most likely strides and poolings leave nothing of the map
             continue
         if difference < least_difference:
@@ -1975,12 +1980,12 @@ def describe_match(reading: Reading, example: Example) -> str:
             "norms another eps"
         )
     own = reading.architecture.activation
-    others = [reading.with_activation(activation) for activation in ACTIVATIONS]
+    others = [reading.with_activation(name) for name in ACTIVATIONS if name != own]
+    limit = max(difference, ROUNDING_DIFFERENCE)
     alike = [
         other.architecture.activation
         for other, net in build_in_turn(others)
-        if other.architecture.activation != own
-        and example.difference_of(net(example.inputs)) <= max(difference, ROUNDING_DIFFERENCE)
+        if example.difference_of_net(net, limit) <= limit
     ]
     if alike:
         words += f"; so does {' or '.join(alike)}: larger inputs would tell"

@@ -1301,7 +1301,7 @@ def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
         user_net, train, seed, say
     )
     if user_net.has_example:
-        # An example does not tell this.
+        # Outputs do not show whether late norms stand before or after a pooling.
         user_net.net = take_matching_norm_place(user_net.net, train.normalised_by(mean, std))
     return mean, std
 

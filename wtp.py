@@ -2129,6 +2129,8 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
             accuracy = run.find_row("baseline")["validation_accuracy"]
             check_is_no_guess(user_net, accuracy, "prune it all the same")
         run.make_row(row, run.goal_for(row))
+    # `sep` searches as `lstm` does. No other row of this run goes on from what that search kept.
+    run.folder.remove_pool("lstm")
     finish_run(run)
     deliver(run.folder.checkpoint(row), output, may_replace=options.force)
     print_line(f"wrote {output}")

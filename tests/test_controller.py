@@ -1940,6 +1940,32 @@ def test_another_net_is_named_and_not_its_images(tmp_path):
         make_run(tmp_path)
 
 
+@pytest.mark.parametrize("key, value", [("source", "b.pt"), ("images", "others")])
+def test_a_folder_without_results_gives_no_net_to_another_run(key, value, tmp_path, monkeypatch):
+    make_run(tmp_path).make_baseline(make_lenet())
+    (tmp_path / "results.json").unlink()
+    monkeypatch.setitem(DESCRIPTION, key, value)
+    if key == "images":
+        monkeypatch.setattr(controller, "fingerprint", lambda *_: value)
+
+    with pytest.raises(UserError, match="is no net that this run made as its baseline"):
+        make_run(tmp_path).make_baseline(make_lenet())
+
+
+def test_a_baseline_of_an_earlier_version_does_not_say_its_images(tmp_path):
+    make_run(tmp_path).make_baseline(make_lenet())
+    (tmp_path / "results.json").unlink()
+    net, facts = sep.load(tmp_path / "baseline.pt")
+    for key in ("images", "normalisation", "source"):
+        del facts[key]
+    models.save_checkpoint(tmp_path / "baseline.pt", net, facts)
+    spy = Spy()
+
+    make_run(tmp_path, spy).make_baseline(make_lenet())
+
+    assert spy.epochs == 0
+
+
 def test_another_target_is_another_search(tmp_path):
     spy = Spy()
     run = make_run(tmp_path, spy)

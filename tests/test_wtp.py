@@ -661,6 +661,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     assert status == 0
     assert "reads 2,000 test images of digits" in err
     (folder,) = (tmp_path / "runs").iterdir()
+    assert not list(folder.glob("*-pool"))
     row = rows_by_method(read_results(folder))[method]
     assert re.search(rf"test accuracy .*{row['test_accuracy']:.2%}", out)
     assert "latency, batch 128" in out
@@ -1278,6 +1279,7 @@ EDITS = {
     "no curve": lambda results: results.update(curves={"lstm": [1]}),
     "all rows gone": lambda results: results["rows"].clear(),
     "no rule": lambda results: results["search"]["lstm"].pop("rule"),
+    "no layer scores": lambda results: results["search"]["lstm"].pop("layer_scores"),
     "a word for images": lambda results: results.update(test_images="x"),
     "a word for epochs": lambda results: results["settings"]["final"].update(epochs="x"),
     "no end of epochs": lambda results: results["settings"]["final"].update(epochs=math.inf),

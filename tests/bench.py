@@ -586,9 +586,26 @@ class MixedImages(Images):
         return super().batch(index, crops).mul_(1 - share).add_(partners.mul_(share))
 
 
-def mix(images):
+class RepeatingImages(Images):
+    """The crops of the first `crop_epochs` epochs again and again, in the order of each epoch: a
+    teacher would have to run in these epochs alone."""
+
+    def draw_epoch(self, seed, epoch):
+        order, _ = super().draw_epoch(seed, epoch)
+        _, crops = super().draw_epoch(seed, epoch % self.crop_epochs)
+        return order, crops
+
+
+def treat_images(images, recipe):
+    """The images as a recipe shows them; the very same where it does nothing to them."""
     treatment = {name: getattr(images, name) for name in ("mean", "std", "crop", "flip")}
-    return MixedImages(images.pixels, images.labels, **treatment)
+    if recipe.is_mixed:
+        return MixedImages(images.pixels, images.labels, **treatment)
+    if recipe.crop_epochs is None:
+        return images
+    repeating = RepeatingImages(images.pixels, images.labels, **treatment)
+    repeating.crop_epochs = recipe.crop_epochs
+    return repeating
 
 
 @dataclass(frozen=True)
@@ -600,6 +617,7 @@ class Recipe:
     label_weight: float  # of the cross-entropy beside the teacher's outputs
     is_mixed: bool
     seed: int
+    crop_epochs: int | None  # after which the images' crops repeat
 
 
 def parse_recipe(name, epochs):
@@ -615,6 +633,7 @@ def parse_recipe(name, epochs):
         float(options.get("labels", DEFAULT_LABEL_WEIGHT)),
         "mixed" in words,
         int(options.get("seed", 0)),
+        int(options["crops"]) if "crops" in options else None,
     )
 
 
@@ -645,7 +664,7 @@ def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
     temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
     it an exponential average of the weights, begun after two thirds. Options: `cosine`, `mixed`,
-    decay=W, labels=W and seed=N."""
+    decay=W, labels=W, seed=N, and crops=N: the epochs after which crops repeat."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
     logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
@@ -654,9 +673,8 @@ def recipes(folder, checkpoint, cut, epochs, *names):
     for name in names or DEFAULT_RECIPES:
         recipe = parse_recipe(name, int(epochs))
         controller.CROSS_ENTROPY_WEIGHT = recipe.label_weight
-        images = mix(baseline.train) if recipe.is_mixed else baseline.train
-        teacher = baseline.teacher
-        if recipe.is_mixed or recipe.seed:
+        images, teacher = treat_images(baseline.train, recipe), baseline.teacher
+        if images is not baseline.train or recipe.seed:
             teacher = Teacher(baseline.net, images, recipe.seed)
         trainings = train_by_recipe(small, recipe, images, teacher)
         for epoch, (trained, average) in enumerate(trainings, 1):

@@ -301,11 +301,13 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch):
 
     spaces = []
     for snippet in read_code_blocks("README.md", "python"):
-        space = {"torch": torch, "images": images}
+        space = {"torch": torch, "images": images, "net": models.build("resnet8")}
         exec(snippet, space)
         spaces.append(space)
 
-    exported, module = spaces
+    file, exported, module = spaces
+    net_of_file = wtp.load_user_net(tmp_path / "mine.pth").net.eval()
+    assert torch.allclose(net_of_file(file["inputs"]), file["outputs"], atol=1e-4)
     assert exported["logits"].shape == (2, 10)
     assert torch.allclose(exported["logits"], module["logits"], atol=1e-4)
     assert torch.allclose(module["first"], module["logits"][:1], atol=1e-4)

@@ -658,15 +658,16 @@ def describe_gates(trials: list[dict], *, is_rounded: bool) -> str:
     from controller import best_gate_count
 
     gates = best_gate_count(trials)
+    reason = "for none helped" if trials else "for no layer lost enough kernels"
     if gates == 0 and is_rounded:
         return (
-            "sep has no gates, for none helped; its widths were rounded with room for gates; its "
-            "time includes lstm's search"
+            f"sep has no gates, {reason}; its widths were rounded with room for gates; its time "
+            "includes lstm's search"
         )
     if gates == 0:
         return (
-            "sep has no gates, for none helped, and is the net of lstm's search; its time includes "
-            "that search"
+            f"sep has no gates, {reason}, and is the net of lstm's search; its time includes that "
+            "search"
         )
     number = "one gate" if gates == 1 else f"{gates} gates"
     return (
@@ -693,7 +694,9 @@ def describe_shortfall(row: dict, target: float | None):
     cut = row["macs_reduction"]
     # `uniform` lands within half a point.
     if target and cut < target - 0.005:
-        reason = "" if method == "uniform" else "; its search found nothing smaller"
+        reason = "; its search found nothing smaller"
+        if method in ("uniform", "static"):
+            reason = ""  # these do not search
         yield f"{method} did not reach the target: a cut of {cut:.1%}, not {target:.1%}{reason}"
     elif cut == 0 and method != "uniform":
         yield f"{method} kept the whole net: by the reward, nothing smaller was better"
@@ -1015,7 +1018,8 @@ Target = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options that all commands with a run folder have, and those that some have."""
+    """What `reproduce`, `train` and `prune` were asked for. What a command does not offer stays at
+    its default."""
 
     schedule: str
     data_dir: Path
@@ -1134,8 +1138,8 @@ def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> P
     if data_dir is not None:
         return data_dir
     data = facts.get("data")
-    if "digits" in (experiment, data):
-        return Path("data")  # they are drawn, so no variable is meant for them
+    if (experiment or data) == "digits":
+        return Path("data")  # digits are drawn, not read: $WTP_DATA does not apply
     if isinstance(data, str) and data.startswith(OWN_IMAGES):
         folder = Path(data.removeprefix(OWN_IMAGES))
         if folder.is_dir() and is_image_folder(folder):
@@ -1254,7 +1258,7 @@ def say_where_size_is_unused(size: int | None, images, say) -> None:
 
 
 def load_images_for_user_net(
-    user_net: UserNet, experiment: Experiment, data_dir: Path, device, seed, say
+    user_net: UserNet, experiment: Experiment, data_dir: Path, device, say
 ):
     """(training images, test images, what they are) for a user's net, on the device.
 
@@ -1285,28 +1289,34 @@ def load_images_for_user_net(
     user_net.fit_size(train.size)
     check_net_fits(user_net.net, facts, train, description)
     train, test = train.to(device), test.to(device)
-    mean, std = choose_reading(user_net, train, seed, say)
+    mean, std = choose_reading(user_net, train, say)
     return train.normalised_by(mean, std), test.normalised_by(mean, std), description
 
 
-def choose_reading(user_net: UserNet, train, seed: int, say) -> tuple:
+def choose_reading(user_net: UserNet, train, say) -> tuple:
     """(mean, std) for the images of a user's net: what its facts name, else the best that is tried.
 
-    Of a foreign state dict all readings are tried, and `user_net.net` becomes the best. `say` tells
+    Where readings of a foreign state dict are tried, `user_net.net` becomes the best. `say` tells
     the user.
     """
     from controller import stored_normalisation, take_matching_norm_place
 
-    mean, std = stored_normalisation(user_net.net, user_net.facts) or try_readings(
-        user_net, train, seed, say
-    )
+    normalisation = stored_normalisation(user_net.net, user_net.facts)
+    if normalisation is None:
+        normalisation = try_readings(user_net, train, say)
+    mean, std = normalisation
     if user_net.has_example:
         # Outputs do not show whether late norms stand before or after a pooling.
         user_net.net = take_matching_norm_place(user_net.net, train.normalised_by(mean, std))
     return mean, std
 
 
-def try_readings(user_net: UserNet, train, seed: int, say) -> tuple:
+# The readings of a net are tried on images that this seed draws, whatever the run's own: so `prune`
+# takes the very net that `evaluate` has shown.
+READING_SEED = 0
+
+
+def try_readings(user_net: UserNet, train, say) -> tuple:
     """(mean, std) that serve a user's net best. All its readings are tried, and `user_net.net`
     becomes the best."""
     from controller import KnownNet, find_reading
@@ -1314,15 +1324,15 @@ def try_readings(user_net: UserNet, train, seed: int, say) -> tuple:
     is_open = bool(user_net.readings) and not user_net.has_example
     if is_open:
         say(
-            "the weights alone do not tell how images were normalised, nor all of the net: tries "
-            "what is usual on some of the training images"
+            "the weights alone do not tell how images were normalised, nor all of the net; so it "
+            "tries what is usual on some of the training images"
         )
     else:
-        say("the checkpoint does not say how images were normalised: tries what is usual")
+        say("the checkpoint does not say how images were normalised; so it tries what is usual")
     found = find_reading(
         user_net.readings or [KnownNet(user_net.net)],
         train,
-        seed,
+        READING_SEED,
         tries_activations=is_open and user_net.activation is None,
         wrap=show_attempts,
     )
@@ -1334,8 +1344,8 @@ def try_readings(user_net: UserNet, train, seed: int, say) -> tuple:
     if is_open:
         reading = f", and the net read as {found.net.architecture.in_words()}"
     say(
-        f"images normalised by {found.normalisation}{reading}: of all that was tried this fits "
-        f"best, and gets {found.accuracy:.2%} of {found.images:,} training images right{ending}"
+        f"images normalised by {found.normalisation}{reading}: the best of all that was "
+        f"tried, with {found.accuracy:.2%} of {found.images:,} training images right{ending}"
     )
     if found.has_strange_norms and not user_net.has_example:
         say(
@@ -1467,8 +1477,8 @@ def check_target(net, methods, target: float | None, round_to: int | None) -> No
 def split_seed_for(user_net: UserNet | None, seed: int) -> int:
     """The seed that splits the images: the one that the user's net names, else `seed`.
 
-    By another seed, images that trained the net would validate it. Where they are other images than
-    those that trained it, any seed will do.
+    With another seed, some of the images that trained the net would validate it. Where the images
+    are others than those that trained it, any seed will do.
     """
     split_seed = user_net.facts.get("split") if user_net is not None else None
     return split_seed if isinstance(split_seed, int) else seed
@@ -1489,7 +1499,7 @@ def load_images_for_run(experiment: Experiment, options: RunOptions, device, say
             build_net(experiment, size=train.size)  # refuses images that are too small
         return train, test, description
     train, test, description = load_images_for_user_net(
-        user_net, experiment, options.data_dir, device, options.seed, say
+        user_net, experiment, options.data_dir, device, say
     )
     if user_net.facts.get("data") not in (None, description):
         say(f"the net was trained on {user_net.facts['data']}, and is pruned on {description}")
@@ -1644,11 +1654,11 @@ def check_checkpoint_output(
     `source` that it is made from."""
     from models import UserError
 
-    advice = f"{KEEP_ADVICE}, or {FORCE_ADVICE}"
-    check_output(path, advice=advice, run_folder=run_folder, may_replace=may_replace)
     if source is not None and path.exists() and path.samefile(source):
         raise UserError(f"{path} is the net that is to be pruned; {KEEP_ADVICE}", 2)
-    if path.suffix in (".pt2", ".onnx"):
+    advice = f"{KEEP_ADVICE}, or {FORCE_ADVICE}"
+    check_output(path, advice=advice, run_folder=run_folder, may_replace=may_replace)
+    if path.suffix.lower() in (".pt2", ".onnx"):
         raise UserError(
             f"{path} would be a checkpoint under an export's ending; call it NAME.pt", 2
         )
@@ -1730,16 +1740,16 @@ def reproduce(
     device: Device = "auto",
     seed: Seed = 0,
     fresh: Fresh = False,
-    time: Annotated[
+    is_timed: Annotated[
         bool, typer.Option("--time", help="without an experiment: how long each takes here")
     ] = False,
 ):
     """All rows of an experiment's table."""
     has_options = bool(method or baseline or target or final_epochs or round_to or fresh)
     has_options = has_options or bool(data_dir or seed or schedule != ScheduleName.published)
-    check_experiment_is_named(experiment, has_options=has_options, is_timed=time)
+    check_experiment_is_named(experiment, has_options=has_options, is_timed=is_timed)
     if not experiment:
-        show_experiments(select_device(device) if time else None)
+        show_experiments(select_device(device) if is_timed else None)
         return
     user_net = load_user_net(baseline) if baseline else None
     data_dir = find_data_dir(data_dir, user_net.facts if user_net else {}, experiment)
@@ -2197,7 +2207,7 @@ def evaluate(
     experiment = find_experiment_for(user_net, data_dir)
     device = select_device(device)
     _, test, description = load_images_for_user_net(
-        user_net, experiment, data_dir, device, 0, print_note
+        user_net, experiment, data_dir, device, print_note
     )
     say_what_is_read(user_net, test, description)
     net = prepare_for_inference(user_net.net, device)
@@ -2501,9 +2511,7 @@ def prepare_export(
         check_image_size(net, size or net.size)  # before the recovery
     try:
         experiment = find_experiment_for(user_net, data_dir)
-        train, _, _ = load_images_for_user_net(
-            user_net, experiment, data_dir, device, 0, print_note
-        )
+        train, _, _ = load_images_for_user_net(user_net, experiment, data_dir, device, print_note)
         net = user_net.net  # images may have told what the weights did not
     except UserError as error:
         purpose = "a recovery" if is_static else "finding out what its weights do not tell"
@@ -2590,10 +2598,12 @@ def main(arguments: list[str] | None = None) -> int:
             setattr(sys, name, StringIO())
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # Where letters cannot be encoded, "?" comes for them.
+            # Characters that the terminal cannot show become "?".
             stream.reconfigure(errors="replace")
     try:
-        return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        if arguments is None:
+            arguments = sys.argv[1:]
+        return app(arguments or ["--help"], standalone_mode=False) or 0
     except Stopped as stopped:
         print(f"stopped{stopped.advice}", file=sys.stderr)
         return 128 + stopped.number

@@ -264,6 +264,29 @@ def stand_in(placeholder):
     return {"CUT": "0.5", "S": "1", "METHOD": "lstm"}[placeholder[0]]
 
 
+def test_only_digits_leave_the_data_folder_of_the_environment_alone(monkeypatch):
+    monkeypatch.setenv("WTP_DATA", "elsewhere")
+
+    folders = {
+        (experiment, data): str(wtp.find_data_dir(None, {"data": data}, experiment))
+        for experiment in ("", "digits", "mnist")
+        for data in (None, "digits", "mnist")
+    }
+
+    are_drawn = {(name, data) for (name, data), folder in folders.items() if folder == "data"}
+    assert are_drawn == {("", "digits"), *(("digits", data) for data in (None, "digits", "mnist"))}
+    assert set(folders.values()) == {"data", "elsewhere"}
+
+
+def test_a_sep_without_trials_says_that_there_was_no_room_for_gates():
+    tried = [{"gates": 0, "validation_loss": 0.1}, {"gates": 1, "validation_loss": 0.2}]
+
+    assert "no gates, for none helped" in wtp.describe_gates(tried, is_rounded=False)
+    words = "no gates, for no layer lost enough kernels"
+    assert words in wtp.describe_gates([], is_rounded=False)
+    assert words in wtp.describe_gates([], is_rounded=True)
+
+
 def test_every_measurement_of_results_is_one_of_the_bench():
     import bench
 
@@ -592,7 +615,7 @@ def test_batch_norms_that_read_something_else_than_in_training_are_named(tmp_pat
     torch.save(state, tmp_path / "net.pt")
     lines = []
 
-    wtp.choose_reading(wtp.load_user_net(tmp_path / "net.pt"), images, 0, lines.append)
+    wtp.choose_reading(wtp.load_user_net(tmp_path / "net.pt"), images, lines.append)
 
     assert any("its batch norms remember other values" in line for line in lines) == is_strange
 
@@ -2028,7 +2051,8 @@ WRONG_CALLS = [
     ),
     (2, "dir.onnx is a folder", "export net.pt dir.onnx"),
     (2, "taken.onnx is an export, not a checkpoint", "evaluate taken.onnx"),
-    (2, "a.onnx would be a checkpoint under an export's ending", "prune drawn.pt --output a.onnx"),
+    (2, "a.ONNX would be a checkpoint under an export's ending", "prune drawn.pt --output a.ONNX"),
+    (2, "is the net that is to be pruned", "prune drawn.pt --output drawn.pt"),
     (2, "taken.onnx exists already and is kept; --force", "export net.pt taken.onnx"),
     (2, "dangling.pt2 exists already and is kept; --force", "export net.pt dangling.pt2"),
     (2, "no folder nowhere", "export net.pt nowhere/a.pt2"),

@@ -586,6 +586,24 @@ class MixedImages(Images):
         return super().batch(index, crops).mul_(1 - share).add_(partners.mul_(share))
 
 
+class ErasedImages(Images):
+    """Each image without a square of it, which has the images' mean instead (cutout, DeVries and
+    Taylor 2017). Teacher and student see the same."""
+
+    def draw_epoch(self, seed, epoch):
+        order, crops = super().draw_epoch(seed, epoch)
+        generator = torch.Generator().manual_seed(controller.seed_for(seed, "erased", epoch))
+        middles = torch.randint(0, self.size, (len(self), 2), generator=generator)
+        self.middles = middles.to(self.device)
+        return order, crops
+
+    def batch(self, index, crops=None):
+        places = torch.arange(self.size, device=self.device)
+        is_near = (places - self.middles[index][:, :, None]).abs() < self.erased_side / 2
+        is_erased = is_near[:, 0, :, None] & is_near[:, 1, None, :]  # (B, H, W)
+        return super().batch(index, crops).masked_fill_(is_erased[:, None], 0)
+
+
 class RepeatingImages(Images):
     """The crops of the first `crop_epochs` epochs again and again, in the order of each epoch: a
     teacher would have to run in these epochs alone."""
@@ -601,6 +619,10 @@ def treat_images(images, recipe):
     treatment = {name: getattr(images, name) for name in ("mean", "std", "crop", "flip")}
     if recipe.is_mixed:
         return MixedImages(images.pixels, images.labels, **treatment)
+    if recipe.erased_side is not None:
+        erased = ErasedImages(images.pixels, images.labels, **treatment)
+        erased.erased_side = recipe.erased_side
+        return erased
     if recipe.crop_epochs is None:
         return images
     repeating = RepeatingImages(images.pixels, images.labels, **treatment)
@@ -618,6 +640,7 @@ class Recipe:
     is_mixed: bool
     seed: int
     crop_epochs: int | None  # after which the images' crops repeat
+    erased_side: int | None  # pixels of the square that is erased
 
 
 def parse_recipe(name, epochs):
@@ -634,6 +657,7 @@ def parse_recipe(name, epochs):
         "mixed" in words,
         int(options.get("seed", 0)),
         int(options["crops"]) if "crops" in options else None,
+        int(options["erased"]) if "erased" in options else None,
     )
 
 
@@ -664,7 +688,8 @@ def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
     temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
     it an exponential average of the weights, begun after two thirds. Options: `cosine`, `mixed`,
-    decay=W, labels=W, seed=N, and crops=N: the epochs after which crops repeat."""
+    decay=W, labels=W, seed=N, erased=N (cutout of N x N pixels), and crops=N: the epochs after
+    which crops repeat."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
     logits = compute_logits(baseline.net, baseline.validation, in_float32=True)

@@ -3735,8 +3735,7 @@ class RowCheckpoints:
             return False  # `add_row` needs them
         identity = self.identify(row_name, net)
         # Earlier versions did not write these.
-        for key in ("images", "normalisation", "source"):
-            facts = {key: identity[key]} | facts
+        facts = {key: identity[key] for key in ("images", "normalisation", "source")} | facts
         if row_name == "baseline":
             # How it is pruned later does not matter to a baseline.
             del identity["settings"], identity["round_to"]

@@ -47,6 +47,7 @@ COMPENSATED_SHARE = 0.8
 CHECKPOINT_FORMAT = 3
 # ours: an exported file whose logits differ by more than this share of the largest is refused.
 EXPORT_TOLERANCE = 1e-2
+EXPORT_ENDINGS = (".pt2", ".onnx")
 
 
 class UserError(Exception):
@@ -1134,6 +1135,11 @@ def count_parameters(net: Net) -> int:
 # ---- checkpoints: files ------------------------------------------------------------------------
 
 
+def has_export_ending(path: Path) -> bool:
+    """Whether the file name ends as those that `export` writes, in small or capital letters."""
+    return path.suffix.lower() in EXPORT_ENDINGS
+
+
 def temporary_path(path: Path) -> Path:
     """Where a user's file is written before it takes its name: beside it, never over another."""
     return path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -1259,7 +1265,7 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path} is a folder, not a checkpoint", 2)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; {suggest_file(path)}", 2)
-    if path.suffix.lower() in (".pt2", ".onnx"):
+    if has_export_ending(path):
         raise UserError(
             f"{path} is an export, not a checkpoint; give the file that it was made from", 2
         )

@@ -1652,13 +1652,13 @@ def check_checkpoint_output(
 ) -> None:
     """`check_output` of a checkpoint, which must not look like an export, nor take the place of the
     `source` that it is made from."""
-    from models import UserError
+    from models import UserError, has_export_ending
 
     if source is not None and path.exists() and path.samefile(source):
         raise UserError(f"{path} is the net that is to be pruned; {KEEP_ADVICE}", 2)
     advice = f"{KEEP_ADVICE}, or {FORCE_ADVICE}"
     check_output(path, advice=advice, run_folder=run_folder, may_replace=may_replace)
-    if path.suffix.lower() in (".pt2", ".onnx"):
+    if has_export_ending(path):
         raise UserError(
             f"{path} would be a checkpoint under an export's ending; call it NAME.pt", 2
         )
@@ -2483,9 +2483,9 @@ def export(
 
 def check_export(user_net: UserNet, file: Path, *, is_static: bool, may_replace: bool) -> None:
     """Raise UserError (status 2) where the call of `export` cannot be right."""
-    from models import UserError
+    from models import UserError, has_export_ending
 
-    if file.suffix.lower() not in (".pt2", ".onnx"):
+    if not has_export_ending(file):
         raise UserError(f"{file}: the ending says the format, .pt2 (torch.export) or .onnx", 2)
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file in it", 2)

@@ -220,7 +220,13 @@ def read_commands(document, program="wtp.py"):
     return [command.partition("#")[0].split() for command in commands]
 
 
-DOCUMENTS = ["README.md", "RESULTS.md", "docs/your-net.md", "docs/differences.md"]
+DOCUMENTS = [
+    "README.md",
+    "RESULTS.md",
+    "docs/differences.md",
+    "docs/using.md",
+    "docs/your-net.md",
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -313,7 +319,7 @@ def test_the_bench_uses_only_what_the_modules_have():
     assert [name for name in sorted(used) if not hasattr(modules[name[0]], name[1])] == []
 
 
-def test_the_readmes_snippets_run(tmp_path, monkeypatch):
+def test_the_snippets_of_the_documents_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = sep.prune_softly(models.build("resnet8"), (8, 16, 32), [torch.randn(8, 3, 32, 32)])
     facts = {"mean": [0.5] * 3, "std": [0.2] * 3}
@@ -323,7 +329,9 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch):
     images = torch.rand(2, 3, 32, 32, generator=generator)
 
     spaces = []
-    for snippet in read_code_blocks("README.md", "python"):
+    documents = ("README.md", "docs/using.md")
+    snippets = [snippet for name in documents for snippet in read_code_blocks(name, "python")]
+    for snippet in snippets:
         space = {"torch": torch, "images": images, "net": models.build("resnet8")}
         exec(snippet, space)
         spaces.append(space)

@@ -1404,19 +1404,26 @@ def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     number. What reads the images comes first, and linear layers come after the convolutions.
     """
     convolutions = [key for key, value in tensors.items() if value.dim() == 4]
-    keys = sorted(tensors, key=lambda key: place_by_numbers(key, tensors))
+    first_module = None
+    linear_layers = set()
     if convolutions:
-        first = find_first_module(convolutions, tensors)
+        first_module = find_first_module(convolutions, tensors)
         linear_layers = {
             key.rpartition(".")[0]
             for key, value in tensors.items()
             if key.endswith("weight") and value.dim() == 2
         }
-        keys.sort(key=lambda key: not (first and f"{key}.".startswith(first)))
-        keys.sort(key=lambda key: key.rpartition(".")[0] in linear_layers)
-    # Tensors of the net itself, in no module, come before all modules.
-    keys.sort(key=lambda key: "." in key)
-    return {key: tensors[key] for key in keys}
+
+    def order(key):
+        is_first = first_module is not None and f"{key}.".startswith(first_module)
+        return (
+            "." in key,  # tensors of the net itself, in no module, come before all modules
+            key.rpartition(".")[0] in linear_layers,
+            not is_first,
+            place_by_numbers(key, tensors),
+        )
+
+    return {key: tensors[key] for key in sorted(tensors, key=order)}
 
 
 def place_by_numbers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple]:

@@ -748,11 +748,11 @@ def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
         lines = max(1, -(-len(panels) // 2))  # two panels a line
         figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
         figure.suptitle(describe_run(results), parse_math=False)
-        axes = figure.subplots(lines, 2, squeeze=False).flatten()
-        for draw, axis in zip(panels, axes):
-            draw(axis)
-        for axis in axes[len(panels) :]:
-            axis.axis("off")
+        all_axes = figure.subplots(lines, 2, squeeze=False).flatten()
+        for draw, axes in zip(panels, all_axes):
+            draw(axes)
+        for axes in all_axes[len(panels) :]:
+            axes.axis("off")
         ending = path.suffix.lower().removeprefix(".")
         metadata = {"Date": None} if ending == "svg" else None
         write_atomically(
@@ -763,7 +763,7 @@ def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
 
 
 def list_panels(results: dict, usage: dict | None) -> list[Callable]:
-    """A function of each panel, which draws it on an axis."""
+    """A function of each panel, which draws it on Axes of matplotlib."""
     panels = []
     if len(results["rows"]) > 1:
         panels.append(partial(draw_kept_channels, results=results))
@@ -782,7 +782,7 @@ def list_panels(results: dict, usage: dict | None) -> list[Callable]:
     return panels
 
 
-def draw_kept_channels(axis, results: dict) -> None:
+def draw_kept_channels(axes, results: dict) -> None:
     """For each layer the share of its channels that each row keeps."""
     rows = rows_in_order(results)
     baseline_widths = rows[0]["widths"]
@@ -794,12 +794,12 @@ def draw_kept_channels(axis, results: dict) -> None:
         shares = [100 * width / before for width, before in zip(row["widths"], baseline_widths)]
         largest_share = max(largest_share, *shares)
         colour = ROW_STYLES[row["method"]][0]
-        axis.bar(places, shares, bar_width, color=colour, label=row["method"])
+        axes.bar(places, shares, bar_width, color=colour, label=row["method"])
     # Room for the legend above the bars.
     top = 1.35 * largest_share
-    axis.set(title="channels kept in each layer", ylabel="channels kept (%)", ylim=(0, top))
-    label_layers(axis.xaxis, results["layers"])
-    axis.legend(ncols=3, loc="upper center")
+    axes.set(title="channels kept in each layer", ylabel="channels kept (%)", ylim=(0, top))
+    label_layers(axes.xaxis, results["layers"])
+    axes.legend(ncols=3, loc="upper center")
 
 
 def label_layers(axis, layers: list[str]) -> None:
@@ -814,7 +814,7 @@ def label_layers(axis, layers: list[str]) -> None:
     axis.set_ticks(list(places), labels, rotation=rotation, fontsize=fontsize, parse_math=False)
 
 
-def draw_candidates(axis, results: dict, method: str) -> None:
+def draw_candidates(axes, results: dict, method: str) -> None:
     """Every candidate's validation accuracy against its cut; in order where all cut alike."""
     candidates = results["search"][method]["candidates"]
     cuts = [100 * candidate["macs_reduction"] for candidate in candidates]
@@ -822,39 +822,39 @@ def draw_candidates(axis, results: dict, method: str) -> None:
     is_in_order = max(cuts) - min(cuts) < 2
     places = list(range(1, len(candidates) + 1)) if is_in_order else cuts
     colour, marker = ROW_STYLES[method]
-    axis.plot(places, accuracies, marker, color=colour, alpha=0.5, label="candidate")
+    axes.plot(places, accuracies, marker, color=colour, alpha=0.5, label="candidate")
     finalists = [
         (place, accuracy)
         for place, accuracy, candidate in zip(places, accuracies, candidates)
         if candidate.get("trial_loss") is not None
     ]
     if finalists:
-        axis.plot(*zip(*finalists), "x", color="#000000", markersize=5, label="in a trial, too")
+        axes.plot(*zip(*finalists), "x", color="#000000", markersize=5, label="in a trial, too")
     chosen_widths = [row["widths"] for row in results["rows"] if row["method"] == method]
     for place, accuracy, candidate in zip(places, accuracies, candidates):
         if candidate["structure"] in chosen_widths:
-            axis.plot(place, accuracy, "*", color="#000000", markersize=9, label="chosen")
+            axes.plot(place, accuracy, "*", color="#000000", markersize=9, label="chosen")
     if is_in_order:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(
         title=f"{method}: each candidate after its recovery",
         xlabel="candidate, in the order tried" if is_in_order else "cut (% of MACs removed)",
         ylabel="validation accuracy (%)",
     )
-    axis.legend()
+    axes.legend()
 
 
-def draw_layer_scores(axis, results: dict, method: str) -> None:
+def draw_layer_scores(axes, results: dict, method: str) -> None:
     """What the LSTM thinks of each layer of the baseline, over the search."""
     log = results["search"][method]
     by_layer = list(zip(*log["layer_scores"]))
-    image = axis.imshow(by_layer, aspect="auto", cmap="cividis", interpolation="nearest")
-    axis.figure.colorbar(image, ax=axis, label=log["layer_score"])
-    axis.set(title=f"{method}: what the LSTM thinks of each layer", xlabel="LSTM epoch")
+    image = axes.imshow(by_layer, aspect="auto", cmap="cividis", interpolation="nearest")
+    axes.figure.colorbar(image, ax=axes, label=log["layer_score"])
+    axes.set(title=f"{method}: what the LSTM thinks of each layer", xlabel="LSTM epoch")
     epochs = len(log["layer_scores"])
     places = range(0, epochs, max(1, epochs // 6))
-    axis.set_xticks(list(places), [str(place + 1) for place in places])
-    label_layers(axis.yaxis, results["layers"])
+    axes.set_xticks(list(places), [str(place + 1) for place in places])
+    label_layers(axes.yaxis, results["layers"])
 
 
 # Of a learning curve's points.
@@ -866,19 +866,19 @@ def has_curve(results: dict, column: int) -> bool:
     return any(point[column] is not None for point in points)
 
 
-def draw_losses(axis, results: dict) -> None:
+def draw_losses(axes, results: dict) -> None:
     """The training loss of the baseline and of each final training."""
-    draw_curves(axis, results, LOSS_COLUMN, unit=1)
-    axis.set(title="training loss", xlabel="epoch", ylabel="loss", yscale="log")
+    draw_curves(axes, results, LOSS_COLUMN, unit=1)
+    axes.set(title="training loss", xlabel="epoch", ylabel="loss", yscale="log")
 
 
-def draw_validation_curves(axis, results: dict) -> None:
+def draw_validation_curves(axes, results: dict) -> None:
     """The validation accuracy over the epochs, of trainings that leave validation images out."""
-    draw_curves(axis, results, ACCURACY_COLUMN, unit=100)
-    axis.set(title="learning curve", xlabel="epoch", ylabel="validation accuracy (%)")
+    draw_curves(axes, results, ACCURACY_COLUMN, unit=100)
+    axes.set(title="learning curve", xlabel="epoch", ylabel="validation accuracy (%)")
 
 
-def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
+def draw_curves(axes, results: dict, column: int, *, unit: float) -> None:
     """A line per row through one column of its learning curve."""
     for method, curve in results["curves"].items():
         points = [(epoch, point[column]) for epoch, point in enumerate(curve, 1)]
@@ -887,9 +887,9 @@ def draw_curves(axis, results: dict, column: int, *, unit: float) -> None:
             continue
         colour, marker = ROW_STYLES[method]
         epochs, values = zip(*points)
-        axis.plot(epochs, values, color=colour, marker=marker, markersize=2, label=method)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend()
+        axes.plot(epochs, values, color=colour, marker=marker, markersize=2, label=method)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
 
 
 def place_of_kernel(shares_by_class) -> tuple:
@@ -898,7 +898,7 @@ def place_of_kernel(shares_by_class) -> tuple:
     return min(shares_by_class) < 1, shares_by_class.index(largest), -largest
 
 
-def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) -> None:
+def draw_usage(axes, classes: list[str], layer: str, shares: list[list[float]]) -> None:
     """Which kernels of a gated layer serve which class: shares (classes, C) of its images.
 
     Kernels that serve no image are left out. From left to right: those that serve all images, then
@@ -907,14 +907,14 @@ def draw_usage(axis, classes: list[str], layer: str, shares: list[list[float]]) 
     kernels = [shares_by_class for shares_by_class in zip(*shares) if any(shares_by_class)]
     kernels.sort(key=place_of_kernel)
     serve_some = sum(min(shares_by_class) < 1 for shares_by_class in kernels)
-    image = axis.imshow(
+    image = axes.imshow(
         list(zip(*kernels)), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
     )
-    axis.figure.colorbar(image, ax=axis, label="share of images")
-    axis.set(xlabel="kernels in use, ordered by the class that uses them most", ylabel="class")
+    axes.figure.colorbar(image, ax=axes, label="share of images")
+    axes.set(xlabel="kernels in use, ordered by the class that uses them most", ylabel="class")
     title = f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image"
-    axis.set_title(title, parse_math=False)
-    label_layers(axis.yaxis, classes)
+    axes.set_title(title, parse_math=False)
+    label_layers(axes.yaxis, classes)
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -1257,7 +1257,7 @@ def say_where_size_is_unused(size: int | None, images, say) -> None:
 # ---- opening a run: how a foreign net is read --------------------------------------------------
 
 
-def load_images_for_user_net(
+def load_images_and_choose_reading(
     user_net: UserNet, experiment: Experiment, data_dir: Path, device, say
 ):
     """(training images, test images, what they are) for a user's net, on the device.
@@ -1498,7 +1498,7 @@ def load_images_for_run(experiment: Experiment, options: RunOptions, device, say
         with torch.device("meta"):
             build_net(experiment, size=train.size)  # refuses images that are too small
         return train, test, description
-    train, test, description = load_images_for_user_net(
+    train, test, description = load_images_and_choose_reading(
         user_net, experiment, options.data_dir, device, say
     )
     if user_net.facts.get("data") not in (None, description):
@@ -2206,7 +2206,7 @@ def evaluate(
     data_dir = find_data_dir(data_dir, user_net.facts)
     experiment = find_experiment_for(user_net, data_dir)
     device = select_device(device)
-    _, test, description = load_images_for_user_net(
+    _, test, description = load_images_and_choose_reading(
         user_net, experiment, data_dir, device, print_note
     )
     say_what_is_read(user_net, test, description)
@@ -2511,7 +2511,9 @@ def prepare_export(
         check_image_size(net, size or net.size)  # before the recovery
     try:
         experiment = find_experiment_for(user_net, data_dir)
-        train, _, _ = load_images_for_user_net(user_net, experiment, data_dir, device, print_note)
+        train, _, _ = load_images_and_choose_reading(
+            user_net, experiment, data_dir, device, print_note
+        )
         net = user_net.net  # images may have told what the weights did not
     except UserError as error:
         purpose = "a recovery" if is_static else "finding out what its weights do not tell"

@@ -369,7 +369,7 @@ def size(folder):
 
 def search(_, problems="20"):
     """How far from `uniform` to a greedy search that knows all made-up accuracies: no data, 15
-    minutes."""
+    to 40 minutes."""
     say(
         f"made-up accuracies, mean of {problems} problems: how far from uniform to a greedy search "
         "that knows them all"

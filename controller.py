@@ -506,11 +506,16 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
             "tell apart"
         )
     if names["train"] != names["test"]:
-        different = ", ".join(sorted(set(names["train"]) ^ set(names["test"])))
+        different = "; ".join(
+            f"{', '.join(sorted(set(names[part]) - set(names[other])))} in {part} alone"
+            for part, other in (("train", "test"), ("test", "train"))
+            if set(names[part]) - set(names[other])
+        )
         raise UserError(f"{folder}: train and test have different classes ({different})")
-    sizes = Counter(measure_image(path) for part in paths.values() for path in part)
-    (width, height), _ = sizes.most_common(1)[0]
-    need_resizing = len(sizes) > 1 or width != height or width > MAX_SQUARE_SIZE
+    sizes = {path: measure_image(path) for part in paths.values() for path in part}
+    (width, height), _ = Counter(sizes.values()).most_common(1)[0]
+    is_one_size = len(set(sizes.values())) == 1
+    need_resizing = not is_one_size or width != height or width > MAX_SQUARE_SIZE
     return OwnImages(
         paths,
         labels,
@@ -518,7 +523,29 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
         size if need_resizing else width,
         is_gray,
         need_resizing,
-        f"{width} x {height}" if len(sizes) == 1 else f"most often {width} x {height}",
+        describe_sizes(sizes),
+    )
+
+
+# ours: up to so large a share of the images is named as the exception among images of one size.
+EXCEPTION_SHARE = 0.1
+
+
+def describe_sizes(sizes: dict[str, tuple[int, int]]) -> str:
+    """The (width, height) of images by their paths, in words. A few that differ from all others are
+    most likely a mistake, so one of them is named."""
+    (width, height), count = Counter(sizes.values()).most_common(1)[0]
+    others = len(sizes) - count
+    if others == 0:
+        return f"{width} x {height}"
+    if others > EXCEPTION_SHARE * len(sizes):
+        return f"most often {width} x {height}"
+    path, (other_width, other_height) = next(
+        (path, size) for path, size in sizes.items() if size != (width, height)
+    )
+    return (
+        f"{width} x {height}, but for {others:,}, for example {path} with "
+        f"{other_width} x {other_height}"
     )
 
 
@@ -577,7 +604,8 @@ def opened_image(path: str):
         if os.path.isfile(path) and not os.path.getsize(path):
             raise UserError(f"{path} is empty") from error
         raise UserError(
-            f"{path} cannot be read as an image of 8 bits a channel, or is damaged"
+            f"{path} cannot be read as an image of 8 bits a channel, or is damaged; remove or "
+            "replace it"
         ) from error
 
 
@@ -1341,13 +1369,23 @@ def stored_normalisation(net: Net, facts: dict) -> tuple | None:
     return (mean, std) if min(std) > 0 else None
 
 
-def list_normalisations(train: Images) -> dict[str, tuple]:
-    """(mean, std) by name: those that the images come with, and the common ones."""
+@dataclass(frozen=True)
+class Normalisation:
+    """How images are normalised: by a mean and a std for each channel, of pixels in [0, 1]."""
+
+    name: str  # for the user
+    mean: tuple
+    std: tuple
+
+
+def list_normalisations(train: Images) -> list[Normalisation]:
+    """The mean and std that the images come with, and the common ones."""
     own = (train.mean, train.std)
     names = [name for name, statistics in STATISTICS.items() if statistics == own]
     own_name = f"mean and std of {names[0]}" if names else "their own mean and std"
     common = COMMON_NORMALISATIONS[len(train.mean)]
-    return {own_name: own} | {name: each for name, each in common.items() if each != own}
+    others = {name: each for name, each in common.items() if each != own}
+    return [Normalisation(name, *each) for name, each in ({own_name: own} | others).items()]
 
 
 @dataclass(frozen=True)
@@ -1421,7 +1459,7 @@ class Attempt:
     """One way to use foreign weights: a reading and a normalisation."""
 
     reading: models.Reading | KnownNet
-    normalisation: str  # its name
+    normalisation: Normalisation
     place: int  # in the order of all attempts, the most usual first
 
     @property
@@ -1440,7 +1478,7 @@ class Attempt:
         return [Attempt(reading, self.normalisation, self.place) for reading in readings]
 
 
-def list_attempts(readings: Iterable, normalisations: Iterable[str]) -> list[Attempt]:
+def list_attempts(readings: Iterable, normalisations: Iterable[Normalisation]) -> list[Attempt]:
     """All readings with all normalisations, both with the most usual ones first."""
     pairs = product(readings, normalisations)
     return [Attempt(*pair, place) for place, pair in enumerate(pairs)]
@@ -1465,9 +1503,7 @@ class FoundReading:
     """How foreign weights are read, and what tells so."""
 
     net: Net
-    normalisation: str  # its name
-    mean: tuple
-    std: tuple
+    normalisation: Normalisation
     accuracy: float  # in [0, 1], on so many `images`
     images: int
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
@@ -1487,25 +1523,29 @@ def find_reading(
     train: Images,
     seed: int,
     *,
+    normalisation: Normalisation | None = None,
     tries_activations=False,
     wrap=lambda attempts: attempts,
 ) -> FoundReading:
     """The reading and the normalisation that fit a foreign net best, as `sort_attempts` says.
 
-    `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with each of
-    `list_normalisations`, in rounds; with `tries_activations` rare ones are tried, too.
-    `wrap(attempts)` passes on the attempts of a round, to show them.
+    `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with the
+    `normalisation`, or where it is not known with each of `list_normalisations`, in rounds; with
+    `tries_activations` rare ones are tried, too. `wrap(attempts)` passes on the attempts of a
+    round, to show them.
     """
+    normalisations = list_normalisations(train) if normalisation is None else [normalisation]
     # The sample begins with the images that a run with this seed holds out for validation: a net
     # that this tool trained has not seen them.
     count = max(MIN_TRIED_IMAGES, int(VALIDATION_SHARE * len(train)))
     sample = train.select(shuffle_for_split(train, seed)[:count])
-    ranked = choose_attempts(readings, sample, wrap, tries_activations=tries_activations)
+    ranked = choose_attempts(
+        readings, normalisations, sample, wrap, tries_activations=tries_activations
+    )
     if tries_activations:
-        ranked = retry_with_rare_activations(ranked, readings, sample, wrap)
+        ranked = retry_with_rare_activations(ranked, readings, normalisations, sample, wrap)
     best, score = ranked[0]
     net = best.reading.build().to(train.device)
-    mean, std = list_normalisations(train)[best.normalisation]
     matching = find_matching([each for _, each in ranked])
     is_only_best = not any(
         not is_clearly_less_accurate(other_score, score)
@@ -1517,8 +1557,6 @@ def find_reading(
     return FoundReading(
         net,
         best.normalisation,
-        mean,
-        std,
         score.accuracy,
         len(sample),
         score.norm_mismatch,
@@ -1527,7 +1565,11 @@ def find_reading(
 
 
 def retry_with_rare_activations(
-    ranked: list[tuple[Attempt, AttemptScore]], readings: list, sample: Images, wrap: Callable
+    ranked: list[tuple[Attempt, AttemptScore]],
+    readings: list,
+    normalisations: list[Normalisation],
+    sample: Images,
+    wrap: Callable,
 ) -> list[tuple[Attempt, AttemptScore]]:
     """What `choose_attempts` ranked, or a new ranking with rare activations where that is better.
 
@@ -1546,7 +1588,9 @@ def retry_with_rare_activations(
         for activation in activations
         for reading in models.change_activation(readings, activation)
     ]
-    rare_ranked = choose_attempts(rare_readings, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS)
+    rare_ranked = choose_attempts(
+        rare_readings, normalisations, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS
+    )
     best_of_both = sort_attempts([ranked[0], rare_ranked[0]], len(sample))[0]
     return ranked if best_of_both is ranked[0] else rare_ranked
 
@@ -1554,17 +1598,18 @@ def retry_with_rare_activations(
 def have_equal_outputs(attempt: Attempt, other: Attempt, sample: Images) -> bool:
     """Whether two attempts give the same logits for up to 32 images: for example where one averages
     the last map and the other does not, but the map is 1 x 1."""
-    normalisations = list_normalisations(sample)
     logits = []
     for each in (attempt, other):
         net = each.reading.build().to(sample.device).eval()
-        images = sample.select(slice(32)).normalised_by(*normalisations[each.normalisation])
+        mean, std = each.normalisation.mean, each.normalisation.std
+        images = sample.select(slice(32)).normalised_by(mean, std)
         logits.append(compute_logits(net, images, in_float32=True))
     return torch.allclose(*logits, rtol=1e-4, atol=1e-5)
 
 
 def choose_attempts(
     readings: list,
+    normalisations: list[Normalisation],
     sample: Images,
     wrap: Callable,
     *,
@@ -1572,15 +1617,14 @@ def choose_attempts(
     max_attempts=MAX_ATTEMPTS,
 ) -> list[tuple[Attempt, AttemptScore]]:
     """The attempts of the last round, each with its score on all images, the best first."""
-    names = list(list_normalisations(sample))
     first_round, *later_rounds = ATTEMPT_ROUNDS
-    if len(readings) * len(names) > max_attempts:
-        attempts = list_attempts(readings, names[:1])
+    if len(readings) * len(normalisations) > max_attempts:
+        attempts = list_attempts(readings, normalisations[:1])
         ranked = rank_attempts(attempts, sample, first_round.max_images, wrap, reads_norms=False)
         shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
         shortlist.sort(key=lambda attempt: attempt.place)  # `list_attempts` numbers them anew
         readings = [attempt.reading for attempt in shortlist]
-    attempts = list_attempts(readings, names)
+    attempts = list_attempts(readings, normalisations)
     # Norms take too much time for all attempts.
     ranked = rank_attempts(attempts, sample, first_round.max_images, wrap, reads_norms=False)
     attempts = [attempt for attempt, _ in ranked[: first_round.survivors]]
@@ -1605,7 +1649,6 @@ def rank_attempts(
     reads_norms: bool = True,
 ) -> list[tuple[Attempt, AttemptScore]]:
     """(attempt, score) of each, on the first `max_images` images (None: all), the best first."""
-    normalisations = list_normalisations(sample)
     images = sample.select(slice(max_images))
     if max_images is not None:
         images = images.load_into_memory()
@@ -1615,7 +1658,8 @@ def rank_attempts(
         if attempt.reading is not reading:  # those of one reading often stand side by side
             reading = attempt.reading
             net = reading.build().to(images.device)
-        normalised = images.normalised_by(*normalisations[attempt.normalisation])
+        mean, std = attempt.normalisation.mean, attempt.normalisation.std
+        normalised = images.normalised_by(mean, std)
         scored.append((attempt, score_if_fitting(net, normalised, reads_norms=reads_norms)))
     return sort_attempts(scored, len(images))
 
@@ -3711,8 +3755,8 @@ class RowCheckpoints:
         architecture = architecture or self.trainer.baseline.architecture
         if net.architecture != architecture or not self.is_own(row_name, net, facts):
             raise UserError(
-                f"{path} is no net that this run made as its {row_name}; move it away to go on, "
-                "or --fresh starts the run over without it"
+                f"{path} is no net that this run made as its {row_name}, by the results.json "
+                "beside it; move it away to go on, or --fresh starts the run over without it"
             )
         return net, facts
 

@@ -1262,7 +1262,7 @@ def read_checkpoint(path: Path) -> dict:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder, not a checkpoint", 2)
+        raise UserError(f"{path} is a folder, not a checkpoint; name a file in it", 2)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; {suggest_file(path)}", 2)
     if has_export_ending(path):
@@ -1290,7 +1290,7 @@ def suggest_file(path: Path) -> str:
         nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
         if nearest:
             return f"did you mean {path.with_name(nearest[0])}?"
-    return "give the path of a .pt or .pth file"
+    return "give the path of a .pt, .pth or .safetensors file"
 
 
 # The first byte of PyTorch's pickles, which old versions wrote without a zip file around them.
@@ -1353,7 +1353,7 @@ def read_tensors(path: Path):
         raise UserError(explain_unreadable_file(path, error)) from error
     # Files older than PyTorch 1.6 are no zip files and have no checksums.
     if zipfile.is_zipfile(path) and not is_intact(path):
-        raise UserError(f"{path} is damaged: its checksums are wrong")
+        raise UserError(f"{path} is damaged: its checksums are wrong; copy or save it again")
     return content
 
 
@@ -1704,21 +1704,23 @@ READING_ERRORS = (
 
 def recognise_state_dict(content, path: Path) -> dict:
     """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
-    with an Example in the file (`has_example`) there is only the one that computes it. `facts` may
-    have the mean and std of images, and `notes` say what was taken from the file.
+    with an Example in the file (`has_example`) there is only the one that computes it. `facts` have
+    the mean and std of images where the file has them, and `notes` say what was taken from it.
 
     Raises UserError where it is of no net that this tool knows.
     """
     example = take_example(content, path)
+    normalisation = take_normalisation(content, path)
     rest = content
-    if example is not None:
-        taken_keys = EXAMPLE_KEYS + NORMALISATION_KEYS
+    if isinstance(content, dict):
+        taken_keys = set(normalisation)
+        if example is not None:
+            taken_keys |= set(EXAMPLE_KEYS)
         rest = {key: value for key, value in content.items() if key not in taken_keys}
     readings, notes = read_first_net(rest, path, example)
     first = readings[0]
-    facts = {}
+    facts = read_normalisation(normalisation, first.architecture.channels, path)
     if example is not None:
-        facts = read_normalisation(content, first.architecture.channels, path)
         notes.append(f"{path}: {describe_match(first, example)}")
     return {
         "format": CHECKPOINT_FORMAT,
@@ -1763,7 +1765,7 @@ def read_first_net(
 
 # A file has an example where it holds both, beside the state dict.
 EXAMPLE_KEYS = ("inputs", "outputs")
-# ... and perhaps how images are normalised.
+# A file may say how images are normalised, with an example or without.
 NORMALISATION_KEYS = ("mean", "std")
 # ours: so many of an example's inputs are tried; each gives as many numbers as there are classes.
 MAX_EXAMPLE_INPUTS = 4
@@ -1830,6 +1832,12 @@ def centre(outputs: torch.Tensor) -> torch.Tensor:
     return outputs - outputs.mean(1, keepdim=True)
 
 
+ADVICE_ON_EXAMPLES = (
+    f"make them by: inputs = torch.randn({MAX_EXAMPLE_INPUTS}, channels, pixels, pixels); "
+    "outputs = net.eval()(inputs)"
+)
+
+
 def take_example(content, path: Path) -> Example | None:
     """The example in the content of a file; None where there is none. Raises UserError where it
     tells nothing."""
@@ -1839,6 +1847,8 @@ def take_example(content, path: Path) -> Example | None:
     if not hasattr(values[0], "__array__"):  # as tensors and numpy's arrays have it
         return None
     if not hasattr(values[1], "__array__"):
+        if EXAMPLE_KEYS[1] not in content:
+            raise UserError(f"{path}: it has inputs but no outputs; {ADVICE_ON_EXAMPLES}")
         kind = type(values[1]).__name__
         raise UserError(
             f"{path}: beside its inputs its outputs are no tensor, but {kind}; of several outputs "
@@ -1862,51 +1872,66 @@ def make_example(inputs: torch.Tensor, outputs: torch.Tensor) -> Example:
 
 def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> None:
     """Raise UserError where these are no inputs and outputs of a net that tell what it is."""
-    advice = (
-        f"make them by: inputs = torch.randn({MAX_EXAMPLE_INPUTS}, channels, pixels, pixels); "
-        "outputs = net.eval()(inputs)"
-    )
     if inputs.dim() != 4 or inputs.shape[2] != inputs.shape[3] or not inputs.is_floating_point():
         raise UserError(
             f"{path}: its inputs, {describe_shape(inputs)} of {inputs.dtype}, are no "
-            f"floating-point numbers of the shape (N, channels, pixels, pixels); {advice}"
+            f"floating-point numbers of the shape (N, channels, pixels, pixels); "
+            f"{ADVICE_ON_EXAMPLES}"
         )
     if outputs.dim() != 2 or len(outputs) != len(inputs) or not outputs.is_floating_point():
         raise UserError(
             f"{path}: its outputs, {describe_shape(outputs)} of {outputs.dtype}, are no "
             f"floating-point numbers of the shape (N, classes) for its {len(inputs)} inputs; "
-            f"{advice}"
+            f"{ADVICE_ON_EXAMPLES}"
         )
     if not inputs.isfinite().all() or not outputs.isfinite().all():
-        raise UserError(f"{path}: its inputs or outputs are not all finite; {advice}")
+        raise UserError(f"{path}: its inputs or outputs are not all finite; {ADVICE_ON_EXAMPLES}")
     if outputs.shape[1] < 2:
         raise UserError(f"{path}: its outputs are one number an input, not one for each class")
     if len(inputs) < 2:
-        raise UserError(f"{path}: it has {len(inputs)} inputs, needed are two or more; {advice}")
+        raise UserError(
+            f"{path}: it has {len(inputs)} inputs, needed are two or more; {ADVICE_ON_EXAMPLES}"
+        )
     first_outputs = centre(outputs[:MAX_EXAMPLE_INPUTS].float())
     if torch.allclose(first_outputs, first_outputs[:1], rtol=1e-5, atol=1e-7):
-        raise UserError(f"{path}: its outputs are the same for all its inputs; {advice}")
+        raise UserError(
+            f"{path}: its outputs are the same for all its inputs; {ADVICE_ON_EXAMPLES}"
+        )
 
 
-def read_normalisation(content: dict, channels: int, path: Path) -> dict[str, list[float]]:
-    """The mean and std of images in the content of a file, a number for each channel; {} where it
-    has none. Raises UserError."""
-    if not any(key in content for key in NORMALISATION_KEYS):
+ADVICE_ON_NORMALISATION = "leave out mean and std if you do not know them"
+
+
+def take_normalisation(content, path: Path) -> dict:
+    """The mean and std in the content of a file, as they are; {} where it has none. Raises
+    UserError where one of the two is missing."""
+    if not isinstance(content, dict):
         return {}
+    found = {key: content[key] for key in NORMALISATION_KEYS if key in content}
+    if len(found) == 1:
+        (key,) = found
+        missing = NORMALISATION_KEYS[1 - NORMALISATION_KEYS.index(key)]
+        raise UserError(f"{path}: it has a {key} but no {missing}; {ADVICE_ON_NORMALISATION}")
+    return found
+
+
+def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, list[float]]:
+    """The mean and std of images that `take_normalisation` took, a number for each channel. Raises
+    UserError where they are none."""
     normalisation = {}
-    for key in NORMALISATION_KEYS:
+    for key, value in values.items():
         try:
-            values = torch.as_tensor(content.get(key), dtype=torch.float64).flatten()
+            numbers = torch.as_tensor(value, dtype=torch.float64).flatten()
         except (TypeError, ValueError, RuntimeError):
-            values = torch.empty(0)
-        is_valid = len(values) == channels and bool(((values >= 0) & (values <= 1)).all())
-        if not is_valid or (key == "std" and values.min() == 0):
+            numbers = torch.empty(0)
+        is_valid = len(numbers) == channels and bool(((numbers >= 0) & (numbers <= 1)).all())
+        if not is_valid or (key == "std" and numbers.min() == 0):
+            count = "one number" if channels == 1 else f"{channels} numbers"
             raise UserError(
-                f"{path}: its {key} has to be {channels} numbers between 0 and 1, one for each "
-                "channel of images with pixels between 0 and 1; leave out mean and std if you do "
-                "not know them"
+                f"{path}: its {key} has to be {count} between 0 and 1, one for each channel of "
+                f"images with pixels between 0 and 1; {ADVICE_ON_NORMALISATION}"
             )
-        normalisation[key] = values.tolist()
+        normalisation[key] = numbers.tolist()
     return normalisation
 
 
@@ -2167,7 +2192,9 @@ def list_modules(state: dict) -> list[FoundModule]:
             parameter = next(key for key, value in tensors.items() if value.dim() > 1)
             key = f"{module.name}.{parameter}".strip(".")
             hint = (
-                " (a layer norm?)" if (parameter, tensors[parameter].dim()) == ("weight", 3) else ""
+                " (a one-dimensional convolution, or a layer norm?)"
+                if (parameter, tensors[parameter].dim()) == ("weight", 3)
+                else ""
             )
             raise UnreadableError(
                 f"{key} is {describe_shape(tensors[parameter])}, of no known layer{hint}"
@@ -2463,10 +2490,10 @@ def check_first_kernel(convolutions) -> None:
 
 def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
     guess = ""
-    if after.is_convolution and after.inputs == convolutions[0].inputs:
-        guess = " (a branch?)"
-    elif after.is_convolution and after.inputs == 1:
+    if after.is_convolution and after.inputs == 1 and after.outputs % before.outputs == 0:
         guess = " (a depthwise convolution?)"
+    elif after.is_convolution and after.inputs == convolutions[0].inputs:
+        guess = " (a branch?)"
     elif after.is_convolution and before.outputs % after.inputs == 0:
         guess = " (a grouped convolution?)"
     elif after.inputs > before.outputs:

@@ -650,7 +650,10 @@ def describe_pruned_layers(results: dict, method: str) -> str:
         " ".join(f"{sum(layer) / len(half):.0%}" for layer in zip(*half))
         for half in (shares[:middle], shares[middle:])
     )
-    return f"{measure}: {first_half} (first half), {second_half} (second half)"
+    return (
+        f"{measure}: {first_half} (in the first half of the candidates), {second_half} (in the "
+        "second half)"
+    )
 
 
 def describe_gates(trials: list[dict], *, is_rounded: bool) -> str:
@@ -932,6 +935,16 @@ def suggest_share(percentage: float) -> str:
     return f"; did you mean {percentage / 100:g}?" if 1 < percentage < 100 else ""
 
 
+def check_is_no_checkpoint_name(folder: Path) -> Path:
+    """The folder of --out. Raises typer.BadParameter where --output was meant."""
+    if folder.suffix.lower() in (".pt", ".pth", ".safetensors", ".pt2", ".onnx"):
+        raise typer.BadParameter(
+            f"{folder} looks like a file, but this is the folder of run folders; --output names "
+            "the file of the net"
+        )
+    return folder
+
+
 def parse_share(text: str) -> float:
     """A share, as the user writes it. Raises typer.BadParameter."""
     with suppress(ValueError):
@@ -939,6 +952,8 @@ def parse_share(text: str) -> float:
     suggestion = ""
     with suppress(ValueError):
         suggestion = suggest_share(float(text.removesuffix("%")))
+    with suppress(ValueError):
+        suggestion = suggestion or f"; did you mean {float(text.replace(',', '.')):g}?"
     raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{suggestion}")
 
 
@@ -972,7 +987,9 @@ Activation = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[Path, typer.Option(help="where run folders are made")]
+Out = Annotated[
+    Path, typer.Option(help="where run folders are made", callback=check_is_no_checkpoint_name)
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda (or gpu), or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over instead of going on")]
@@ -1064,6 +1081,11 @@ class UserNet:
     # In [0, 1], of the chosen reading on the images that chose it; None where no image had to.
     accuracy: float | None = None
 
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether only images can tell which of its readings is right."""
+        return bool(self.readings) and not self.has_example
+
     def fit_size(self, size: int) -> None:
         """Keep the readings that take images of that size. Raises UserError where none does."""
         from models import UserError
@@ -1080,7 +1102,10 @@ class UserNet:
                 "it into the file (docs/your-net.md)"
             )
             if self.has_example:
-                advice = f"; its inputs in the file have {self.net.size} x {self.net.size}"
+                advice = (
+                    f"; its inputs in the file have {self.net.size} x {self.net.size}; make the "
+                    "images so, or name others by --data-dir"
+                )
             raise UserError(
                 f"{self.path}: no reading of its weights takes images of {size} x {size} pixels"
                 f"{advice}"
@@ -1183,9 +1208,11 @@ def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
     if not fitting:
         check_is_no_image_folder(data_dir)
         channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
+        state = "has no train/CLASS and test/CLASS" if data_dir.is_dir() else "is no folder"
         raise UserError(
-            f"no data set here has {channels} and {net.classes} classes; --data-dir can name a "
-            f"folder with train/CLASS and test/CLASS{suggest_image_folder(data_dir)}"
+            f"no data set here has {channels} and {net.classes} classes, and {data_dir} {state}; "
+            "--data-dir can name a folder with train/CLASS and test/CLASS"
+            f"{suggest_image_folder(data_dir)}"
         )
 
     def family(arch):
@@ -1266,12 +1293,13 @@ def load_images_and_choose_reading(
     reading that fits them best. Raises UserError where the net cannot read the images
     or has other classes.
     """
+    from controller import is_image_folder
     from models import UserError
 
     net, facts = user_net.net, user_net.facts
     size = user_net.photograph_size or net.size
     size_advice = ""
-    if user_net.readings and not user_net.has_example and user_net.photograph_size is None:
+    if user_net.is_ambiguous and user_net.photograph_size is None:
         size_advice = "; the net may have been trained at another size: --size names it"
     try:
         train, test, description = load_experiment_images(
@@ -1279,7 +1307,7 @@ def load_images_and_choose_reading(
         )
     except UserError as error:
         guess = ""
-        if facts.get("data") is None:
+        if facts.get("data") is None and not is_image_folder(data_dir):
             guess = (
                 f"; a net of {net.channels} x {net.size} x {net.size} images of {net.classes} "
                 f"classes is taken to be for {experiment.data}"
@@ -1301,10 +1329,11 @@ def choose_reading(user_net: UserNet, train, say) -> tuple:
     """
     from controller import stored_normalisation, take_matching_norm_place
 
-    normalisation = stored_normalisation(user_net.net, user_net.facts)
-    if normalisation is None:
-        normalisation = try_readings(user_net, train, say)
-    mean, std = normalisation
+    stored = stored_normalisation(user_net.net, user_net.facts)
+    if stored is None or user_net.is_ambiguous:
+        mean, std = try_readings(user_net, train, stored, say)
+    else:
+        mean, std = stored
     if user_net.has_example:
         # Outputs do not show whether late norms stand before or after a pooling.
         user_net.net = take_matching_norm_place(user_net.net, train.normalised_by(mean, std))
@@ -1316,16 +1345,18 @@ def choose_reading(user_net: UserNet, train, say) -> tuple:
 READING_SEED = 0
 
 
-def try_readings(user_net: UserNet, train, say) -> tuple:
-    """(mean, std) that serve a user's net best. All its readings are tried, and `user_net.net`
-    becomes the best."""
-    from controller import KnownNet, find_reading
+def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> tuple:
+    """(mean, std) that serve a user's net best, or those that its file has `stored`. All its
+    readings are tried, and `user_net.net` becomes the best."""
+    from controller import KnownNet, Normalisation, find_reading
 
-    is_open = bool(user_net.readings) and not user_net.has_example
-    if is_open:
+    is_ambiguous = user_net.is_ambiguous
+    normalisation = stored and Normalisation("the mean and std in the file", *map(tuple, stored))
+    if is_ambiguous:
+        unknown = "all of the net" if stored else "how images were normalised, nor all of the net"
         say(
-            "the weights alone do not tell how images were normalised, nor all of the net; so it "
-            "tries what is usual on some of the training images"
+            f"the weights alone do not tell {unknown}; so it tries what is usual on some of the "
+            "training images"
         )
     else:
         say("the checkpoint does not say how images were normalised; so it tries what is usual")
@@ -1333,7 +1364,8 @@ def try_readings(user_net: UserNet, train, say) -> tuple:
         user_net.readings or [KnownNet(user_net.net)],
         train,
         READING_SEED,
-        tries_activations=is_open and user_net.activation is None,
+        normalisation=normalisation,
+        tries_activations=is_ambiguous and user_net.activation is None,
         wrap=show_attempts,
     )
     user_net.net, user_net.accuracy = found.net, found.accuracy
@@ -1341,10 +1373,10 @@ def try_readings(user_net: UserNet, train, say) -> tuple:
     if not found.is_only_best:
         ending = "; others are about as accurate, so this may be the wrong one"
     reading = ""
-    if is_open:
+    if is_ambiguous:
         reading = f", and the net read as {found.net.architecture.in_words()}"
     say(
-        f"images normalised by {found.normalisation}{reading}: the best of all that was "
+        f"images normalised by {found.normalisation.name}{reading}: the best of all that was "
         f"tried, with {found.accuracy:.2%} of {found.images:,} training images right{ending}"
     )
     if found.has_strange_norms and not user_net.has_example:
@@ -1354,7 +1386,7 @@ def try_readings(user_net: UserNet, train, say) -> tuple:
         )
     if user_net.has_example:
         say("if images were normalised in another way, put mean and std into the file")
-    if is_open:
+    if is_ambiguous:
         advice = "compare that with what you know of the net"
         if user_net.activation is None:
             advice += (
@@ -1362,7 +1394,7 @@ def try_readings(user_net: UserNet, train, say) -> tuple:
                 "hardly tells relu from GELU or leaky relu"
             )
         say(f"{advice}; some inputs and outputs in the file tell surely (docs/your-net.md)")
-    return found.mean, found.std
+    return found.normalisation.mean, found.normalisation.std
 
 
 def show_attempts(attempts):
@@ -1383,7 +1415,7 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
         raise UserError(
             f"the net reads {net.channels} x {net.size} x {net.size} images of {net.classes} "
             f"classes; given are {channels} x {size} x {size} images of {classes} classes "
-            f"({description})"
+            f"({description}); --data-dir names others"
         )
     known, names = facts.get("names"), images.class_names
     if not names or not isinstance(known, list) or not known or known == names:
@@ -1642,7 +1674,10 @@ def check_output(
     if not (may_replace and path.is_file()):
         refuse_existing(path, advice)
     if not parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}", 2)
+        problem = f"there is no folder {path.parent}; make it first"
+        if parent.exists():
+            problem = f"{path.parent} is a file, not a folder"
+        raise UserError(f"cannot write {path}: {problem}", 2)
     if not os.access(parent, os.W_OK):
         raise UserError(f"cannot write {path}: its folder is read-only", 2)
 
@@ -2235,7 +2270,11 @@ def evaluate(
 
 def say_what_is_read(user_net: UserNet, test, description: str) -> None:
     """Tell the user which images are read."""
-    note = f"reads {len(test):,} test images of {description}"
+    from controller import OWN_IMAGES
+
+    # The name of images of one's own begins with "images in".
+    of = "" if description.startswith(OWN_IMAGES) else "images of "
+    note = f"reads {len(test):,} test {of}{description}"
     if user_net.facts.get("data") not in (None, description):
         note += f"; it was trained on {user_net.facts['data']}"
     print_note(note)
@@ -2362,7 +2401,7 @@ def describe_tuning(own: dict, baseline: dict) -> str:
     line = "tuned: by sep.tune, for one image at a time"
     if "latency_1" in baseline:
         ratio = own["latency_1_tuned"] / baseline["latency_1"]
-        line += f", {ratio:.2f} of what the baseline takes untuned"
+        line += f"; this takes {ratio:.2f} of the baseline's time in plain PyTorch"
     return line
 
 
@@ -2398,6 +2437,7 @@ def report(
         Path | None,
         typer.Option(help="the pictures: NAME.svg, .png or .pdf; default: report.svg in RUN"),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the output")] = False,
 ):
     """The tables of a run again, and its pictures (these need matplotlib)."""
     from controller import read_results, read_usage
@@ -2405,15 +2445,15 @@ def report(
 
     folder = run.parent if run.name == "results.json" else run
     if not (folder / "results.json").is_file():
+        reason = "it has no results.json" if folder.is_dir() else "there is no such folder"
         raise UserError(
-            f"{run} is no run folder: it has no results.json; `reproduce` and `prune` name theirs "
-            "at the end",
+            f"{run} is no run folder: {reason}; `reproduce` and `prune` name theirs at the end",
             2,
         )
     if output is not None:
         if output.suffix.lower() not in PICTURE_ENDINGS:
             raise UserError(f"{output}: the ending says the format, .svg, .png or .pdf", 2)
-        check_output(output)
+        check_output(output, advice="--force overwrites it", may_replace=force)
     results = read_results(folder, hint="; make the run again")
     show_results(results)
     if not results["rows"]:
@@ -2505,7 +2545,7 @@ def prepare_export(
     net = user_net.net
     device = select_device(device)
     stored = stored_normalisation(net, user_net.facts)
-    if stored is not None and not is_static:
+    if stored is not None and not is_static and not user_net.is_ambiguous:
         return net, *stored
     if is_static:
         check_image_size(net, size or net.size)  # before the recovery

@@ -1540,8 +1540,8 @@ def measure_reading(folder, case, number):
     """The columns of a net: the `number` decides how its images are normalised."""
     images = load_images_of_size(folder, case)
     normalisations = controller.list_normalisations(images)
-    normalisation = list(normalisations)[number % len(normalisations)]
-    used = images.normalised_by(*normalisations[normalisation])
+    normalisation = normalisations[number % len(normalisations)]
+    used = images.normalised_by(normalisation.mean, normalisation.std)
     torch.manual_seed(0)
     net = train_to_the_end(case.make(), READ_PLAN, used, None).eval()
     x = used.batch(torch.arange(500))
@@ -1551,7 +1551,7 @@ def measure_reading(folder, case, number):
     verdicts = [judge_reading(net, images, x, expected)]
     with mock.patch.object(controller, "measure_least_norm_mismatch", lambda *_: None):
         verdicts.append(judge_reading(net, images, x, expected))
-    return f"{measure_accuracy(net, used):.1%}", normalisation, f"{mismatch:.4f}", *verdicts
+    return f"{measure_accuracy(net, used):.1%}", normalisation.name, f"{mismatch:.4f}", *verdicts
 
 
 def load_images_of_size(folder, case):
@@ -1575,7 +1575,8 @@ def judge_reading(net, images, x, expected):
     fitting = [reading.for_size(images.size) for reading in found]
     fitting = [reading for reading in fitting if reading is not None]
     best = controller.find_reading(fitting, images, 0, tries_activations=True)
-    own = images.normalised_by(best.mean, best.std).batch(torch.arange(len(x)))
+    normalisation = best.normalisation
+    own = images.normalised_by(normalisation.mean, normalisation.std).batch(torch.arange(len(x)))
     with torch.no_grad():
         logits = best.net.eval()(own)
     if zoo.largest_difference(logits, expected) < DIFFERENT_LOGITS:

@@ -459,7 +459,7 @@ def test_of_all_that_weights_may_be_the_right_net_and_normalisation_are_found(na
     with torch.no_grad():
         assert torch.allclose(found.net.eval()(x), net(x), atol=1e-4)
     assert found.net.architecture.activation in ("relu", "tanh")
-    assert found.normalisation == statistics
+    assert found.normalisation.name == statistics
     assert found.accuracy > 0.99
     assert found.is_only_best
 
@@ -476,9 +476,9 @@ def test_of_equal_accuracies_the_smaller_loss_comes_first_if_it_counts(monkeypat
         "score_if_fitting",
         lambda *_, **__: make_score(*next(measured), None),
     )
-    names = list(controller.list_normalisations(make_digits()))
+    normalisations = controller.list_normalisations(make_digits())
     readings = [controller.KnownNet(make_lenet()) for _ in range(5)]
-    attempts = controller.list_attempts(readings, names[:1])
+    attempts = controller.list_attempts(readings, normalisations[:1])
 
     ranked = controller.rank_attempts(attempts, make_digits(), 32, wrap=lambda each: each)
 
@@ -507,7 +507,7 @@ def test_of_readings_that_get_as_many_right_the_most_usual_is_taken(norms_tell):
 
     assert len(readings) > 1
     assert found.net.architecture == readings[0].architecture
-    assert found.normalisation == "mean and std of cifar10"
+    assert found.normalisation.name == "mean and std of cifar10"
     assert (found.accuracy, found.images, found.is_only_best) == (1, 120, norms_tell)
 
 
@@ -534,7 +534,7 @@ def test_a_rare_activation_is_found_where_images_show_it(name, activation):
     with torch.no_grad():
         assert torch.allclose(found.net.eval()(x), expected, atol=1e-4)
     assert found.net.architecture.activation == activation
-    assert found.normalisation == "mean and std 0.5"
+    assert found.normalisation.name == "mean and std 0.5"
     assert found.accuracy > 0.99
 
 
@@ -622,7 +622,7 @@ def test_batch_norms_tell_how_a_net_is_read_where_accuracies_hardly_do(activatio
     found = find_reading_of(net, case, images, controller.MIN_TRIED_IMAGES)
 
     assert found.net.architecture == net.architecture
-    assert (found.mean, found.std) == ((0.5,), (0.5,))
+    assert (found.normalisation.mean, found.normalisation.std) == ((0.5,), (0.5,))
     assert found.norm_mismatch < 0.1
     assert not found.has_strange_norms
     # Of the same weights, relu in place of GELU gets nearly as many right.
@@ -696,7 +696,8 @@ def make_images_for(net, case, statistics):
     pixels = smooth(pixels)
     own = controller.STATISTICS["mnist" if case.channels == 1 else "cifar10"]
     images = Images(pixels, torch.zeros(len(pixels)), mean=own[0], std=own[1])
-    used = images.normalised_by(*controller.list_normalisations(images)[statistics])
+    normalisations = {each.name: each for each in controller.list_normalisations(images)}
+    used = images.normalised_by(normalisations[statistics].mean, normalisations[statistics].std)
     zoo.spread_logits(net, used.batch(torch.arange(500)))
     return images.replace(pixels, label_by(net, used))
 

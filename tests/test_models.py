@@ -796,6 +796,36 @@ def test_safetensors_may_hold_an_example(tmp_path):
     assert facts == {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
+@pytest.mark.parametrize("change", [dict, lambda content: content["net"] | content])
+def test_a_mean_and_std_are_taken_without_inputs_and_outputs(tmp_path, change):
+    net, _ = make_lively_net("resnet8")
+    content = {"net": net.state_dict(), "mean": [0.4] * 3, "std": torch.full((3, 1, 1), 0.25)}
+    content = change(content)
+    torch.save(content, tmp_path / "a.pt")
+
+    checkpoint = models.read_checkpoint(tmp_path / "a.pt")
+
+    assert checkpoint["facts"] == {"mean": [0.4] * 3, "std": [0.25] * 3}
+    assert len(checkpoint["readings"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"mean": [0.5]}, "it has a mean but no std; leave out"),
+        ({"std": [0.5]}, "it has a std but no mean; leave out"),
+        ({"mean": [127.0], "std": [50.0]}, "its mean has to be one number between 0 and 1"),
+        ({"inputs": torch.randn(4, 1, 28, 28)}, "it has inputs but no outputs; make them by"),
+    ],
+)
+def test_half_of_what_belongs_together_is_refused(tmp_path, content, words):
+    net, _ = make_lively_net("lenet5")
+    torch.save({"net": net.state_dict()} | content, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match=words):
+        sep.load(tmp_path / "a.pt")
+
+
 def test_inputs_and_outputs_that_are_no_tensors_are_no_example(tmp_path):
     net, _ = make_lively_net("lenet5")
     torch.save({"state_dict": net.state_dict(), "inputs": 784, "outputs": 10}, tmp_path / "a.pt")
@@ -857,11 +887,11 @@ def test_an_example_tells_which_of_several_state_dicts_is_meant(tmp_path):
         ({"inputs": torch.ones(4, 1, 28, 28).byte()}, "uint8, are no floating-point numbers"),
         ({"inputs": torch.randn(4, 1, 28, 30)}, "its inputs, 4 x 1 x 28 x 30 of"),
         ({"inputs": torch.ones(0, 1, 28, 28), "outputs": torch.ones(0, 10)}, "it has 0 inputs"),
-        ({"mean": [0.1, 0.2]}, "its mean has to be 1 numbers between 0 and 1"),
-        ({"mean": "none"}, "its mean has to be 1 numbers between 0 and 1"),
-        ({"mean": 127.5}, "its mean has to be 1 numbers between 0 and 1"),
-        ({"std": [0.0]}, "its std has to be 1 numbers between 0 and 1"),
-        ({"std": None}, "its std has to be 1 numbers between 0 and 1"),
+        ({"mean": [0.1, 0.2]}, "its mean has to be one number between 0 and 1"),
+        ({"mean": "none"}, "its mean has to be one number between 0 and 1"),
+        ({"mean": 127.5}, "its mean has to be one number between 0 and 1"),
+        ({"std": [0.0]}, "its std has to be one number between 0 and 1"),
+        ({"std": None}, "its std has to be one number between 0 and 1"),
     ],
 )
 def test_an_example_that_tells_nothing_is_refused(tmp_path, changes, words):

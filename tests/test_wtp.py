@@ -1493,7 +1493,7 @@ def damage_pictures(folder, how):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("classes", "different classes (class0)"),
+        ("classes", "different classes (class0 in train alone)"),
         ("empty", "class1"),
         ("one", "has one class alone, class0"),
         ("hidden", "no folder of a class"),
@@ -1543,6 +1543,16 @@ def save_photographs(folder):
             picture.rotate(90, expand=True).save(class_folder / "lying.jpg", exif=exif)
             for mode, ending in (("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("L", "png")):
                 picture.convert(mode).save(class_folder / f"{mode}.{ending}")
+
+
+def test_a_few_images_of_another_size_are_named():
+    sizes = {f"{number}.png": (28, 28) for number in range(30)}
+
+    assert controller.describe_sizes(sizes) == "28 x 28"
+    words = "28 x 28, but for 2, for example 7.png with 32 x 30"
+    assert controller.describe_sizes(sizes | {"7.png": (32, 30), "8.png": (9, 9)}) == words
+    many = {f"{number}.png": (32, 32) for number in range(4)}
+    assert controller.describe_sizes(sizes | many) == "most often 28 x 28"
 
 
 def test_photographs_of_many_sizes_and_kinds_are_resized_and_cropped(tmp_path):
@@ -1689,7 +1699,7 @@ def test_a_net_of_the_drawn_digits_reads_images_of_ones_own(capsys, smoke, tmp_p
     status, _, err = call(capsys, "evaluate", net, "--data-dir", tmp_path / "p")
 
     assert status == 0, err
-    assert "reads 120 test images of images in" in err
+    assert "reads 120 test images in" in err
     assert "it was trained on digits" in err
 
 
@@ -1746,8 +1756,31 @@ def test_a_foreign_net_is_read_with_the_statistics_that_serve_it_best(smoke, tmp
     known = controller.KnownNet(foreign)
     found = controller.find_reading([known], images, 0)
 
-    assert found.normalisation == "mean and std 0.5"
+    assert found.normalisation.name == "mean and std 0.5"
     assert found.accuracy > 0.9
+
+
+def test_the_mean_and_std_in_a_file_are_used_without_inputs_and_outputs(capsys, smoke, tmp_path):
+    net = sep.load(smoke[0] / "baseline.pt")[0]
+    (mean,), (std,) = controller.STATISTICS["digits"]
+    with torch.no_grad():  # the same net for pixels that are normalised in a way nobody tries
+        net.conv1.bias += net.conv1.weight.sum((1, 2, 3)) * (0.9 - mean) / std
+        net.conv1.weight *= 0.05 / std
+    content = {"net": net.state_dict(), "mean": [0.9], "std": [0.05]}
+    torch.save(content, tmp_path / "a.pt")
+    save_pictures(tmp_path / "pictures", classes=10, count=12)
+
+    status, _, err = call(
+        capsys, "evaluate", tmp_path / "a.pt", "--data-dir", tmp_path / "pictures"
+    )
+
+    assert status == 0, err
+    assert "the weights alone do not tell all of the net" in err
+    assert "images normalised by the mean and std in the file, and the net read as" in err
+    data = controller.load_data("digits", tmp_path)[0]
+    user_net = wtp.load_user_net(tmp_path / "a.pt")
+    assert wtp.choose_reading(user_net, data, print) == ((0.9,), (0.05,))
+    assert user_net.accuracy > 0.9
 
 
 def test_reproduce_makes_its_rows_at_another_cut(capsys, tmp_path):
@@ -2031,13 +2064,17 @@ WRONG_CALLS = [
     (2, "device 'tpu9' cannot be used", "reproduce digits --device tpu9"),
     (2, "taken.pt exists already", "prune net.pt --output taken.pt"),
     (2, "taken.pt exists already", "train digits --output taken.pt"),
-    (2, "no folder nowhere", "prune net.pt --output nowhere/a.pt"),
-    (1, "cannot write", "reproduce digits --schedule smoke --out taken.pt"),
+    (2, "no folder nowhere; make it first", "prune net.pt --output nowhere/a.pt"),
+    (2, "net.pt is a file, not a folder", "prune net.pt --output net.pt/a.pt"),
+    (2, "this is the folder of run folders; --output names", "prune net.pt --out small.pt"),
+    (2, "0,5 is no number, as 0.9 is for 90 %; did you mean 0.5?", "prune net.pt --target 0,5"),
+    (1, "cannot write", "reproduce digits --schedule smoke --out taken.svg"),
     (1, "cannot write", "prune drawn.pt --schedule smoke --out /proc/nothing"),
     (1, "no complete mnist data", "evaluate net.pt --data-dir folder"),
     (1, "no complete mnist data", "reproduce mnist --data-dir folder"),
     (2, "taken.pt is a file; --data-dir", "reproduce vgg-cifar10 --data-dir taken.pt"),
     (1, "no data set here has 2 channels", "evaluate odd.pt"),
+    (1, "and gone is no folder; --data-dir can name", "evaluate odd.pt --data-dir gone"),
     (1, "the net reads 1 x 32 x 32 images", "evaluate large.pt"),
     (2, "uniform needs a cut", "reproduce digits --schedule smoke --method uniform"),
     (
@@ -2071,8 +2108,8 @@ WRONG_CALLS = [
     (2, "--round-to", "prune drawn.pt --round-to 0"),
     (2, "--final-epochs", "prune drawn.pt --final-epochs 0"),
     (2, "name an experiment", "reproduce --final-epochs 5"),
-    (2, "folder is no run folder", "report folder"),
-    (2, "gone is no run folder", "report gone"),
+    (2, "folder is no run folder: it has no results.json", "report folder"),
+    (2, "gone is no run folder: there is no such folder", "report gone"),
     (
         2,
         "a.gif: the ending says the format, .svg, .png or .pdf",

@@ -1028,7 +1028,7 @@ Target = Annotated[
     float | None,
     typer.Option(
         **SHARE,
-        help="share of the MACs to remove; default: as far as the papers' reward goes",
+        help="share of the MACs to remove; without it their part in the papers' reward decides",
     ),
 ]
 

@@ -32,7 +32,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from io import StringIO
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from textwrap import shorten
 
@@ -512,10 +512,13 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
             if set(names[part]) - set(names[other])
         )
         raise UserError(f"{folder}: train and test have different classes ({different})")
-    sizes = {path: measure_image(path) for part in paths.values() for path in part}
-    (width, height), _ = Counter(sizes.values()).most_common(1)[0]
-    is_one_size = len(set(sizes.values())) == 1
-    need_resizing = not is_one_size or width != height or width > MAX_SQUARE_SIZE
+    sizes, examples = Counter(), {}
+    for path in chain(*paths.values()):
+        size_of_image = measure_image(path)
+        sizes[size_of_image] += 1
+        examples.setdefault(size_of_image, path)
+    (width, height), _ = sizes.most_common(1)[0]
+    need_resizing = len(sizes) > 1 or width != height or width > MAX_SQUARE_SIZE
     return OwnImages(
         paths,
         labels,
@@ -523,7 +526,7 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
         size if need_resizing else width,
         is_gray,
         need_resizing,
-        describe_sizes(sizes),
+        describe_sizes(sizes, examples),
     )
 
 
@@ -531,21 +534,18 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
 EXCEPTION_SHARE = 0.1
 
 
-def describe_sizes(sizes: dict[str, tuple[int, int]]) -> str:
-    """The (width, height) of images by their paths, in words. A few that differ from all others are
-    most likely a mistake, so one of them is named."""
-    (width, height), count = Counter(sizes.values()).most_common(1)[0]
-    others = len(sizes) - count
-    if others == 0:
+def describe_sizes(sizes: Counter, examples: dict) -> str:
+    """The (width, height) of images in words: how many have each, and the path of one of them. A
+    few that differ from all others are most likely a mistake, so one of them is named."""
+    ((width, height), count), *others = sizes.most_common()
+    if not others:
         return f"{width} x {height}"
-    if others > EXCEPTION_SHARE * len(sizes):
+    if sizes.total() - count > EXCEPTION_SHARE * sizes.total():
         return f"most often {width} x {height}"
-    path, (other_width, other_height) = next(
-        (path, size) for path, size in sizes.items() if size != (width, height)
-    )
+    other_width, other_height = others[0][0]
     return (
-        f"{width} x {height}, but for {others:,}, for example {path} with "
-        f"{other_width} x {other_height}"
+        f"{width} x {height}, but for {sizes.total() - count:,}, for example "
+        f"{examples[other_width, other_height]} with {other_width} x {other_height}"
     )
 
 
@@ -1335,9 +1335,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 # ---- training: what weights do not tell --------------------------------------------------------
 #
-# A foreign state dict, which this tool has not written, does not say how images were normalised,
-# nor all of its architecture. A reading is an architecture that fits the weights, an attempt is one
-# reading with one normalisation. What is possible is tried on some of the training images.
+# A foreign state dict, which this tool has not written, seldom says how images were normalised, and
+# never all of its architecture. A reading is an architecture that fits the weights, an attempt is
+# one reading with one normalisation. What is possible is tried on some of the training images.
 #
 # Two things tell how good an attempt is. The right one gets many images right. And batch norms
 # remember the mean and variance of what they read in training; by the right reading they read the
@@ -1618,7 +1618,7 @@ def choose_attempts(
 ) -> list[tuple[Attempt, AttemptScore]]:
     """The attempts of the last round, each with its score on all images, the best first."""
     first_round, *later_rounds = ATTEMPT_ROUNDS
-    if len(readings) * len(normalisations) > max_attempts:
+    if len(normalisations) > 1 and len(readings) * len(normalisations) > max_attempts:
         attempts = list_attempts(readings, normalisations[:1])
         ranked = rank_attempts(attempts, sample, first_round.max_images, wrap, reads_norms=False)
         shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]

@@ -1572,6 +1572,7 @@ def describe_shape(tensor: torch.Tensor) -> str:
 # it, in these steps:
 #
 #   take_example        some inputs and outputs of the net, if its owner put them into the file
+#   take_normalisation  the mean and std of its images, the same
 #   find_state_dicts    the weights in the file, their names without wrappers
 #   list_modules        convolutions, batch norms and linear layers, in their order
 #   group_blocks        are they the blocks of a residual net, or one chain?
@@ -1710,7 +1711,7 @@ def recognise_state_dict(content, path: Path) -> dict:
     Raises UserError where it is of no net that this tool knows.
     """
     example = take_example(content, path)
-    normalisation = take_normalisation(content, path)
+    normalisation = take_normalisation(content)
     rest = content
     if isinstance(content, dict):
         taken_keys = set(normalisation)
@@ -1719,7 +1720,14 @@ def recognise_state_dict(content, path: Path) -> dict:
         rest = {key: value for key, value in content.items() if key not in taken_keys}
     readings, notes = read_first_net(rest, path, example)
     first = readings[0]
-    facts = read_normalisation(normalisation, first.architecture.channels, path)
+    facts = {}
+    try:
+        facts = read_normalisation(normalisation, first.architecture.channels, path)
+    except UserError as error:
+        if example is not None:
+            raise
+        # They may mean something else, as the mean and std of several trainings.
+        notes.append(f"{error}; they are not used")
     if example is not None:
         notes.append(f"{path}: {describe_match(first, example)}")
     return {
@@ -1902,22 +1910,24 @@ def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> No
 ADVICE_ON_NORMALISATION = "leave out mean and std if you do not know them"
 
 
-def take_normalisation(content, path: Path) -> dict:
-    """The mean and std in the content of a file, as they are; {} where it has none. Raises
-    UserError where one of the two is missing."""
+def take_normalisation(content) -> dict:
+    """The mean and std in the content of a file, as they are; {} where it has none."""
     if not isinstance(content, dict):
         return {}
     found = {key: content[key] for key in NORMALISATION_KEYS if key in content}
-    if len(found) == 1:
-        (key,) = found
-        missing = NORMALISATION_KEYS[1 - NORMALISATION_KEYS.index(key)]
-        raise UserError(f"{path}: it has a {key} but no {missing}; {ADVICE_ON_NORMALISATION}")
-    return found
+    # None says that it is not known. A dict may be a state dict.
+    is_normalisation = any(value is not None for value in found.values())
+    has_state_dict = any(isinstance(value, dict) for value in found.values())
+    return found if is_normalisation and not has_state_dict else {}
 
 
 def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, list[float]]:
     """The mean and std of images that `take_normalisation` took, a number for each channel. Raises
     UserError where they are none."""
+    if len(values) == 1:
+        (key,) = values
+        missing = NORMALISATION_KEYS[1 - NORMALISATION_KEYS.index(key)]
+        raise UserError(f"{path}: it has a {key} but no {missing}; {ADVICE_ON_NORMALISATION}")
     normalisation = {}
     for key, value in values.items():
         try:
@@ -1928,8 +1938,9 @@ def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, lis
         if not is_valid or (key == "std" and numbers.min() == 0):
             count = "one number" if channels == 1 else f"{channels} numbers"
             raise UserError(
-                f"{path}: its {key} has to be {count} between 0 and 1, one for each channel of "
-                f"images with pixels between 0 and 1; {ADVICE_ON_NORMALISATION}"
+                f"{path}: its {key} has to be {count} between 0 and 1, of images with pixels "
+                "between 0 and 1 (divide by 255 if yours go up to 255); "
+                f"{ADVICE_ON_NORMALISATION}"
             )
         normalisation[key] = numbers.tolist()
     return normalisation
@@ -2490,10 +2501,12 @@ def check_first_kernel(convolutions) -> None:
 
 def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
     guess = ""
-    if after.is_convolution and after.inputs == 1 and after.outputs % before.outputs == 0:
+    if after.is_convolution and after.inputs == 1 and after.outputs == before.outputs:
         guess = " (a depthwise convolution?)"
     elif after.is_convolution and after.inputs == convolutions[0].inputs:
         guess = " (a branch?)"
+    elif after.is_convolution and after.inputs == 1:
+        guess = " (a depthwise convolution?)"
     elif after.is_convolution and before.outputs % after.inputs == 0:
         guess = " (a grouped convolution?)"
     elif after.inputs > before.outputs:

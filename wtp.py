@@ -937,10 +937,16 @@ def suggest_share(percentage: float) -> str:
 
 def check_is_no_checkpoint_name(folder: Path) -> Path:
     """The folder of --out. Raises typer.BadParameter where --output was meant."""
-    if folder.suffix.lower() in (".pt", ".pth", ".safetensors", ".pt2", ".onnx"):
+    if not folder.is_dir() and folder.suffix.lower() in (
+        ".pt",
+        ".pth",
+        ".safetensors",
+        ".pt2",
+        ".onnx",
+    ):
         raise typer.BadParameter(
-            f"{folder} looks like a file, but this is the folder of run folders; --output names "
-            "the file of the net"
+            f"{folder} looks like a file, but this is the folder of run folders; `prune` and "
+            "`train` name the file of the net by --output"
         )
     return folder
 
@@ -951,9 +957,9 @@ def parse_share(text: str) -> float:
         return float(text)
     suggestion = ""
     with suppress(ValueError):
-        suggestion = suggest_share(float(text.removesuffix("%")))
-    with suppress(ValueError):
-        suggestion = suggestion or f"; did you mean {float(text.replace(',', '.')):g}?"
+        value = float(text.removesuffix("%").replace(",", "."))
+        is_percentage = value > 1 or text.endswith("%")
+        suggestion = suggest_share(value) if is_percentage else f"; did you mean {value:g}?"
     raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{suggestion}")
 
 
@@ -1028,7 +1034,7 @@ Target = Annotated[
     float | None,
     typer.Option(
         **SHARE,
-        help="share of the MACs to remove; without it their part in the papers' reward decides",
+        help="share of the MACs to remove; without it the papers' reward decides how much goes",
     ),
 ]
 
@@ -2453,7 +2459,7 @@ def report(
     if output is not None:
         if output.suffix.lower() not in PICTURE_ENDINGS:
             raise UserError(f"{output}: the ending says the format, .svg, .png or .pdf", 2)
-        check_output(output, advice="--force overwrites it", may_replace=force)
+        check_output(output, advice=f"{KEEP_ADVICE}, or {FORCE_ADVICE}", may_replace=force)
     results = read_results(folder, hint="; make the run again")
     show_results(results)
     if not results["rows"]:

@@ -6,6 +6,7 @@ The helpers at the top, and `write_broken_files`, serve the other test files and
 import argparse
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -796,16 +797,21 @@ def test_safetensors_may_hold_an_example(tmp_path):
     assert facts == {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
-@pytest.mark.parametrize("change", [dict, lambda content: content["net"] | content])
-def test_a_mean_and_std_are_taken_without_inputs_and_outputs(tmp_path, change):
-    net, _ = make_lively_net("resnet8")
-    content = {"net": net.state_dict(), "mean": [0.4] * 3, "std": torch.full((3, 1, 1), 0.25)}
-    content = change(content)
-    torch.save(content, tmp_path / "a.pt")
+@pytest.mark.parametrize("form", ["nested", "flat", "safetensors"])
+def test_a_mean_and_std_are_taken_without_inputs_and_outputs(tmp_path, form):
+    state = make_lively_net("resnet8")[0].state_dict()
+    normalisation = {"mean": torch.full((3,), 0.5), "std": torch.full((3, 1, 1), 0.25)}
+    path = tmp_path / "a.pt"
+    if form == "safetensors":
+        path = tmp_path / "a.safetensors"
+        pytest.importorskip("safetensors.torch").save_file(state | normalisation, path)
+    else:
+        weights = state if form == "flat" else {"net": state}
+        torch.save(weights | normalisation, path)
 
-    checkpoint = models.read_checkpoint(tmp_path / "a.pt")
+    checkpoint = models.read_checkpoint(path)
 
-    assert checkpoint["facts"] == {"mean": [0.4] * 3, "std": [0.25] * 3}
+    assert checkpoint["facts"] == {"mean": [0.5] * 3, "std": [0.25] * 3}
     assert len(checkpoint["readings"]) > 1
 
 
@@ -814,16 +820,43 @@ def test_a_mean_and_std_are_taken_without_inputs_and_outputs(tmp_path, change):
     [
         ({"mean": [0.5]}, "it has a mean but no std; leave out"),
         ({"std": [0.5]}, "it has a std but no mean; leave out"),
-        ({"mean": [127.0], "std": [50.0]}, "its mean has to be one number between 0 and 1"),
-        ({"inputs": torch.randn(4, 1, 28, 28)}, "it has inputs but no outputs; make them by"),
+        ({"mean": [127.0], "std": [50.0]}, "between 0 and 1 (divide by 255 if yours go up to"),
+        ({"mean": [0.93, 0.92], "std": [0.1, 0.2]}, "its mean has to be one number between"),
+        ({"mean": None, "std": [0.5]}, "its mean has to be one number between 0 and 1"),
     ],
 )
-def test_half_of_what_belongs_together_is_refused(tmp_path, content, words):
-    net, _ = make_lively_net("lenet5")
-    torch.save({"net": net.state_dict()} | content, tmp_path / "a.pt")
+def test_a_mean_and_std_that_are_none_of_images_are_not_used(tmp_path, content, words):
+    net, x = make_lively_net("lenet5")
+    content = {"net": net.state_dict()} | content
+    torch.save(content, tmp_path / "a.pt")
 
-    with pytest.raises(UserError, match=words):
-        sep.load(tmp_path / "a.pt")
+    checkpoint = models.read_checkpoint(tmp_path / "a.pt")
+
+    assert checkpoint["facts"] == {}
+    (note,) = checkpoint["notes"]
+    assert words in note
+    assert note.endswith("; they are not used")
+    # Beside inputs and outputs they are meant for this tool.
+    torch.save(content | {"inputs": x, "outputs": net(x)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=re.escape(words)):
+        models.read_checkpoint(tmp_path / "a.pt")
+
+
+def test_what_is_named_mean_and_std_may_be_something_else(tmp_path):
+    net, _ = make_lively_net("lenet5")
+
+    for content in ({"mean": net.state_dict()}, {"net": net.state_dict(), "mean": None}):
+        torch.save(content, tmp_path / "a.pt")
+        checkpoint = models.read_checkpoint(tmp_path / "a.pt")
+        assert (checkpoint["facts"], checkpoint["notes"]) == ({}, [])
+
+
+def test_inputs_without_outputs_are_refused(tmp_path):
+    net, x = make_lively_net("lenet5")
+    torch.save({"net": net.state_dict(), "inputs": x}, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match="it has inputs but no outputs; make them by"):
+        models.read_checkpoint(tmp_path / "a.pt")
 
 
 def test_inputs_and_outputs_that_are_no_tensors_are_no_example(tmp_path):
@@ -1011,6 +1044,11 @@ def test_what_a_chain_lacks_is_named(tmp_path):
     torch.save(state | {"conv2.weight": torch.ones(50, 10, 5, 5)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"conv2 reads 10 channels .*grouped"):
         models.read_checkpoint(tmp_path / "a.pt")
+
+    for outputs, guess in ((20, "depthwise"), (7, "branch")):
+        torch.save(state | {"conv2.weight": torch.ones(outputs, 1, 5, 5)}, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=rf"conv2 reads 1 channels .*{guess}"):
+            models.read_checkpoint(tmp_path / "a.pt")
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, monkeypatch):

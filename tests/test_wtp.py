@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -1199,10 +1200,14 @@ def test_a_report_is_drawn_in_other_formats(capsys, smoke, tmp_path, ending, mag
     assert out.splitlines()[-1] == f"wrote {output}"
     content = output.read_bytes()
     assert content.startswith(magic)
+    output.write_bytes(b"mine")
     status, _, err = call(capsys, "report", smoke[0], "--output", output)
     assert status == 2
     assert "exists already" in err
-    assert output.read_bytes() == content
+    assert output.read_bytes() == b"mine"
+    status, _, err = call(capsys, "report", smoke[0], "--output", output, "--force")
+    assert status == 0, err
+    assert output.read_bytes().startswith(magic)
 
 
 def test_without_matplotlib_a_report_shows_its_tables_and_says_what_is_missing(
@@ -1546,13 +1551,14 @@ def save_photographs(folder):
 
 
 def test_a_few_images_of_another_size_are_named():
-    sizes = {f"{number}.png": (28, 28) for number in range(30)}
+    examples = {(28, 28): "a.png", (32, 30): "b.png", (9, 9): "c.png"}
 
-    assert controller.describe_sizes(sizes) == "28 x 28"
-    words = "28 x 28, but for 2, for example 7.png with 32 x 30"
-    assert controller.describe_sizes(sizes | {"7.png": (32, 30), "8.png": (9, 9)}) == words
-    many = {f"{number}.png": (32, 32) for number in range(4)}
-    assert controller.describe_sizes(sizes | many) == "most often 28 x 28"
+    def describe(*counts):
+        return controller.describe_sizes(Counter(dict(zip(examples, counts))), examples)
+
+    assert describe(30) == "28 x 28"
+    assert describe(30, 2, 1) == "28 x 28, but for 3, for example b.png with 32 x 30"
+    assert describe(30, 3, 1) == "most often 28 x 28"
 
 
 def test_photographs_of_many_sizes_and_kinds_are_resized_and_cropped(tmp_path):
@@ -1781,6 +1787,27 @@ def test_the_mean_and_std_in_a_file_are_used_without_inputs_and_outputs(capsys, 
     user_net = wtp.load_user_net(tmp_path / "a.pt")
     assert wtp.choose_reading(user_net, data, print) == ((0.9,), (0.05,))
     assert user_net.accuracy > 0.9
+
+
+def test_export_uses_the_mean_and_std_in_a_file(capsys, tmp_path):
+    torch.manual_seed(0)
+    net = models.build("lenet5", channels=1, size=28)
+    content = {"net": net.state_dict(), "mean": [0.9], "std": [0.05]}
+    torch.save(content, tmp_path / "a.pt")
+    save_pictures(tmp_path / "pictures", classes=10, count=12)
+
+    command = ["export", tmp_path / "a.pt", tmp_path / "a.pt2", "--force"]
+    status, _, err = call(capsys, *command, "--data-dir", tmp_path / "pictures")
+
+    assert status == 0, err
+    assert "images normalised by the mean and std in the file, and the net read as" in err
+    pictures = controller.load_data("mnist", tmp_path / "pictures")[0]
+    user_net = wtp.load_user_net(tmp_path / "a.pt")
+    mean, std = wtp.choose_reading(user_net, pictures, print)
+    images = pictures.normalised_by([0.0], [1.0]).batch(torch.arange(4))
+    logits = user_net.net.eval()((images - mean[0]) / std[0])
+    exported = torch.export.load(tmp_path / "a.pt2").module()
+    assert torch.allclose(exported(images), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_reproduce_makes_its_rows_at_another_cut(capsys, tmp_path):
@@ -2066,7 +2093,7 @@ WRONG_CALLS = [
     (2, "taken.pt exists already", "train digits --output taken.pt"),
     (2, "no folder nowhere; make it first", "prune net.pt --output nowhere/a.pt"),
     (2, "net.pt is a file, not a folder", "prune net.pt --output net.pt/a.pt"),
-    (2, "this is the folder of run folders; --output names", "prune net.pt --out small.pt"),
+    (2, "this is the folder of run folders; `prune`", "prune net.pt --out small.pt"),
     (2, "0,5 is no number, as 0.9 is for 90 %; did you mean 0.5?", "prune net.pt --target 0,5"),
     (1, "cannot write", "reproduce digits --schedule smoke --out taken.svg"),
     (1, "cannot write", "prune drawn.pt --schedule smoke --out /proc/nothing"),

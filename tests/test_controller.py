@@ -211,8 +211,8 @@ def test_a_damaged_image_that_is_met_in_training_is_named(tmp_path):
     with pytest.raises(UserError) as raised:
         list(images.batches(torch.arange(10).split(2)))
 
-    message = f"{paths[6]} cannot be read as an image of 8 bits a channel, or is damaged"
-    assert str(raised.value) == message
+    message = "cannot be read as an image of 8 bits a channel, or is damaged; remove or replace it"
+    assert str(raised.value) == f"{paths[6]} {message}"
     assert controller.fingerprint(images) != mark
 
 

@@ -906,9 +906,10 @@ def test_widths_that_machines_like(capsys, smoke, tmp_path):
 def test_a_file_from_a_state_dict_reads_images_of_the_size_that_were_tried(capsys, tmp_path):
     save_pictures(tmp_path / "pictures", size=64)
     net = models.build("resnet8", classes=3)
-    torch.save(net.state_dict(), tmp_path / "net.pt")
+    # Without them a net that only guesses would be tried with all normalisations and activations.
+    normalisation = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    torch.save({"net": net.state_dict()} | normalisation, tmp_path / "net.pt")
     command = ["export", "--force", tmp_path / "net.pt", tmp_path / "net.pt2"]
-    # A net that only guesses would be tried with all activations.
     command += ["--activation", "relu", "--data-dir", tmp_path / "pictures"]
 
     status, out, err = call(capsys, *command)

@@ -1337,7 +1337,7 @@ def is_out_of_memory(error: Exception) -> bool:
 #
 # A foreign state dict, which this tool has not written, seldom says how images were normalised, and
 # never all of its architecture. A reading is an architecture that fits the weights, an attempt is
-# one reading with one normalisation. What is possible is tried on some of the training images.
+# one reading with one normalisation. Attempts are tried on some of the training images.
 #
 # Two things tell how good an attempt is. The right one gets many images right. And batch norms
 # remember the mean and variance of what they read in training; by the right reading they read the
@@ -1402,11 +1402,12 @@ ATTEMPT_ROUNDS = (
     AttemptRound(128, survivors=12),
     AttemptRound(512, survivors=3),
 )
-# ours: above MAX_ATTEMPTS all readings are tried with one normalisation, and the MAX_SHORTLIST best
-# of them with all.
+# ours: above MAX_ATTEMPTS all readings are tried with one normalisation first, and the best
+# MAX_SHORTLIST of them with all.
 MAX_ATTEMPTS = 2000
 MAX_SHORTLIST = 25
-# ours: the same limit where all readings are tried with rare activations (models.RARE_ACTIVATIONS).
+# ours: in place of MAX_ATTEMPTS where all readings are tried with rare activations
+# (models.RARE_ACTIVATIONS).
 MAX_RARE_ATTEMPTS = 100
 # ours: so many readings, the best ones of the first round, are tried with rare activations, too.
 READINGS_WITH_RARE_ACTIVATIONS = 3
@@ -1414,18 +1415,19 @@ READINGS_WITH_RARE_ACTIVATIONS = 3
 # it the loss says little, and decides nothing.
 POOR_ACCURACY = 0.5
 # ours: a rare activation has to get so many more images right than a usual one, unless batch norms
-# speak for it. A net that is hardly trained may do a little better with one that it was not trained
-# with.
+# speak for it. A net that is hardly trained may do a little better with an activation that it was
+# not trained with.
 MIN_HANDICAP = 0.05
 # ours: smaller losses, summed over the images, count as equal. A net that is sure of all images has
 # hardly a loss by several readings, and then the most usual one is taken.
 LEAST_LOSS = 0.1
-# ours: attempts are tried on at least so many images, where there are so many; fewer leave much to
+# ours: the last round has at least so many images, where there are so many; fewer leave much to
 # chance.
 MIN_TRIED_IMAGES = 400
-# ours: batch norms are read on so many images, or on a quarter of those that are tried: their maps
-# have many places, so few images do. They are not read where fewer than this many are tried.
+# ours: what batch norms read is measured on so many images, or on a quarter of those that are
+# tried: their maps have many places, so few images do.
 NORM_IMAGES = 128
+# ours: where fewer images than this are tried, it is not measured.
 FEWEST_IMAGES_FOR_NORMS = 80
 # ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
 # In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
@@ -1507,9 +1509,9 @@ class FoundReading:
     accuracy: float  # in [0, 1], on so many `images`
     images: int
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
-    # No other attempt of the last round is about as good: their norms match worse, or they are
-    # clearly less accurate. Not counted are those that compute the same, or whose activation is of
-    # the other kind, rare or usual.
+    # No other attempt of the last round is about as good: its norms match worse, or it is clearly
+    # less accurate. Attempts that compute the same do not count, nor a rare activation beside a
+    # usual one.
     is_only_best: bool
 
     @property
@@ -1535,8 +1537,7 @@ def find_reading(
     round, to show them.
     """
     normalisations = list_normalisations(train) if normalisation is None else [normalisation]
-    # The sample begins with the images that a run with this seed holds out for validation: a net
-    # that this tool trained has not seen them.
+    # Shuffled, for files in folders come class by class.
     count = max(MIN_TRIED_IMAGES, int(VALIDATION_SHARE * len(train)))
     sample = train.select(shuffle_for_split(train, seed)[:count])
     ranked = choose_attempts(
@@ -1548,7 +1549,8 @@ def find_reading(
     net = best.reading.build().to(train.device)
     matching = find_matching([each for _, each in ranked])
     is_only_best = not any(
-        not is_clearly_less_accurate(other_score, score)
+        math.isfinite(other_score.loss)  # else it may be no net that takes these images
+        and not is_clearly_less_accurate(other_score, score)
         and (other_score in matching) == (score in matching)
         and other.is_rare == best.is_rare
         and not have_equal_outputs(best, other, sample)
@@ -1571,11 +1573,12 @@ def retry_with_rare_activations(
     sample: Images,
     wrap: Callable,
 ) -> list[tuple[Attempt, AttemptScore]]:
-    """What `choose_attempts` ranked, or a new ranking with rare activations where that is better.
+    """What `choose_attempts` ranked, unless a rare activation won or nothing is accurate. Then a
+    new ranking with rare activations, if that is better.
 
     Poolings and paddings were ranked under a usual activation, which may have favoured wrong ones.
     If a rare one won all the same, all readings are ranked anew with that one; if nothing is
-    accurate, with all rare ones. Else nothing is tried.
+    accurate, with all rare ones.
     """
     best, score = ranked[0]
     if not best.is_rare and score.accuracy >= POOR_ACCURACY:
@@ -1622,7 +1625,8 @@ def choose_attempts(
         attempts = list_attempts(readings, normalisations[:1])
         ranked = rank_attempts(attempts, sample, first_round.max_images, wrap, reads_norms=False)
         shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
-        shortlist.sort(key=lambda attempt: attempt.place)  # `list_attempts` numbers them anew
+        # The most usual first, for `list_attempts` numbers them by their order.
+        shortlist.sort(key=lambda attempt: attempt.place)
         readings = [attempt.reading for attempt in shortlist]
     attempts = list_attempts(readings, normalisations)
     # Norms take too much time for all attempts.
@@ -1785,7 +1789,8 @@ def take_matching_norm_place(net: Net, images: Images) -> Net:
     other = models.build_net(replace(architecture, convolutions=changed), net.widths)
     models.load_weights(other, net.state_dict())
     nets = [each.to(images.device).eval() for each in (net, other)]
-    images = images.select(slice(4 * NORM_IMAGES))
+    # Shuffled, for files in folders come class by class. The seed does not matter.
+    images = images.select(shuffle_for_split(images, 0)[: 4 * NORM_IMAGES])
     sample = images.select(slice(32))
     logits, other_logits = (compute_logits(each, sample, in_float32=True) for each in nets)
     if not torch.allclose(logits, other_logits, rtol=1e-4, atol=1e-5):

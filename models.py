@@ -1572,7 +1572,7 @@ def describe_shape(tensor: torch.Tensor) -> str:
 # it, in these steps:
 #
 #   take_example        some inputs and outputs of the net, if its owner put them into the file
-#   take_normalisation  the mean and std of its images, the same
+#   take_normalisation  the mean and std of its images, if its owner put them into the file
 #   find_state_dicts    the weights in the file, their names without wrappers
 #   list_modules        convolutions, batch norms and linear layers, in their order
 #   group_blocks        are they the blocks of a residual net, or one chain?
@@ -1726,8 +1726,8 @@ def recognise_state_dict(content, path: Path) -> dict:
     except UserError as error:
         if example is not None:
             raise
-        # They may mean something else, as the mean and std of several trainings.
-        notes.append(f"{error}; they are not used")
+        # They may be something else, for example of the accuracy over several trainings.
+        notes.append(f"{error}; so they are ignored")
     if example is not None:
         notes.append(f"{path}: {describe_match(first, example)}")
     return {
@@ -1852,11 +1852,16 @@ def take_example(content, path: Path) -> Example | None:
     if not isinstance(content, dict):
         return None
     values = [content.get(key) for key in EXAMPLE_KEYS]
-    if not hasattr(values[0], "__array__"):  # as tensors and numpy's arrays have it
+    are_arrays = [hasattr(value, "__array__") for value in values]  # tensors, or numpy's arrays
+    if not any(are_arrays):
         return None
-    if not hasattr(values[1], "__array__"):
-        if EXAMPLE_KEYS[1] not in content:
-            raise UserError(f"{path}: it has inputs but no outputs; {ADVICE_ON_EXAMPLES}")
+    for key, other in (EXAMPLE_KEYS, EXAMPLE_KEYS[::-1]):
+        if other not in content:
+            raise UserError(f"{path}: it has {key} but no {other}; {ADVICE_ON_EXAMPLES}")
+    if not are_arrays[0]:
+        kind = type(values[0]).__name__
+        raise UserError(f"{path}: its inputs are no tensor, but {kind}; {ADVICE_ON_EXAMPLES}")
+    if not are_arrays[1]:
         kind = type(values[1]).__name__
         raise UserError(
             f"{path}: beside its inputs its outputs are no tensor, but {kind}; of several outputs "

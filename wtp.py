@@ -1140,8 +1140,8 @@ def load_user_net(
     net, checkpoint = sep.load_checkpoint(path)
     readings = checkpoint.get("readings", [])
     has_example = checkpoint.get("has_example", False)
-    says_activation = has_example or not readings
-    if says_activation and activation not in (None, net.architecture.activation):
+    file_tells_activation = has_example or not readings
+    if file_tells_activation and activation not in (None, net.architecture.activation):
         raise UserError(
             f"{path} says its activation, {net.architecture.activation}; leave out --activation", 2
         )
@@ -1151,7 +1151,7 @@ def load_user_net(
         )
     for note in checkpoint.get("notes", []):
         print_note(note)
-    if activation is not None and not says_activation:
+    if activation is not None and not file_tells_activation:
         readings = change_activation(readings, activation)
         net = readings[0].build()
     facts = checkpoint["facts"]
@@ -1214,6 +1214,8 @@ def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
     if not fitting:
         check_is_no_image_folder(data_dir)
         channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
+        if has_own_images:
+            raise UserError(f"images are gray or RGB, but {user_net.path} reads {channels}")
         state = "has no train/CLASS and test/CLASS" if data_dir.is_dir() else "is no folder"
         raise UserError(
             f"no data set here has {channels} and {net.classes} classes, and {data_dir} {state}; "
@@ -2208,6 +2210,7 @@ def adopt_reading(user_net: UserNet, folder: Path) -> None:
     except UserError:
         return  # `open_run` will say what is wrong with the folder
     user_net.readings = []
+    user_net.has_example = False
     user_net.facts = {"mean": facts.get("mean"), "std": facts.get("std")}
 
 

@@ -683,6 +683,29 @@ def test_norms_tell_whether_they_stand_before_or_after_a_pooling(is_pooled_last)
         assert torch.allclose(found.eval()(x), net(x), atol=1e-4)
 
 
+def test_late_norms_are_judged_by_images_of_all_classes(monkeypatch):
+    torch.manual_seed(0)
+    net = zoo.make_cnn_with_late_norms(is_pooled_last=True)
+    with torch.no_grad():
+        net(torch.randn(64, 3, 32, 32))  # so that the norms change what they read
+    net.eval()
+    x = torch.randn(4, 3, 32, 32)
+    reading = models.find_reading_by_example(net.state_dict(), models.Example(x, net(x).detach()))
+    pixels = torch.randint(256, (2000, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.arange(10).repeat_interleave(200)  # as files in folders come
+    images = Images(pixels, labels, mean=(0.5,) * 3, std=(0.25,) * 3)
+    labels_read = []
+    monkeypatch.setattr(
+        controller,
+        "measure_least_norm_mismatch",
+        lambda net, images: labels_read.append(set(images.labels[:128].tolist())),
+    )
+
+    controller.take_matching_norm_place(reading.build(), images)
+
+    assert labels_read == [set(range(10))] * 2
+
+
 def take_case(name):
     """A case of the zoo. Residual nets take images of any size, and small ones take less time."""
     case = zoo.CASES[name]

@@ -835,7 +835,7 @@ def test_a_mean_and_std_that_are_none_of_images_are_not_used(tmp_path, content, 
     assert checkpoint["facts"] == {}
     (note,) = checkpoint["notes"]
     assert words in note
-    assert note.endswith("; they are not used")
+    assert note.endswith("; so they are ignored")
     # Beside inputs and outputs they are meant for this tool.
     torch.save(content | {"inputs": x, "outputs": net(x)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=re.escape(words)):
@@ -851,11 +851,22 @@ def test_what_is_named_mean_and_std_may_be_something_else(tmp_path):
         assert (checkpoint["facts"], checkpoint["notes"]) == ({}, [])
 
 
-def test_inputs_without_outputs_are_refused(tmp_path):
-    net, x = make_lively_net("lenet5")
-    torch.save({"net": net.state_dict(), "inputs": x}, tmp_path / "a.pt")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"inputs": torch.randn(4, 1, 28, 28)}, "it has inputs but no outputs; make them by"),
+        ({"outputs": torch.randn(4, 10)}, "it has outputs but no inputs; make them by"),
+        (
+            {"inputs": [0.5], "outputs": torch.randn(4, 10)},
+            "its inputs are no tensor, but list; make them by",
+        ),
+    ],
+)
+def test_half_an_example_is_refused(tmp_path, content, words):
+    net, _ = make_lively_net("lenet5")
+    torch.save({"net": net.state_dict()} | content, tmp_path / "a.pt")
 
-    with pytest.raises(UserError, match="it has inputs but no outputs; make them by"):
+    with pytest.raises(UserError, match=words):
         models.read_checkpoint(tmp_path / "a.pt")
 
 

@@ -935,15 +935,12 @@ def suggest_share(percentage: float) -> str:
     return f"; did you mean {percentage / 100:g}?" if 1 < percentage < 100 else ""
 
 
-def check_is_no_checkpoint_name(folder: Path) -> Path:
+NET_ENDINGS = (".pt", ".pth", ".safetensors", ".pt2", ".onnx")
+
+
+def check_is_no_net_name(folder: Path) -> Path:
     """The folder of --out. Raises typer.BadParameter where --output was meant."""
-    if not folder.is_dir() and folder.suffix.lower() in (
-        ".pt",
-        ".pth",
-        ".safetensors",
-        ".pt2",
-        ".onnx",
-    ):
+    if folder.suffix.lower() in NET_ENDINGS and not folder.is_dir():
         raise typer.BadParameter(
             f"{folder} looks like a file, but this is the folder of run folders; `prune` and "
             "`train` name the file of the net by --output"
@@ -958,8 +955,10 @@ def parse_share(text: str) -> float:
     suggestion = ""
     with suppress(ValueError):
         value = float(text.removesuffix("%").replace(",", "."))
-        is_percentage = value > 1 or text.endswith("%")
-        suggestion = suggest_share(value) if is_percentage else f"; did you mean {value:g}?"
+        if 0 < value < 1 and not text.endswith("%"):
+            suggestion = f"; did you mean {value:g}?"
+        else:
+            suggestion = suggest_share(value)
     raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{suggestion}")
 
 
@@ -994,7 +993,7 @@ Activation = Annotated[
     ),
 ]
 Out = Annotated[
-    Path, typer.Option(help="where run folders are made", callback=check_is_no_checkpoint_name)
+    Path, typer.Option(help="where run folders are made", callback=check_is_no_net_name)
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda (or gpu), or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
@@ -1359,7 +1358,10 @@ def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> tuple:
     from controller import KnownNet, Normalisation, find_reading
 
     is_ambiguous = user_net.is_ambiguous
-    normalisation = stored and Normalisation("the mean and std in the file", *map(tuple, stored))
+    normalisation = None
+    if stored is not None:
+        mean, std = stored
+        normalisation = Normalisation("the mean and std in the file", tuple(mean), tuple(std))
     if is_ambiguous:
         unknown = "all of the net" if stored else "how images were normalised, nor all of the net"
         say(

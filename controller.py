@@ -506,13 +506,16 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
             "tell apart"
         )
     if names["train"] != names["test"]:
+        train_names, test_names = set(names["train"]), set(names["test"])
+        unshared = {"train": train_names - test_names, "test": test_names - train_names}
         different = "; ".join(
-            f"{', '.join(sorted(set(names[part]) - set(names[other])))} in {part} alone"
-            for part, other in (("train", "test"), ("test", "train"))
-            if set(names[part]) - set(names[other])
+            f"{', '.join(sorted(classes))} in {part} alone"
+            for part, classes in unshared.items()
+            if classes
         )
         raise UserError(f"{folder}: train and test have different classes ({different})")
-    sizes, examples = Counter(), {}
+    sizes = Counter()
+    examples = {}
     for path in chain(*paths.values()):
         size_of_image = measure_image(path)
         sizes[size_of_image] += 1
@@ -1384,8 +1387,8 @@ def list_normalisations(train: Images) -> list[Normalisation]:
     names = [name for name, statistics in STATISTICS.items() if statistics == own]
     own_name = f"mean and std of {names[0]}" if names else "their own mean and std"
     common = COMMON_NORMALISATIONS[len(train.mean)]
-    others = {name: each for name, each in common.items() if each != own}
-    return [Normalisation(name, *each) for name, each in ({own_name: own} | others).items()]
+    others = [Normalisation(name, *each) for name, each in common.items() if each != own]
+    return [Normalisation(own_name, *own), *others]
 
 
 @dataclass(frozen=True)

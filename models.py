@@ -1888,7 +1888,7 @@ def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> No
     if inputs.dim() != 4 or inputs.shape[2] != inputs.shape[3] or not inputs.is_floating_point():
         raise UserError(
             f"{path}: its inputs, {describe_shape(inputs)} of {inputs.dtype}, are no "
-            f"floating-point numbers of the shape (N, channels, pixels, pixels); "
+            "floating-point numbers of the shape (N, channels, pixels, pixels); "
             f"{ADVICE_ON_EXAMPLES}"
         )
     if outputs.dim() != 2 or len(outputs) != len(inputs) or not outputs.is_floating_point():

@@ -2284,8 +2284,9 @@ def say_what_is_read(user_net: UserNet, test, description: str) -> None:
     from controller import OWN_IMAGES
 
     # The name of images of one's own begins with "images in".
-    of = "" if description.startswith(OWN_IMAGES) else "images of "
-    note = f"reads {len(test):,} test {of}{description}"
+    is_own = description.startswith(OWN_IMAGES)
+    test_images = description if is_own else f"images of {description}"
+    note = f"reads {len(test):,} test {test_images}"
     if user_net.facts.get("data") not in (None, description):
         note += f"; it was trained on {user_net.facts['data']}"
     print_note(note)

@@ -698,7 +698,8 @@ def recipes(folder, checkpoint, cut, epochs, *names):
     for name in names or DEFAULT_RECIPES:
         recipe = parse_recipe(name, int(epochs))
         controller.CROSS_ENTROPY_WEIGHT = recipe.label_weight
-        images, teacher = treat_images(baseline.train, recipe), baseline.teacher
+        images = treat_images(baseline.train, recipe)
+        teacher = baseline.teacher
         if images is not baseline.train or recipe.seed:
             teacher = Teacher(baseline.net, images, recipe.seed)
         trainings = train_by_recipe(small, recipe, images, teacher)

@@ -63,7 +63,7 @@ LSTM_DROPOUT = 0.8  # (script)
 # A reward is the accuracy less this times the share of the MACs that is left. The script takes
 # 4e-10 for each MAC, which is 0.16 for the whole VGG-19.
 COMPLEXITY_WEIGHT = 0.16
-# ours: the teacher's outputs that are kept, in bytes; beyond, they are computed epoch by epoch.
+# ours: how many bytes of its outputs a Teacher keeps; those of further epochs are computed anew.
 TEACHER_BYTES = 1 << 30
 
 
@@ -375,8 +375,11 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        inner_folders = ("MNIST", "raw", "cifar-10-batches-py", "cifar-100-python")
-        hint = " (the folder above that one)" if folder.name in inner_folders else ""
+        hint = ""
+        if folder.name in ("MNIST", "cifar-10-batches-py", "cifar-100-python"):
+            hint = " (the folder above that one)"
+        elif folder.name == "raw":
+            hint = " (two folders above that one)"
         missing = f"{folder} has no complete {name} data, or damaged files of it,"
         if not folder.exists():
             missing = f"there is no folder {folder} with {name} data,"
@@ -413,7 +416,7 @@ def check_is_no_image_folder(folder: Path) -> None:
             "train/ and test/",
             2,
         )
-    inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    inner = [path for path in sorted(folder.iterdir()) if os.path.isdir(path)]
     with_images = [path for path in inner if has_images(path)]
     if folder.name in ("train", "test") and with_images:
         raise UserError(
@@ -433,15 +436,21 @@ def suggest_image_folder(folder: Path) -> str:
     """Where images of the user's own lie one level below a folder: what to do to take them."""
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
-            if (path / "train").is_dir() and (path / "test").is_dir():
+            # os.path: Path.is_dir raises where a folder is not to be read.
+            if os.path.isdir(path / "train") and os.path.isdir(path / "test"):
                 return f"; for the images in {path} give --data-dir {path}"
     return ""
 
 
 def has_images(folder: Path) -> bool:
+    """Whether images lie in a folder itself; False where it may not be read."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    return any(name.lower().endswith(IMG_EXTENSIONS) for name in os.listdir(folder))
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return any(name.lower().endswith(IMG_EXTENSIONS) for name in names)
 
 
 # ours: images from this size on are cropped at many sizes in training, smaller ones as CIFAR's.
@@ -495,7 +504,8 @@ class OwnImages:
 def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
     """What is in folder/train and folder/test. Photographs will be brought to `size`.
 
-    Raises UserError where an image cannot be read, or the two parts have other classes.
+    Raises UserError where the header of an image cannot be read, or the two parts have other
+    classes.
     """
     paths, labels, names = {}, {}, {}
     for part in ("train", "test"):
@@ -591,6 +601,9 @@ def list_image_files(folder: Path):
     return paths, dataset.targets, dataset.classes
 
 
+LONG_MODES = ("I", "F")  # of PIL: 16 or 32 bits a channel
+
+
 @contextmanager
 def opened_image(path: str):
     """The PIL image of a file, not decoded yet. Raises UserError for what goes wrong with it."""
@@ -598,12 +611,18 @@ def opened_image(path: str):
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(LONG_MODES):
+                raise UserError(f"{path} cannot be read as an image of 8 bits a channel")
             yield image
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except PermissionError as error:
         raise UserError(f"{path} may not be read by this user") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} has too many pixels; make it smaller, or remove it") from error
     except Exception as error:  # as many kinds as there are decoders
+        if isinstance(error, OSError) and error.errno:  # of a disk or network, not of a decoder
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         if os.path.isfile(path) and not os.path.getsize(path):
             raise UserError(f"{path} is empty") from error
         raise UserError(
@@ -617,11 +636,8 @@ def measure_image(path: str) -> tuple[int, int]:
     from PIL.ExifTags import Base
 
     with opened_image(path) as image:
-        is_lying = image.getexif().get(Base.Orientation, 1) >= 5
-        return image.size[::-1] if is_lying else image.size
-
-
-LONG_MODES = ("I", "F")  # of PIL: 16 or 32 bits a channel
+        is_rotated = image.getexif().get(Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if is_rotated else image.size
 
 
 def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tensor:
@@ -631,8 +647,6 @@ def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tenso
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
     with opened_image(path) as image:
-        if image.mode.startswith(LONG_MODES):
-            raise UserError(f"{path} cannot be read as an image of 8 bits a channel")
         image = ImageOps.exif_transpose(image).convert("L" if is_gray else "RGB")
     if size is not None:
         image = center_crop(resize(image, round(size * PHOTOGRAPH_MARGIN)), size)
@@ -887,14 +901,25 @@ def autocast_for(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
+@contextmanager
+def float32_for(device: torch.device):
+    """No autocast. On a GPU convolutions do not use TF32, either, which has three digits."""
+    allowed_before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed_before
+
+
 @torch.no_grad()
 def compute_logits(net: Net, images: Images, *, in_float32: bool = False) -> torch.Tensor:
     """The logits (N, classes) of a net for images, float32, in the images' order. They are computed
     as in training, in bfloat16 where the machine has it, unless `in_float32`."""
     net.eval()
     device = images.device
-    autocast = torch.autocast(device.type, enabled=False) if in_float32 else autocast_for(device)
-    with autocast:
+    with float32_for(device) if in_float32 else autocast_for(device):
         return torch.cat([net(x).float() for x in images.batches(split_into_chunks(images))])
 
 
@@ -1064,7 +1089,8 @@ class TrainStep:
 def make_train_step(net: Net, optimizer, temperature: float | None = None) -> TrainStep:
     """The training step for the device that `net` is on."""
     is_on_gpu = next(net.parameters()).is_cuda
-    return (GraphTrainStep if is_on_gpu else TrainStep)(net, optimizer, temperature)
+    step_class = GraphTrainStep if is_on_gpu else TrainStep
+    return step_class(net, optimizer, temperature)
 
 
 class GraphTrainStep(TrainStep):
@@ -1074,9 +1100,10 @@ class GraphTrainStep(TrainStep):
     """
 
     def __init__(self, net: Net, optimizer, temperature: float | None = None):
-        super().__init__(*pad_widths(net, optimizer), temperature)
-        self.given_net = net
-        self.given_optimizer = optimizer
+        padded_net, padded_optimizer = pad_widths(net, optimizer)
+        super().__init__(padded_net, padded_optimizer, temperature)
+        self.original_net = net
+        self.original_optimizer = optimizer
         self.graph = None
         self.graph_inputs = ()
         self.graph_loss = None
@@ -1096,8 +1123,10 @@ class GraphTrainStep(TrainStep):
         return self.graph_loss  # the next call writes the next loss to the same place
 
     def finish_epoch(self) -> None:
-        if self.net is not self.given_net:
-            copy_training_state(self.net, self.optimizer, self.given_net, self.given_optimizer)
+        if self.net is not self.original_net:  # it is a padded copy
+            copy_training_state(
+                self.net, self.optimizer, self.original_net, self.original_optimizer
+            )
 
     def capture(self) -> None:
         """Record one step as a CUDA graph, after three warm-up steps in a stream of their own.
@@ -1110,8 +1139,9 @@ class GraphTrainStep(TrainStep):
             parameter: state["momentum_buffer"].clone()
             for parameter, state in self.optimizer.state.items()
         }
-        # An attribute, not a local: the graph writes into its tensors at every replay.
-        self.side_stream = SideStreamWeightGrads(self.net)
+        if any(isinstance(module, nn.Conv2d) for module in self.net.modules()):
+            # An attribute, not a local: the graph writes into its tensors at every replay.
+            self.side_stream = SideStreamWeightGrads(self.net)
         batch = self.graph_inputs[:3]
         warm_up_stream = torch.cuda.Stream()
         warm_up_stream.wait_stream(torch.cuda.current_stream())
@@ -1179,7 +1209,7 @@ class SideStreamWeightGrads(TorchFunctionMode):
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         # (gradient of the output, input, cast weight, gradient of the weight) of each convolution.
         self.pending = []
-        dtype = torch.bfloat16 if autocast_for(device)._enabled else torch.float32
+        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
         self.cast_weights = {
             module.weight: module.weight.detach().to(dtype, copy=True).requires_grad_()
             for module in net.modules()
@@ -1333,7 +1363,8 @@ def fit(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch says that a CPU or a GPU has no memory left: on a CPU by a RuntimeError."""
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(sign in str(error) for sign in signs)
 
 
 # ---- training: what weights do not tell --------------------------------------------------------
@@ -1549,24 +1580,31 @@ def find_reading(
     if tries_activations:
         ranked = retry_with_rare_activations(ranked, readings, normalisations, sample, wrap)
     best, score = ranked[0]
-    net = best.reading.build().to(train.device)
-    matching = find_matching([each for _, each in ranked])
-    is_only_best = not any(
-        math.isfinite(other_score.loss)  # else it may be no net that takes these images
-        and not is_clearly_less_accurate(other_score, score)
-        and (other_score in matching) == (score in matching)
-        and other.is_rare == best.is_rare
-        and not have_equal_outputs(best, other, sample)
+    matching = find_matching([attempt_score for _, attempt_score in ranked])
+    rivals = [
+        other
         for other, other_score in ranked[1:]
-    )
+        if other.is_rare == best.is_rare and is_as_good(other_score, score, matching)
+    ]
+    is_only_best = all(have_equal_outputs(best, rival, sample) for rival in rivals)
     return FoundReading(
-        net,
+        best.reading.build().to(train.device),
         best.normalisation,
         score.accuracy,
         len(sample),
         score.norm_mismatch,
         is_only_best=is_only_best,
     )
+
+
+def is_as_good(score: AttemptScore, best: AttemptScore, matching: list[AttemptScore]) -> bool:
+    """Whether the images do not tell which of two attempts is right; `matching` is what
+    `find_matching` says of all."""
+    if not math.isfinite(score.loss):  # it may be no net that takes these images
+        return False
+    if (score in matching) != (best in matching):
+        return False
+    return not is_clearly_less_accurate(score, best)
 
 
 def retry_with_rare_activations(
@@ -1602,14 +1640,23 @@ def retry_with_rare_activations(
 
 
 def have_equal_outputs(attempt: Attempt, other: Attempt, sample: Images) -> bool:
-    """Whether two attempts give the same logits for up to 32 images: for example where one averages
-    the last map and the other does not, but the map is 1 x 1."""
-    logits = []
+    """Whether two attempts give the same logits for some images: for example where one averages the
+    last map and the other does not, but the map is 1 x 1."""
+    nets, images = [], []
     for each in (attempt, other):
-        net = each.reading.build().to(sample.device).eval()
         mean, std = each.normalisation.mean, each.normalisation.std
-        images = sample.select(slice(32)).normalised_by(mean, std)
-        logits.append(compute_logits(net, images, in_float32=True))
+        nets.append(each.reading.build().to(sample.device))
+        images.append(sample.normalised_by(mean, std))
+    return have_equal_logits(nets, images)
+
+
+def have_equal_logits(nets: list[Net], images: list[Images]) -> bool:
+    """Whether two nets, each with its own images, give the same logits for the first 32 of them, up
+    to rounding in float32."""
+    logits = [
+        compute_logits(net, own_images.select(slice(32)), in_float32=True)
+        for net, own_images in zip(nets, images)
+    ]
     return torch.allclose(*logits, rtol=1e-4, atol=1e-5)
 
 
@@ -1625,12 +1672,7 @@ def choose_attempts(
     """The attempts of the last round, each with its score on all images, the best first."""
     first_round, *later_rounds = ATTEMPT_ROUNDS
     if len(normalisations) > 1 and len(readings) * len(normalisations) > max_attempts:
-        attempts = list_attempts(readings, normalisations[:1])
-        ranked = rank_attempts(attempts, sample, first_round.max_images, wrap, reads_norms=False)
-        shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
-        # The most usual first, for `list_attempts` numbers them by their order.
-        shortlist.sort(key=lambda attempt: attempt.place)
-        readings = [attempt.reading for attempt in shortlist]
+        readings = shortlist_readings(readings, normalisations[0], sample, wrap)
     attempts = list_attempts(readings, normalisations)
     # Norms take too much time for all attempts.
     ranked = rank_attempts(attempts, sample, first_round.max_images, wrap, reads_norms=False)
@@ -1645,6 +1687,19 @@ def choose_attempts(
         ranked = rank_attempts(attempts, sample, attempt_round.max_images, wrap)
         attempts = [attempt for attempt, _ in ranked[: attempt_round.survivors]]
     return rank_attempts(attempts, sample, None, wrap)
+
+
+def shortlist_readings(
+    readings: list, normalisation: Normalisation, sample: Images, wrap: Callable
+) -> list:
+    """The best readings by one normalisation, on few images; the most usual first, for
+    `list_attempts` numbers attempts by their order."""
+    attempts = list_attempts(readings, [normalisation])
+    max_images = ATTEMPT_ROUNDS[0].max_images
+    ranked = rank_attempts(attempts, sample, max_images, wrap, reads_norms=False)
+    shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
+    shortlist.sort(key=lambda attempt: attempt.place)
+    return [attempt.reading for attempt in shortlist]
 
 
 def rank_attempts(
@@ -1685,12 +1740,12 @@ def sort_attempts(
 
     def order(pair):
         attempt, score = pair
-        shortfall = attempt.handicap(images) - score.accuracy
+        accuracy = score.accuracy - attempt.handicap(images)
         counts_loss = score.accuracy >= POOR_ACCURACY
         loss = max(score.loss, LEAST_LOSS) if counts_loss else math.inf
         if score in matching:
-            return 0, attempt.is_rare, loss, shortfall, attempt.place
-        return 1, shortfall, loss, attempt.place
+            return 0, attempt.is_rare, loss, -accuracy, attempt.place
+        return 1, -accuracy, loss, attempt.place
 
     return sorted(scored, key=order)
 
@@ -1762,9 +1817,9 @@ def measure_least_norm_mismatch(net: Net, images: Images) -> float | None:
     chunks = index.split(chunk_size_for(images))
     _, crops = images.draw_epoch(0, 0)
     mismatches = []
-    for each in (None, crops) if images.is_augmented else (None,):
+    for crops_to_try in [None, crops] if images.is_augmented else [None]:
         with record_norm_inputs(net) as norm_inputs:
-            for x in images.batches(chunks, each):
+            for x in images.batches(chunks, crops_to_try):
                 net(x)
         mismatches.append(measure_norm_mismatch(norm_inputs))
     return min((each for each in mismatches if each is not None), default=None)
@@ -1791,12 +1846,10 @@ def take_matching_norm_place(net: Net, images: Images) -> Net:
     )
     other = models.build_net(replace(architecture, convolutions=changed), net.widths)
     models.load_weights(other, net.state_dict())
-    nets = [each.to(images.device).eval() for each in (net, other)]
+    nets = [net.to(images.device).eval(), other.to(images.device).eval()]
     # Shuffled, for files in folders come class by class. The seed does not matter.
     images = images.select(shuffle_for_split(images, 0)[: 4 * NORM_IMAGES])
-    sample = images.select(slice(32))
-    logits, other_logits = (compute_logits(each, sample, in_float32=True) for each in nets)
-    if not torch.allclose(logits, other_logits, rtol=1e-4, atol=1e-5):
+    if not have_equal_logits(nets, [images, images]):
         return net
     mismatches = [measure_least_norm_mismatch(each, images) for each in nets]
     # None where the norms have learned nothing.
@@ -1995,13 +2048,14 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     def reduction_after(count: int) -> float:
         return reduction_of(remove_first(count))
 
-    # The search by halves takes it that each removal saves MACs. With gates that is nearly so: a
-    # narrower layer may get room for one.
+    # Binary search: it takes it that each removal saves MACs. With gates one may cost some, where a
+    # narrower layer gets room for a larger gate. Then it may remove a little too much, and
+    # `fill_up` gives that back.
     removed_count = bisect_left(range(len(order)), target, key=reduction_after)
     structure = remove_first(removed_count)
     if reduction_of(structure) < target:
         return structure
-    # The last channel may have removed much: what it makes up for comes back.
+    # The last channel may have removed more than was missing: channels of other layers come back.
     layers = dict.fromkeys(reversed(order[:removed_count]))
     return fill_up(structure, parent, layers, reduction_of, target)
 
@@ -2080,12 +2134,11 @@ def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
         structure = tuple(max(1, int(share * width)) for width in widths)
         if reduction_of(structure) < target:
             continue
-        for layer in costliest_first:
-            for _ in range(1 + int(UNIFORM_TOLERANCE * widths[layer])):
-                wider = add_at(structure, layer)
-                if wider[layer] > widths[layer] or reduction_of(wider) < target:
-                    break
-                structure = wider
+        limits = [
+            min(width, kept + 1 + int(UNIFORM_TOLERANCE * width))
+            for kept, width in zip(structure, widths)
+        ]
+        structure = fill_up(structure, limits, costliest_first, reduction_of, target)
         if found and reduction_of(structure) - target > UNIFORM_EXCESS:
             break
         found.append(structure)
@@ -2245,8 +2298,9 @@ LAYER_FEATURES = 4  # of each layer, see `layer_features`
 def layer_features(net: Net, structure) -> torch.Tensor:
     """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size (script).
 
-    The size of a layer is its width over the widest layer's (ours: the script's raw widths saturate
-    an LSTM). The size of a pooling is the side of its window in pixels, over the same.
+    The size of a layer is its width over that of the widest prunable layer (ours: the script's raw
+    widths saturate an LSTM); it is above 1 where a block's output is wider. The size of a pooling
+    is the side of its window in pixels, over the same.
     """
     widest = max(net.widths)
     width_of = {p.layer_name: width for p, width in zip(net.prunable, structure)}
@@ -2257,13 +2311,13 @@ def layer_features(net: Net, structure) -> torch.Tensor:
 
     rows = []
     for prunable, width in zip(net.prunable, structure):
-        following = prunable.next_layer_name
+        next_layer = prunable.next_layer_name
         if prunable.pooling:
             next_type, next_size = POOLING_CODE, models.POOLINGS[prunable.pooling].kernel
         else:
-            next_type = type_code(following)
-            outputs = net.get_submodule(following).weight.shape[0]
-            next_size = width_of.get(following, outputs)
+            next_type = type_code(next_layer)
+            outputs = net.get_submodule(next_layer).weight.shape[0]
+            next_size = width_of.get(next_layer, outputs)
         rows.append((type_code(prunable.layer_name), width / widest, next_type, next_size / widest))
     return torch.tensor(rows, dtype=torch.float)
 
@@ -2307,8 +2361,8 @@ class Settings:
     final: TrainingPlan  # of the net that a row ends with
     pruning_rate: float  # share of a layer's channels that one step removes
     target: float | None  # the MACs reduction that the user or the paper asks for
-    # Of a ReinforceSearch the nets of which an LSTM epoch samples a child each; of a
-    # RegressionSearch its walks, also those to known structures.
+    # How many structures an LSTM epoch proposes. A ReinforceSearch samples a child of each of as
+    # many nets. A RegressionSearch takes as many walks; those to known structures count, too.
     candidates_per_lstm_epoch: int
     # A ReinforceSearch ends after so many LSTM epochs in a row without a larger reward. A
     # RegressionSearch ends after `idle_walks_per_patience` times as many walks in a row that led to
@@ -2319,11 +2373,8 @@ class Settings:
     seed: int
 
     def searches_by_regression(self, target: float | None) -> bool:
-        """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch.
-
-        A walk needs a target above 0 to go to. A pruned row without one is searched by REINFORCE.
-        Later rows then take its cut as their target, so they may be searched by regression.
-        """
+        """Whether structures for `target` are found by a RegressionSearch, whose walks need one
+        above 0 to go to; else by the papers' ReinforceSearch."""
         return self.max_candidates is not None and target is not None and target > 0
 
 
@@ -2474,7 +2525,7 @@ class Search:
         """What the search would end with now; see `choose_best`."""
         return choose_best(self.known.values(), self.target)
 
-    def add_candidate(self, score: ScoredStructure) -> None:
+    def add_candidate(self, score: Candidate | ScoredStructure) -> None:
         """Keep a scored candidate. A search may propose the baseline, too, which is none."""
         if score.structure != self.baseline_score.structure:
             self.candidates[score.structure] = score
@@ -2675,37 +2726,38 @@ class RegressionSearch(Search):
         rate = self.settings.pruning_rate
         smaller = shrink_all(structure, rate)
         one_layer_smaller = [
-            structure[:i] + smaller[i : i + 1] + structure[i + 1 :] for i in range(len(structure))
+            add_at(structure, layer, after - before)
+            for layer, (before, after) in enumerate(zip(structure, smaller))
         ]
         reductions = torch.tensor([self.reduction_of(widths) for widths in one_layer_smaller])
-        saved = reductions - self.reduction_of(structure)
-        if not (saved > 0).any():
+        macs_saved = reductions - self.reduction_of(structure)
+        if not (macs_saved > 0).any():
             return None
-        probabilities = self.move_probabilities(structure, smaller, saved)
+        probabilities = self.move_probabilities(structure, smaller, macs_saved)
         actions = torch.bernoulli(probabilities, generator=generator).tolist()
         child = shrink(structure, actions, rate)
         return prune_to_target(structure, child, self.reduction_of, self.target)
 
     @torch.no_grad()
-    def move_probabilities(self, structure, smaller, saved: torch.Tensor) -> torch.Tensor:
+    def move_probabilities(self, structure, smaller, macs_saved: torch.Tensor) -> torch.Tensor:
         """(L,): the probability that a move prunes each layer, from its width in `structure` to
-        that in `smaller`. `saved` (L,) is what that would remove, as a share of the baseline's
+        that in `smaller`. `macs_saved` (L,) is what that would remove, as a share of the baseline's
         MACs."""
-        by_chance = torch.where(saved > 0, self.share_of_layers, 0.0)
+        by_chance = torch.where(macs_saved > 0, self.share_of_layers, 0.0)
         if self.is_random:
             return by_chance
         # The smallest values keep logarithms finite.
         cost_per_step = self.predict_costs(self.read_layers(structure)).clamp_min(1e-3)
         steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
-        log_saved_per_cost = saved.clamp_min(1e-9).log() - (cost_per_step * steps).log()
-        threshold = log_saved_per_cost[saved > 0].quantile(1 - self.share_of_layers)
+        log_saved_per_cost = macs_saved.clamp_min(1e-9).log() - (cost_per_step * steps).log()
+        threshold = log_saved_per_cost[macs_saved > 0].quantile(1 - self.share_of_layers)
         first, last = self.odds_temperatures
         share_done = (len(self.candidates) + 1) / self.settings.max_candidates
         temperature = first * (last / first) ** share_done
         by_lstm = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
         # The longer walks have found nothing new, the more chance decides in place of the LSTM.
         share_of_chance = self.idle_walks / self.max_idle_walks
-        return torch.lerp(torch.where(saved > 0, by_lstm, 0.0), by_chance, share_of_chance)
+        return torch.lerp(torch.where(macs_saved > 0, by_lstm, 0.0), by_chance, share_of_chance)
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
         is_known = score.structure in self.known
@@ -2713,13 +2765,12 @@ class RegressionSearch(Search):
         self.idle_walks = self.idle_walks + 1 if is_known else 0
         self.add_candidate(score)
         walks_per_epoch = self.settings.candidates_per_lstm_epoch
-        if self.walks % walks_per_epoch > 0:
-            return
-        if self.idle_walks >= walks_per_epoch:
-            return  # none of the last walks led to a new structure: the LSTM epoch goes on
-        if not self.is_random:
-            self.fit_policy()
-        self.finish_lstm_epoch()
+        has_all_walks = self.walks % walks_per_epoch == 0
+        has_found_new = self.idle_walks < walks_per_epoch  # by one of the last walks at least
+        if has_all_walks and has_found_new:
+            if not self.is_random:
+                self.fit_policy()
+            self.finish_lstm_epoch()
 
     def fit_policy(self) -> None:
         """Train the LSTM on all candidates: predicted costs of all steps against accuracy lost."""
@@ -2727,16 +2778,17 @@ class RegressionSearch(Search):
         features = torch.stack([self.read_layers(c.structure) for c in candidates], 1)
         steps = torch.stack([self.count_steps(c.structure) for c in candidates], 1)  # (L, B)
         accuracies = torch.tensor([c.validation_accuracy for c in candidates])
-        lost = self.lost_accuracies(accuracies)
-        if not lost.any():
+        accuracy_lost = self.lost_accuracies(accuracies)
+        if not accuracy_lost.any():
             return  # all are as good as the baseline: nothing tells the layers apart
         # An untrained LSTM predicts softplus(0) = log 2 for a step, so a candidate's cost is about
         # log 2 times its steps. What was lost is scaled to that mean.
-        lost = lost / lost.mean().clamp_min(1e-6) * steps.sum(0).mean() * math.log(2)
-        variance = lost.var(correction=0).clamp_min(1e-3)
+        mean_loss = accuracy_lost.mean().clamp_min(1e-6)
+        accuracy_lost = accuracy_lost / mean_loss * steps.sum(0).mean() * math.log(2)
+        variance = accuracy_lost.var(correction=0).clamp_min(1e-3)
         for _ in range(self.adam_steps):
             predicted = (self.predict_costs(features) * steps).sum(0)
-            loss = (predicted - lost).square().mean() / variance
+            loss = (predicted - accuracy_lost).square().mean() / variance
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -2768,8 +2820,8 @@ class RegressionSearch(Search):
 
     def describe_end(self) -> str:
         return (
-            f"at most {self.settings.max_candidates} candidates, {self.idle_walks} of "
-            f"{self.max_idle_walks} walks in a row without a new one"
+            f"{len(self.candidates)} of at most {self.settings.max_candidates} candidates; the "
+            f"last {self.idle_walks} walks found no new one, and {self.max_idle_walks} end it"
         )
 
 
@@ -3560,21 +3612,11 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         has_proposed = True
         score = search.known.get(proposal.structure)
         if score is None:
-            net, score = trainer.make_candidate(
-                method,
-                trainer.load(weights_of(proposal.parent))[0],
-                proposal.structure,
-                actions=proposal.actions,
-                target=target,
-                lstm_epoch=search.lstm_epoch,
-                number=len(search.candidates) + 1,
-            )
-            models.save_checkpoint(weights_of(proposal.structure), net, {})
-        epoch_before = search.lstm_epoch
+            score = make_proposed_candidate(trainer, search, proposal, weights_of)
+        lstm_epoch = search.lstm_epoch
         search.record(proposal, score)
-        has_finished_epoch = search.lstm_epoch > epoch_before
-        if has_finished_epoch and search.best is not reported_best:
-            folder.say(describe_search(search, epoch_before))
+        if search.lstm_epoch > lstm_epoch and search.best is not reported_best:
+            folder.say(describe_search(search, lstm_epoch))
             reported_best = search.best
         save_search(search, folder)
         log_search_state(search, folder)
@@ -3585,6 +3627,24 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     # Trials give the finalists losses, and from there on these decide which one is the best.
     try_finalists(trainer, search, weights_of)
     return trainer.load(weights_of(search.best.structure))[0], search.best
+
+
+def make_proposed_candidate(
+    trainer: Trainer, search: Search, proposal: Proposal, weights_of: Callable
+) -> Candidate:
+    """What a search has proposed, pruned from its parent and recovered; its weights are kept."""
+    parent_net, _ = trainer.load(weights_of(proposal.parent))
+    net, candidate = trainer.make_candidate(
+        search.method,
+        parent_net,
+        proposal.structure,
+        actions=proposal.actions,
+        target=search.target,
+        lstm_epoch=search.lstm_epoch,
+        number=len(search.candidates) + 1,
+    )
+    models.save_checkpoint(weights_of(proposal.structure), net, {})
+    return candidate
 
 
 def remove_unused_weights(search: Search, pool: Path, weights_of: Callable) -> None:
@@ -3641,7 +3701,8 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
     baseline = trainer.baseline
     reduction_of = trainer.make_reduction_of(method)
     check_reachable(baseline.widths, reduction_of, target)
-    by_regression = trainer.settings.searches_by_regression(target)
+    # Not this `target`, which may be another row's cut: `random` searches by the rule of `lstm`.
+    by_regression = trainer.settings.searches_by_regression(trainer.settings.target)
     search_class = RegressionSearch if by_regression else ReinforceSearch
     return search_class(
         baseline,
@@ -4000,7 +4061,8 @@ class SepRow:
         this net would get, though its recovery may have been another; the seconds are those of its
         final training."""
         net, facts = self.checkpoints.load("lstm")
-        training_seconds = facts["seconds"] - self.folder.search_seconds("lstm")
+        # Where results.json was lost, the search was made anew, and may have taken longer.
+        training_seconds = max(0.0, facts["seconds"] - self.folder.search_seconds("lstm"))
         self.folder.say("sep has no gates, so it is lstm's net")
         return TrainedNet(net, facts["validation_accuracy"], training_seconds, facts["curve"])
 
@@ -4037,7 +4099,7 @@ class SepRow:
         them, and one trains the `rival_net` without gates. The one with the lowest loss on the
         validation images wins.
         """
-        gate_sizes = sep.largest_gate_sizes(self.trainer.baseline.widths, net.structure)
+        gate_sizes = sep.choose_gate_sizes(self.trainer.baseline.widths, net.structure)
         if not any(gate_sizes):
             self.folder.say("sep: no layer lost enough kernels to have room for a gate")
             return gate_sizes, 0.0
@@ -4287,14 +4349,14 @@ class Run:
         if target is None or goal.is_required:
             return target
         widths = self.trainer.baseline.widths
-        most = largest_reduction(widths, self.trainer.make_reduction_of(method))
-        if most >= target:
+        largest_cut = largest_reduction(widths, self.trainer.make_reduction_of(method))
+        if largest_cut >= target:
             return target
         self.reporter.say(
-            f"{method} cannot cut {target:.2%} as the rows before it do: {most:.2%} with one "
-            "channel left in every layer, and goes there"
+            f"{method} cannot cut {target:.2%} as the rows before it do: {largest_cut:.2%} with "
+            "one channel left in every layer, and goes there"
         )
-        return most
+        return largest_cut
 
     def find_structure(self, method: str, target: float | None) -> RecoveredNet:
         """The structure that a method finds."""
@@ -4355,9 +4417,9 @@ class Run:
         trainer = self.trainer
         widths = trainer.baseline.widths
         reduction_of = trainer.make_reduction_of(method)
-        most = largest_reduction(widths, reduction_of, self.round_to)
+        largest_cut = largest_reduction(widths, reduction_of, self.round_to)
         target_of_rounding = target
-        if target is not None and target > most and not is_required:
+        if target is not None and target > largest_cut and not is_required:
             target_of_rounding = None
         structure = round_structure(
             recovered.score.structure, widths, reduction_of, target_of_rounding, self.round_to

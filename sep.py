@@ -5,11 +5,12 @@ gated nets            where gates have room, putting them on, what they choose a
 loading               any checkpoint as a net, plain or gated
 fast single images    `tune`: a copy of a net that is quick at one image at a time on a CPU
 
-A gated layer has kernels that are always on, and after them groups of kernels, all groups of one
-size. Its gate reads what the layer reads, and chooses one group for each image. The always-on
-kernels and that group are k kernels, as many as the structure says. In a batch all kernels are
-computed, and those not chosen for an image are set to 0; `tune` computes the chosen ones only. What
-the paper does not give is marked `ours`.
+A gated layer may have kernels that are always on. The others stand after them in groups of one
+size (these are not the groups of a grouped convolution). Its gate reads what the layer reads, and
+chooses one group for each image. The always-on kernels and that group are k kernels, as many as the
+structure says. In a batch all kernels are computed, and those not chosen for an image are set to 0.
+Of a single image `tune` computes the chosen ones only. What the paper does not give is marked
+`ours`.
 """
 
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def squeeze(x: torch.Tensor, *, is_linear: bool) -> torch.Tensor:
     (B, C_in, H, W) -> (B, C_in); of a linear layer every input, -> (B, features)."""
     if is_linear:
         return x.flatten(1)
-    return x.mean((2, 3), dtype=torch.float if x.dtype == torch.bfloat16 else None)
+    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float))
 
 
 class SEGate(nn.Module):
@@ -69,7 +70,7 @@ class SEGate(nn.Module):
         self.k = k
         self.always_on_count = always_on_count
         self.group_count = group_count
-        # ours: a choice passes no gradient on, so the scores stay as `fit_gate` finds them.
+        # ours: argmax has no gradient, so these weights stay as `fit_gate` sets them.
         self.excite = nn.Linear(inputs, group_count).requires_grad_(False)
         masks = torch.stack([self.mask_of_group(group) for group in range(group_count)])
         self.register_buffer("masks", masks, persistent=False)  # (groups, C)
@@ -114,9 +115,14 @@ class SEGate(nn.Module):
         mask = self.masks.index_select(0, chosen_groups)  # (B, C)
         masked_norm = None if norm is None else partial(masked_batch_norm, mask=mask, norm=norm)
         y = models.finish_layer(models.run_layer(layer, x), masked_norm, prunable)
-        # Last of all: a norm's shift, or a sigmoid, makes something of zeros.
+        # Masked after norm and activation, because these turn 0 into other values.
         ones = [1] * (y.dim() - 2)
         return y * mask.reshape(*mask.shape, *ones).to(y.dtype)
+
+
+def count_clustered_images(inputs: int) -> int:
+    """Of how many images a gate with so many inputs finds clusters, at most."""
+    return max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // inputs)
 
 
 @torch.no_grad()
@@ -124,14 +130,14 @@ def fit_gate(squeezed: torch.Tensor, group_count: int) -> tuple[torch.Tensor, to
     """ours: (weight (groups, inputs), bias (groups,)), float64, of a gate that sends each image to
     the nearest of its clusters.
 
-    squeezed (N, inputs) is what the gate reads of N images. K-means finds the clusters, with every
-    input less its mean and in its own standard deviations.
+    squeezed (N, inputs) is what the gate reads of N images; it takes the first
+    `count_clustered_images` of them. K-means finds the clusters after every input is standardised.
     """
-    image_count = max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // squeezed.shape[1])
+    image_count = count_clustered_images(squeezed.shape[1])
     squeezed = squeezed[:image_count].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     mean = squeezed.mean(0)
     deviation = squeezed.std(0, correction=0)
-    # An input that hardly changes says nothing.
+    # ours: an input that varies 1,000 times less than the most variable one is left out.
     deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
     centres = find_clusters((squeezed - mean) / deviation, group_count)
     # The nearest centre c of a point z has the smallest |z - c|^2, and so the largest
@@ -152,8 +158,9 @@ def find_clusters(points: torch.Tensor, count: int) -> torch.Tensor:
     best_distance, best_centres = torch.inf, None
     for _ in range(CLUSTERING_RESTARTS):
         order = torch.randperm(len(points), generator=generator)
-        first = order[torch.arange(count) % len(points)].to(points.device)
-        centres = move_centres(points, points[first])
+        # With fewer points than clusters, points serve twice.
+        start_indices = order[torch.arange(count) % len(points)].to(points.device)
+        centres = move_centres(points, points[start_indices])
         distance = torch.cdist(points, centres).min(1).values.square().mean()
         if distance < best_distance:
             best_distance, best_centres = distance, centres
@@ -221,18 +228,10 @@ def masked_batch_norm(y, mask, norm) -> torch.Tensor:
         return norm(y)
     if y.dim() == 2:
         return masked_batch_norm(y[..., None, None], mask, norm)[..., 0, 0]
-    image_count = mask.sum(0)  # (C,), how many images use each channel
-    pixels = y.shape[2] * y.shape[3]
     mean, var = masked_statistics(y, mask)
     with torch.no_grad():
-        number_count = image_count * pixels
-        has_variance = number_count > 1
-        unbiased_var = var * number_count / (number_count - 1).clamp_min(1)
-        new_mean = norm.running_mean.lerp(mean, norm.momentum)
-        new_var = norm.running_var.lerp(unbiased_var, norm.momentum)
-        norm.running_mean.copy_(torch.where(has_variance, new_mean, norm.running_mean))
-        norm.running_var.copy_(torch.where(has_variance, new_var, norm.running_var))
-        norm.num_batches_tracked += 1
+        value_count = mask.sum(0) * y.shape[2] * y.shape[3]  # (C,)
+        update_running_statistics(norm, mean, var, value_count)
     factor = norm.weight * (var + norm.eps).rsqrt()
     shift = norm.bias - mean * factor
     return torch.addcmul(shift[:, None, None], y, factor[:, None, None]).to(y.dtype)
@@ -240,14 +239,29 @@ def masked_batch_norm(y, mask, norm) -> torch.Tensor:
 
 def masked_statistics(y, mask):
     """(mean, biased variance), each (C,), of y (B, C, H, W) over the images with mask (B, C) 1; 0
-    where no image has it."""
+    where no image has it. They are in float32 at least."""
+    dtype = torch.promote_types(y.dtype, torch.float)
     pixels = y.shape[2] * y.shape[3]
     image_count = mask.sum(0).clamp_min(1)
-    mean = (mask * y.mean((2, 3), dtype=torch.float)).sum(0) / image_count
+    mean = (mask * y.mean((2, 3), dtype=dtype)).sum(0) / image_count
     # By the norm, for that makes no copy of y in float32.
-    squares = torch.linalg.vector_norm(y, dim=(2, 3), dtype=torch.float).square()  # (B, C)
+    squares = torch.linalg.vector_norm(y, dim=(2, 3), dtype=dtype).square()  # (B, C)
     mean_square = (mask * squares).sum(0) / (image_count * pixels)
     return mean, (mean_square - mean.square()).clamp_min(0)
+
+
+def update_running_statistics(norm, mean, var, value_count) -> None:
+    """What nn.BatchNorm does in training, for the channels that have more than one value. mean (C,)
+    and the biased variance `var` (C,) are of value_count (C,) values."""
+    norm.num_batches_tracked += 1
+    momentum = norm.momentum
+    if momentum is None:  # a cumulative average, as torch.optim.swa_utils.update_bn takes
+        momentum = 1 / float(norm.num_batches_tracked)
+    has_variance = value_count > 1
+    unbiased_var = var * value_count / (value_count - 1).clamp_min(1)
+    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
+        moved = running.lerp(new.to(running.dtype), momentum)
+        running.copy_(torch.where(has_variance, moved, running))
 
 
 # ---- gated nets --------------------------------------------------------------------------------
@@ -261,13 +275,13 @@ class GateSize:
     group_count: int
 
 
-def largest_gate_size(width: int, k: int) -> GateSize | None:
-    """The gate with the most groups for a layer, of which k kernels are to work for an image, and
-    which had `width` kernels before pruning.
+def choose_gate_size(width: int, k: int) -> GateSize | None:
+    """The gate of a layer that had `width` kernels before pruning, of which k are to work for an
+    image.
 
-    As many whole groups of k kernels as there is room for. Where it is not even two, two smaller
-    groups and always-on kernels, as many as before pruning in all. None where more than
-    MAX_ALWAYS_ON_SHARE of the k would be always on.
+    Where two groups of k kernels have room or more, as many as do, at most MAX_GROUPS, and none
+    always on. Else two smaller groups, and as many always-on kernels as make up k. None where these
+    would be more than MAX_ALWAYS_ON_SHARE of the k.
     """
     group_count = min(MAX_GROUPS, width // k)
     if group_count >= 2:
@@ -278,9 +292,9 @@ def largest_gate_size(width: int, k: int) -> GateSize | None:
     return GateSize(always_on_count, 2)
 
 
-def largest_gate_sizes(widths, structure) -> list[GateSize | None]:
-    """`largest_gate_size` of each prunable layer: `widths` before pruning, `structure` after it."""
-    return [largest_gate_size(width, k) for width, k in zip(widths, structure)]
+def choose_gate_sizes(widths, structure) -> list[GateSize | None]:
+    """`choose_gate_size` of each prunable layer: `widths` before pruning, `structure` after it."""
+    return [choose_gate_size(width, k) for width, k in zip(widths, structure)]
 
 
 def gates_of(net: Net) -> list[SEGate | None]:
@@ -325,8 +339,8 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
     Its gated layers are wider than those of `net`, whose widths are the k's: kernels that are not
     always on come once for each group. At first both nets compute the same. `gate_sizes` holds a
     GateSize, or None, for each prunable layer. The gates divide the images in `batches`, each
-    (B, C, H, W), normalised, among their groups. The copy is in training mode, and `net` is
-    left in evaluation mode.
+    (B, C, H, W), normalised, among their groups; of many images the first ones, so they are to be
+    shuffled. The copy is in training mode, and `net` is left in evaluation mode.
     """
     gated_layers = [
         prunable.layer_name for prunable, size in zip(net.prunable, gate_sizes) if size is not None
@@ -340,26 +354,32 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
     # It copies a channel as often as its index comes.
     gated = models.remove_channels(net, copied_channels).to(memory_format=torch.channels_last)
     attach_gates(gated, gate_sizes)
-    for i, gate in enumerate(gates_of(gated)):
+    for index, gate in enumerate(gates_of(gated)):
         if gate is None:
             continue
-        weight, bias = fit_gate(squeezed[net.prunable[i].layer_name], gate.group_count)
-        previous = index_of_previous_layer(net, i)
-        if previous is not None:
-            # In the gated net a channel of the layer before comes once for each group, and all but
-            # one of these are 0. So every copy gets the weight.
-            weight = models.select_input_channels(
-                weight, net.widths[previous], copied_channels[previous]
-            )
-        gate.excite.weight.copy_(weight)
+        weight, bias = fit_gate(squeezed[net.prunable[index].layer_name], gate.group_count)
+        gate.excite.weight.copy_(repeat_for_copies(weight, net, index, copied_channels))
         gate.excite.bias.copy_(bias)
     return gated
+
+
+def repeat_for_copies(weight: torch.Tensor, net: Net, index: int, copied_channels) -> torch.Tensor:
+    """The weight (groups, inputs) of a gate on the prunable layer `index`, as it reads the gated
+    copy of `net`.
+
+    There a channel of the layer before comes once for each of that layer's groups
+    (`copied_channels`). All copies but one are 0 for an image, so every copy gets the weight.
+    """
+    previous = index_of_previous_layer(net, index)
+    if previous is None:
+        return weight
+    return models.select_input_channels(weight, net.widths[previous], copied_channels[previous])
 
 
 def prune_softly(net: Net, structure, batches) -> Net:
     """A new net of that structure with all gates that have room: models.prune_channels, then
     `add_gates`. For tests and measurements: a run trains in between."""
-    gate_sizes = largest_gate_sizes(net.widths, structure)
+    gate_sizes = choose_gate_sizes(net.widths, structure)
     return add_gates(models.prune_channels(net, structure), gate_sizes, batches)
 
 
@@ -375,13 +395,17 @@ def index_copied_kernels(importance: torch.Tensor, size: GateSize) -> torch.Tens
 @torch.no_grad()
 def collect_squeezed(net: Net, layer_names, batches) -> dict[str, torch.Tensor]:
     """What gates on these layers of the plain `net` would read, (N, inputs) by the layers' names.
-    Leaves `net` in evaluation mode."""
+
+    Of many images it keeps the first ones, as many as `fit_gate` takes or a few more. Leaves `net`
+    in evaluation mode.
+    """
     collected = {name: [] for name in layer_names}
 
     def collect_input_of(name):
         def collect(layer, inputs):
-            is_linear = isinstance(layer, nn.Linear)
-            collected[name].append(squeeze(inputs[0], is_linear=is_linear).float())
+            squeezed = squeeze(inputs[0], is_linear=isinstance(layer, nn.Linear)).float()
+            if sum(map(len, collected[name])) < count_clustered_images(squeezed.shape[1]):
+                collected[name].append(squeezed)
 
         return collect
 
@@ -429,12 +453,14 @@ def to_static(net: Net, batches) -> Net:
     """ours: a gated net as a plain small one: of each gated layer the always-on kernels stay, and
     the mean of the groups, where a group counts by how many images choose it.
 
-    The images come in `batches`, each (B, C, H, W), normalised; at least one. Groups began as
-    copies of one another, and nets that part from one point can be averaged (Wortsman et al. 2022,
-    "Model soups"). The group that is chosen most often is worse: it has learnt from its own images
-    alone.
+    The images come in `batches`, each (B, C, H, W), normalised; ValueError if there is none. Groups
+    began as copies of one another, and nets that part from one point can be averaged (Wortsman et
+    al. 2022, "Model soups"). The group that is chosen most often is worse: it has learnt from its
+    own images alone. Leaves `net` in evaluation mode.
     """
     usage = measure_usage(net, batches)
+    if any(layer_usage is not None and not layer_usage.image_count for layer_usage in usage):
+        raise ValueError("to_static needs at least one image")
     every_channel = [torch.arange(width) for width in net.widths]
     plain = models.remove_channels(net, every_channel)  # a copy without gates
     for index, (gate, layer_usage) in enumerate(zip(gates_of(net), usage)):
@@ -477,7 +503,7 @@ def count_macs(net: Net, structure=None) -> int:
     if structure is None:
         structure, gates = net.structure, gates_of(net)
     else:
-        gates = largest_gate_sizes(net.widths, structure)
+        gates = choose_gate_sizes(net.widths, structure)
     macs = models.count_macs(net, structure)
     for i, gate in enumerate(gates):
         if gate is not None:
@@ -583,11 +609,12 @@ def read_gate_size(entry, width: int) -> GateSize:
 # once for each pair of groups, of the layer before and of their own, and kept.
 
 
-@dataclass(frozen=True, eq=False)  # so that a group can be a key of a dict
+# eq=False: groups are keys of dicts, compared by identity. Comparing tensors gives no single truth.
+@dataclass(frozen=True, eq=False)
 class KernelGroup:
     """One of the groups that a gate chooses from."""
 
-    channels: torch.Tensor  # at work with it, ascending indices
+    channels: torch.Tensor  # (k,), ascending: the kernels that run when this group is chosen
     layer_width: int  # all kernels of the gated layer
 
 
@@ -677,27 +704,28 @@ class GatedRunner:
             KernelGroup(gate.channels_of_group(group), gate.width)
             for group in range(gate.group_count)
         ]
-        self.bias = gate.excite.bias.detach()
-        self.weight = gate.excite.weight.detach()
-        self.gathered = {None: self.weight}  # by the group of the layer before
+        self.gate_bias = gate.excite.bias.detach()
+        self.gate_weight = gate.excite.weight.detach()
+        # What of it reads the channels at work, by the group of the layer before.
+        self.gathered_weights = {None: self.gate_weight}
 
     def __call__(self, x, previous: KernelGroup | None):
         """As Net.run_prunable: x (1, C_in', H, W) -> (y (1, C', H', W'), the group that was chosen
         or None). `previous` is the group that the layer before chose."""
-        squeezed = squeeze(x, is_linear=self.layer.is_linear)[0].to(self.weight.dtype)
-        scores = torch.addmv(self.bias, self.gather_weight(previous), squeezed)
+        squeezed = squeeze(x, is_linear=self.layer.is_linear)[0].to(self.gate_bias.dtype)
+        scores = torch.addmv(self.gate_bias, self.gather_gate_weight(previous), squeezed)
         chosen = self.kernel_groups[int(scores.argmax())]
         norm = None if self.norm is None else partial(self.norm, own=chosen)
         y = self.layer(x, previous, chosen)
         return models.finish_layer(y, norm, self.prunable, inplace=True), chosen
 
-    def gather_weight(self, previous: KernelGroup | None) -> torch.Tensor:
+    def gather_gate_weight(self, previous: KernelGroup | None) -> torch.Tensor:
         """The gate's weight (groups, inputs') on the channels at work."""
-        if previous not in self.gathered:
-            self.gathered[previous] = models.select_input_channels(
-                self.weight, previous.layer_width, previous.channels
+        if previous not in self.gathered_weights:
+            self.gathered_weights[previous] = models.select_input_channels(
+                self.gate_weight, previous.layer_width, previous.channels
             )
-        return self.gathered[previous]
+        return self.gathered_weights[previous]
 
 
 def return_unchanged(x):

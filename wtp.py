@@ -22,6 +22,7 @@ PyTorch is imported inside the functions, so that --help is quick.
 """
 
 import errno
+import json
 import math
 import os
 import shlex
@@ -334,9 +335,7 @@ def estimate_search(settings, method: str, finished_methods, images: int) -> flo
         if "lstm" not in finished_methods:
             search = estimate_search(settings, "lstm", finished_methods, images)
         return search + 2 * recovery
-    # Without a target, a finished row says the cut.
-    has_cut = settings.target is not None or bool(finished_methods)
-    if settings.max_candidates is not None and has_cut:
+    if settings.searches_by_regression(settings.target):
         return settings.max_candidates * recovery + estimate_trials(settings, images)
     lstm_epochs = settings.patience + EXPECTED_LSTM_EPOCHS
     return lstm_epochs * settings.candidates_per_lstm_epoch * recovery
@@ -378,11 +377,18 @@ def make_console(*, is_stderr: bool = False):
     is_terminal = (sys.stderr if is_stderr else sys.stdout).isatty()
     return Console(
         stderr=is_stderr,
+        # Not what FORCE_COLOR says: bars in a file are of no use.
+        force_terminal=is_terminal,
         highlight=False,
         emoji=False,
         width=None if is_terminal else 120,
         soft_wrap=not is_terminal,
     )
+
+
+def can_show_bars(console) -> bool:
+    """Whether progress bars can be drawn: on a terminal, but for one with TERM=dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def print_line(text: str) -> None:
@@ -417,6 +423,7 @@ class ScreenReporter:
         from rich import progress
 
         self.console = make_console(is_stderr=True)
+        self.has_bars = can_show_bars(self.console)
         # Of the whole run, in epochs that show all training images; and the steps of such an epoch.
         self.planned_epochs = 0.0
         self.steps_per_epoch = 1
@@ -435,7 +442,7 @@ class ScreenReporter:
             progress.TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not self.has_bars,
         )
         self.run_bar = self.bars.add_task("the run", unit="epochs", total=None)
         self.training_bar = None
@@ -487,13 +494,13 @@ class ScreenReporter:
 
     def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds_per_epoch) -> None:
         self.bars.advance(self.run_bar, self.epoch_share)
-        if not self.console.is_terminal:
+        if not self.has_bars:
             accuracy = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
             self.say(
                 f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{accuracy}, "
                 f"{seconds_per_epoch:.1f} s an epoch"
             )
-        # The first of several short trainings has more to do than the others.
+        # The first short epoch also computes the teacher's outputs, so it would say too much.
         if self.has_finished_epoch or self.epoch_share > LONG_EPOCH_SHARE:
             self.say_estimate(seconds_per_epoch)
         self.has_finished_epoch = True
@@ -581,26 +588,27 @@ def describe_results(results: dict, rows: list[dict]):
         yield f"validation: of what the search chose, before its final training of {final_epochs}"
     for row in rows[1:]:
         yield f"{row['method']} keeps {describe_widths(results, rows[0]['widths'], row['widths'])}"
-    finished = {row["method"] for row in rows}
     widths_of = {row["method"]: row["widths"] for row in rows}
-    if {"lstm", "uniform"} <= finished and widths_of["lstm"] == widths_of["uniform"]:
+    if {"lstm", "uniform"} <= widths_of.keys() and widths_of["lstm"] == widths_of["uniform"]:
         yield "lstm chose exactly the structure of uniform: they differ by chance alone"
-    if "sep" in finished and has_shared_search(results):
+    has_shared_lstm = "sep" in widths_of and has_shared_search(results)
+    if has_shared_lstm:
         trials = results["search"]["sep"].get("gate_trials", [])
         yield describe_gates(trials, is_rounded="sep" in results["rounded"])
-    if "static" in finished:
+    if "static" in widths_of:
         yield "static begins with sep's net; its time includes sep's"
+    ended_searches = widths_of.keys() | ({"lstm"} if has_shared_lstm else set())
     for method, log in results["search"].items():
         if log["rule"] in ("reinforce", "regression") and len(log["candidates"]) > 1:
-            has_ended = method in finished
-            if method == "lstm" and "sep" in finished and has_shared_search(results):
-                has_ended = True
-            yield describe_search(results, method, has_ended=has_ended)
+            yield describe_search(results, method, has_ended=method in ended_searches)
     for method, sides in results["rounded"].items():
         before, after = describe_net(sides["before"]), describe_net(sides["after"])
         yield f"{method}, widths at multiples of {results['round_to']}: {before} -> {after}"
+    rows_as_made = [row for row in results["rows"] if row["method"] != "baseline"]
     for row in rows[1:]:
-        yield from describe_shortfall(row, results["settings"]["target"])
+        # After other rows `uniform` aims at the cut of the first one, not at the target.
+        if row["method"] != "uniform" or row is rows_as_made[0]:
+            yield from describe_shortfall(row, results["settings"]["target"])
 
 
 def describe_widths(results: dict, baseline_widths, widths) -> str:
@@ -746,7 +754,8 @@ def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
     except ImportError as error:
         raise UserError("pictures need matplotlib: pip install matplotlib") from error
 
-    panels = list_panels(results, usage)
+    results = replace_unwritable(results)
+    panels = list_panels(results, replace_unwritable(usage))
     with matplotlib.rc_context(PICTURE_STYLE):
         lines = max(1, -(-len(panels) // 2))  # two panels a line
         figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
@@ -763,6 +772,12 @@ def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
             lambda temporary: figure.savefig(temporary, format=ending, dpi=300, metadata=metadata),
             temporary_path(path),
         )
+
+
+def replace_unwritable(content):
+    """What results.json holds, with "?" for characters that no picture can hold: those of a file or
+    folder whose name is no UTF-8."""
+    return json.loads(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
 
 
 def list_panels(results: dict, usage: dict | None) -> list[Callable]:
@@ -992,12 +1007,18 @@ Activation = Annotated[
         show_default=False,
     ),
 ]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        help="the net: a file of this tool, or a state dict, as .pt, .pth, .safetensors"
+    ),
+]
 Out = Annotated[
     Path, typer.Option(help="where run folders are made", callback=check_is_no_net_name)
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda (or gpu), or auto")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="start over instead of going on")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="remove all rows of this run, and start over")]
 SCHEDULE_HELP = (
     "published: the papers' numbers; full: the search of fast, then a final training as long as "
     "the papers'; fast: a verdict in minutes to hours on a CPU; smoke: a test"
@@ -1021,8 +1042,9 @@ Rate = Annotated[
 RoundTo = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help="keep widths at multiples of this, as machines like them; the cut may become larger",
+        min=2,
+        help="keep the widths of pruned layers at multiples of this, as machines like them; the "
+        "cut may become larger",
     ),
 ]
 FinalEpochs = Annotated[
@@ -1164,16 +1186,18 @@ def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> P
     """Where the data is: as the user says, else where the checkpoint's own images still are, else
     in $WTP_DATA, else in `data`."""
     from controller import OWN_IMAGES, is_image_folder
+    from models import UserError
 
     if data_dir is not None:
         return data_dir
     data = facts.get("data")
     if (experiment or data) == "digits":
-        return Path("data")  # digits are drawn, not read: $WTP_DATA does not apply
+        return Path(os.devnull)  # digits are drawn, not read: no folder is looked at
     if isinstance(data, str) and data.startswith(OWN_IMAGES):
         folder = Path(data.removeprefix(OWN_IMAGES))
-        if folder.is_dir() and is_image_folder(folder):
-            return folder
+        with suppress(UserError):  # half of it may be gone
+            if is_image_folder(folder):
+                return folder
     return Path(os.environ.get("WTP_DATA") or "data")
 
 
@@ -1188,48 +1212,52 @@ def find_experiment(name: str) -> Experiment:
 def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
     """The experiment whose data a net is for: what its checkpoint says, else the data set with its
     input and classes; of several the one of its kind. Raises UserError."""
-    from controller import (
-        OWN_IMAGES,
-        check_is_no_image_folder,
-        is_image_folder,
-        suggest_image_folder,
-    )
+    from controller import OWN_IMAGES, is_image_folder
     from models import UserError
 
-    net, facts = user_net.net, user_net.facts
-    has_own_images = is_image_folder(data_dir)
-    if not has_own_images and str(facts.get("data")).startswith(OWN_IMAGES):
+    net, data = user_net.net, user_net.facts.get("data")
+    if is_image_folder(data_dir):
+        # Digits are drawn and read no folder; mnist has the same numbers.
+        fitting = [experiment for experiment in EXPERIMENTS.values() if experiment.data != "digits"]
+    elif str(data).startswith(OWN_IMAGES):
         raise UserError(
-            f"the net was trained on {facts['data']}; name that folder, wherever it is now, with "
-            "--data-dir",
+            f"the net was trained on {data}; name that folder, wherever it is now, with --data-dir",
             2,
         )
-    if has_own_images:
-        # Digits are drawn and read no folder; mnist has the same numbers.
-        fitting = [each for each in EXPERIMENTS.values() if each.data != "digits"]
     else:
-        fitting = [each for each in EXPERIMENTS.values() if each.classes == net.classes]
-    fitting = [each for each in fitting if each.channels == net.channels]
+        fitting = [
+            experiment for experiment in EXPERIMENTS.values() if experiment.classes == net.classes
+        ]
+    fitting = [experiment for experiment in fitting if experiment.channels == net.channels]
     if not fitting:
-        check_is_no_image_folder(data_dir)
-        channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
-        if has_own_images:
-            raise UserError(f"images are gray or RGB, but {user_net.path} reads {channels}")
-        state = "has no train/CLASS and test/CLASS" if data_dir.is_dir() else "is no folder"
-        raise UserError(
-            f"no data set here has {channels} and {net.classes} classes, and {data_dir} {state}; "
-            "--data-dir can name a folder with train/CLASS and test/CLASS"
-            f"{suggest_image_folder(data_dir)}"
-        )
+        raise explain_missing_data_set(user_net, data_dir)
 
     def family(arch):
         return arch.rstrip("0123456789")
 
     def likeness(experiment):
-        has_same_data = experiment.data == facts.get("data")
-        return has_same_data, family(experiment.arch) == family(net.arch)
+        has_same_family = family(experiment.arch) == family(net.arch)
+        return experiment.data == data, has_same_family
 
     return max(fitting, key=likeness)
+
+
+def explain_missing_data_set(user_net: UserNet, data_dir: Path):
+    """The UserError for a net that no experiment's data fit, nor the user's own."""
+    from controller import check_is_no_image_folder, is_image_folder, suggest_image_folder
+    from models import UserError
+
+    net = user_net.net
+    channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
+    if is_image_folder(data_dir):
+        return UserError(f"images are gray or RGB, but {user_net.path} reads {channels}")
+    check_is_no_image_folder(data_dir)
+    state = "has no train/CLASS and test/CLASS" if data_dir.is_dir() else "is no folder"
+    return UserError(
+        f"no data set here has {channels} and {net.classes} classes, and {data_dir} {state}; "
+        "--data-dir can name a folder with train/CLASS and test/CLASS"
+        f"{suggest_image_folder(data_dir)}"
+    )
 
 
 def own_images_suffix(data_dir: Path) -> str:
@@ -1320,31 +1348,39 @@ def load_images_and_choose_reading(
                 f"classes is taken to be for {experiment.data}"
             )
         raise UserError(f"{error}{guess}", error.status) from error
-    say_where_size_is_unused(user_net.photograph_size, train, say)
     user_net.fit_size(train.size)
     check_net_fits(user_net.net, facts, train, description)
     train, test = train.to(device), test.to(device)
-    mean, std = choose_reading(user_net, train, say)
+    chosen = choose_reading(user_net, train, say)
+    user_net.net, user_net.accuracy = chosen.net, chosen.accuracy
+    mean, std = chosen.mean, chosen.std
     return train.normalised_by(mean, std), test.normalised_by(mean, std), description
 
 
-def choose_reading(user_net: UserNet, train, say) -> tuple:
-    """(mean, std) for the images of a user's net: what its facts name, else the best that is tried.
+@dataclass(frozen=True)
+class ChosenReading:
+    """How a user's net is read, and the images that it reads are normalised."""
 
-    Where readings of a foreign state dict are tried, `user_net.net` becomes the best. `say` tells
-    the user.
-    """
+    net: object  # models.Net
+    mean: tuple
+    std: tuple
+    accuracy: float | None = None  # as UserNet's
+
+
+def choose_reading(user_net: UserNet, train, say) -> ChosenReading:
+    """What the facts of a user's net name, else the best of what is tried; `say` tells the user."""
     from controller import stored_normalisation, take_matching_norm_place
 
     stored = stored_normalisation(user_net.net, user_net.facts)
     if stored is None or user_net.is_ambiguous:
-        mean, std = try_readings(user_net, train, stored, say)
+        chosen = try_readings(user_net, train, stored, say)
     else:
-        mean, std = stored
+        chosen = ChosenReading(user_net.net, *stored)
     if user_net.has_example:
         # Outputs do not show whether late norms stand before or after a pooling.
-        user_net.net = take_matching_norm_place(user_net.net, train.normalised_by(mean, std))
-    return mean, std
+        images = train.normalised_by(chosen.mean, chosen.std)
+        chosen = replace(chosen, net=take_matching_norm_place(chosen.net, images))
+    return chosen
 
 
 # The readings of a net are tried on images that this seed draws, whatever the run's own: so `prune`
@@ -1352,59 +1388,71 @@ def choose_reading(user_net: UserNet, train, say) -> tuple:
 READING_SEED = 0
 
 
-def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> tuple:
-    """(mean, std) that serve a user's net best, or those that its file has `stored`. All its
-    readings are tried, and `user_net.net` becomes the best."""
+def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> ChosenReading:
+    """The best of all readings of a user's net, normalised as its file has `stored`, or else as
+    serves it best."""
     from controller import KnownNet, Normalisation, find_reading
 
-    is_ambiguous = user_net.is_ambiguous
     normalisation = None
     if stored is not None:
         mean, std = stored
         normalisation = Normalisation("the mean and std in the file", tuple(mean), tuple(std))
-    if is_ambiguous:
-        unknown = "all of the net" if stored else "how images were normalised, nor all of the net"
-        say(
-            f"the weights alone do not tell {unknown}; so it tries what is usual on some of the "
-            "training images"
-        )
-    else:
-        say("the checkpoint does not say how images were normalised; so it tries what is usual")
+    say(describe_unknowns(user_net, has_normalisation=stored is not None))
     found = find_reading(
         user_net.readings or [KnownNet(user_net.net)],
         train,
         READING_SEED,
         normalisation=normalisation,
-        tries_activations=is_ambiguous and user_net.activation is None,
+        tries_activations=user_net.is_ambiguous and user_net.activation is None,
         wrap=show_attempts,
     )
-    user_net.net, user_net.accuracy = found.net, found.accuracy
+    for line in describe_found_reading(user_net, found):
+        say(line)
+    return ChosenReading(
+        found.net, found.normalisation.mean, found.normalisation.std, found.accuracy
+    )
+
+
+def describe_unknowns(user_net: UserNet, *, has_normalisation: bool) -> str:
+    """What the file does not tell, so that it has to be tried."""
+    if not user_net.is_ambiguous:
+        return "the checkpoint does not say how images were normalised; so it tries what is usual"
+    unknown = "how images were normalised, nor all of the net"
+    if has_normalisation:
+        unknown = "all of the net"
+    return (
+        f"the weights alone do not tell {unknown}; so it tries what is usual on some of the "
+        "training images"
+    )
+
+
+def describe_found_reading(user_net: UserNet, found):
+    """Yield what a controller.FoundReading is, how sure it is, and what would make it surer."""
+    reading = ""
+    if user_net.is_ambiguous:
+        reading = f", and the net read as {found.net.architecture.in_words()}"
     ending = ""
     if not found.is_only_best:
         ending = "; others are about as accurate, so this may be the wrong one"
-    reading = ""
-    if is_ambiguous:
-        reading = f", and the net read as {found.net.architecture.in_words()}"
-    say(
+    yield (
         f"images normalised by {found.normalisation.name}{reading}: the best of all that was "
         f"tried, with {found.accuracy:.2%} of {found.images:,} training images right{ending}"
     )
     if found.has_strange_norms and not user_net.has_example:
-        say(
+        yield (
             "its batch norms remember other values than they read now: most likely this is not the "
             "net that was trained, or these are not the images that trained it"
         )
     if user_net.has_example:
-        say("if images were normalised in another way, put mean and std into the file")
-    if is_ambiguous:
+        yield "if images were normalised in another way, put mean and std into the file"
+    if user_net.is_ambiguous:
         advice = "compare that with what you know of the net"
         if user_net.activation is None:
             advice += (
                 "; if its activation is not the one above, name it by --activation: accuracy "
                 "hardly tells relu from GELU or leaky relu"
             )
-        say(f"{advice}; some inputs and outputs in the file tell surely (docs/your-net.md)")
-    return found.normalisation.mean, found.normalisation.std
+        yield f"{advice}; some inputs and outputs in the file tell surely (docs/your-net.md)"
 
 
 def show_attempts(attempts):
@@ -1412,7 +1460,7 @@ def show_attempts(attempts):
     from rich.progress import track
 
     console = make_console(is_stderr=True)
-    is_hidden = not console.is_terminal
+    is_hidden = not can_show_bars(console)
     return track(attempts, "attempts", console=console, transient=True, disable=is_hidden)
 
 
@@ -1434,7 +1482,7 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
     others += [str(name) for name in known if name not in names]
     difference = "they are in another order"
     if others:
-        difference = f"{', '.join(others[:10])} in one of the two alone"
+        difference = f"only in the images or only in the checkpoint: {', '.join(others[:10])}"
     raise UserError(f"{description}: not the classes that the net was trained on ({difference})")
 
 
@@ -1543,6 +1591,7 @@ def load_images_for_run(experiment: Experiment, options: RunOptions, device, say
     train, test, description = load_images_and_choose_reading(
         user_net, experiment, options.data_dir, device, say
     )
+    say_where_size_is_unused(user_net.photograph_size, train, say)
     if user_net.facts.get("data") not in (None, description):
         say(f"the net was trained on {user_net.facts['data']}, and is pruned on {description}")
     return train, test, description
@@ -1707,6 +1756,8 @@ def check_checkpoint_output(
         raise UserError(
             f"{path} would be a checkpoint under an export's ending; call it NAME.pt", 2
         )
+    if path.suffix.lower() == ".safetensors":
+        raise UserError(f"{path}: checkpoints are no .safetensors files; call it NAME.pt", 2)
 
 
 def is_delivered(
@@ -1790,8 +1841,9 @@ def reproduce(
     ] = False,
 ):
     """All rows of an experiment's table."""
-    has_options = bool(method or baseline or target or final_epochs or round_to or fresh)
-    has_options = has_options or bool(data_dir or seed or schedule != ScheduleName.published)
+    has_options = any((method, baseline, target, final_epochs, round_to, data_dir, seed, fresh))
+    has_options = has_options or schedule != ScheduleName.published or out != Path("runs")
+    has_options = has_options or (device != "auto" and not is_timed)
     check_experiment_is_named(experiment, has_options=has_options, is_timed=is_timed)
     if not experiment:
         show_experiments(select_device(device) if is_timed else None)
@@ -1846,12 +1898,15 @@ def run_experiment(
 
     Raises UserError.
     """
+    from controller import is_image_folder
+
     experiment = find_experiment(name)
     if user_net is not None:
         check_is_unpruned(user_net, name)
     if target is not None:
         experiment = replace(experiment, target=target)
-    check_target(build_net(experiment), methods, experiment.target, options.round_to)
+    if not is_image_folder(options.data_dir):  # else their size is not known yet
+        check_target(build_net(experiment), methods, experiment.target, options.round_to)
     folder = folder_of_experiment(name, target, options, user_net)
     if user_net is not None and not options.fresh:
         adopt_reading(user_net, folder)
@@ -1859,12 +1914,11 @@ def run_experiment(
         check_has_row(folder, options)
     reporter = ScreenReporter()
     run = open_run(folder, name, experiment, options, reporter, user_net)
+    baseline = build_untrained(experiment, run) if user_net is None else user_net.net
+    check_target(baseline, methods, experiment.target, options.round_to)
     announce(run, reporter, list_rows_to_make(methods))
     with resumable(reporter):
-        if user_net is not None:
-            run.make_baseline(user_net.net, is_trained=True)
-        else:
-            run.make_baseline(build_untrained(experiment, run))
+        run.make_baseline(baseline, is_trained=user_net is not None)
         warn_of_guessing(run, reporter)
         for method in methods:
             run.make_row(method, run.goal_for(method))
@@ -1949,7 +2003,7 @@ def measure_durations(device) -> dict[str, list[float]]:
             most = min(experiment.train_images, schedule.max_images or experiment.train_images)
             images = int((1 - VALIDATION_SHARE) * most)
             settings = settings_for(experiment, schedule, 0)
-            epochs = estimate_epochs(settings, DEFAULT_METHODS, images)
+            epochs = estimate_epochs(settings, order_methods(DEFAULT_METHODS), images)
             # ours: half, for nets get smaller on the way and searches mostly end earlier
             # (measured on MNIST).
             durations[name].append(epochs * images / images_per_second[arch] / 2)
@@ -1974,7 +2028,12 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")
     ] = None,
-    schedule: ScheduleOption = ScheduleName.published,
+    schedule: Annotated[
+        ScheduleName,
+        typer.Option(
+            help="published, full: 200 epochs, of mnist and digits 20; fast: 20; smoke: a test"
+        ),
+    ] = ScheduleName.published,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="of the training, in place of the schedule's own")
     ] = None,
@@ -2071,13 +2130,13 @@ def train_baseline(
 
 @app.command()
 def prune(
-    ckpt: Path,
+    ckpt: Checkpoint,
     rate: Rate = None,
     method: Annotated[
         list[MethodName] | None,
         typer.Option(
-            help="lstm, the default, removes channels; sep chooses kernels by the image; "
-            "uniform, random: to compare with"
+            help="lstm, the default, removes channels; sep chooses kernels by the image, static "
+            "makes its net plain; uniform, random: to compare with"
         ),
     ] = None,
     static: Annotated[
@@ -2153,7 +2212,8 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
             f"{user_net.path} is soft-pruned already; prune its baseline, or a net without gates", 2
         )
     experiment = replace(find_experiment_for(user_net, options.data_dir), target=target)
-    check_target(user_net.net, [row], target, options.round_to)
+    if not user_net.is_ambiguous:
+        check_target(user_net.net, [row], target, options.round_to)  # before images are read
     folder = folder_of_prune(user_net, row, target, options)
     if not options.fresh:
         adopt_reading(user_net, folder)
@@ -2172,6 +2232,7 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     if is_done:
         show_delivered(run, output)
         return
+    check_target(user_net.net, [row], target, options.round_to)
     if target is None and options.schedule == "published":
         reporter.say(
             "without --target the papers' schedule runs, as far as its reward rises; with one, as "
@@ -2184,10 +2245,12 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
             accuracy = run.find_row("baseline")["validation_accuracy"]
             check_is_no_guess(user_net, accuracy, "prune it all the same")
         run.make_row(row, run.goal_for(row))
-    # `sep` searches as `lstm` does. No other row of this run goes on from what that search kept.
+    # Where `sep` is pruned, `lstm`'s search may have run for it. A run of `prune` makes no other
+    # row, which would need the weights of that search.
     run.folder.remove_pool("lstm")
-    finish_run(run)
+    # Before anything is printed: standard output may be closed, or on a full disk.
     deliver(run.folder.checkpoint(row), output, may_replace=options.force)
+    finish_run(run)
     print_line(f"wrote {output}")
 
 
@@ -2238,7 +2301,7 @@ def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) ->
 
 @app.command()
 def evaluate(
-    ckpt: Path,
+    ckpt: Checkpoint,
     data_dir: DataDir = None,
     size: PhotographSize = None,
     activation: Activation = None,
@@ -2255,6 +2318,7 @@ def evaluate(
     _, test, description = load_images_and_choose_reading(
         user_net, experiment, data_dir, device, print_note
     )
+    say_where_size_is_unused(user_net.photograph_size, test, print_note)
     say_what_is_read(user_net, test, description)
     net = prepare_for_inference(user_net.net, device)
     with sep.record_usage(net) as usage:
@@ -2263,7 +2327,7 @@ def evaluate(
         print_note(f"{accuracy:.2%} is hardly more than guessing: {WHY_A_NET_GUESSES}")
     baseline_net = build_untrained_baseline(user_net, device)
     baseline = known_baseline(user_net.facts, baseline_net, len(test), description)
-    own = measure_size(net, ckpt.stat().st_size) | {"test_accuracy": accuracy}
+    own = measure_size(net) | {"test_accuracy": accuracy}
     print_note("measures how long one image takes, and 128 at once: minutes for a large net")
     own_latencies, baseline_latencies = compare_latencies(net, baseline_net, test)
     own |= own_latencies
@@ -2310,7 +2374,7 @@ def build_untrained_baseline(user_net: UserNet, device):
 
 
 def known_baseline(facts: dict, baseline_net, test_images: int, description: str) -> dict:
-    """What a pruned net's facts say of its baseline, and how large a file of `baseline_net` is.
+    """What a pruned net's facts say of its baseline, and how many bytes its weights take.
 
     Without its test accuracy where that was measured on other images; the user is told so.
     """
@@ -2327,8 +2391,8 @@ def known_baseline(facts: dict, baseline_net, test_images: int, description: str
     return baseline
 
 
-def measure_size(net, file_size: int | None = None) -> dict:
-    """MACs, parameters and bytes: those of the file, else those of the state dict, saved."""
+def measure_size(net) -> dict:
+    """MACs, parameters, and the bytes of the state dict in a file."""
     import io
 
     import torch
@@ -2336,14 +2400,12 @@ def measure_size(net, file_size: int | None = None) -> dict:
     import models
     import sep
 
-    if file_size is None:
-        file = io.BytesIO()
-        torch.save(net.state_dict(), file)
-        file_size = file.tell()
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
     return {
         "macs": sep.count_macs(net),
         "params": models.count_parameters(net),
-        "bytes": file_size,
+        "bytes": file.tell(),
     }
 
 
@@ -2387,7 +2449,7 @@ def evaluation_table(title: str, own: dict, baseline: dict):
         ("test accuracy", "test_accuracy", percent),
         ("MACs", "macs", millions),
         ("parameters", "params", count),
-        ("bytes on disk", "bytes", count),
+        ("bytes of the weights", "bytes", count),
         ("latency, batch 1", "latency_1", milliseconds),
         ("latency, batch 1, tuned", "latency_1_tuned", milliseconds),
         ("latency, batch 128", "latency_128", milliseconds),
@@ -2478,7 +2540,7 @@ def report(
 
 @app.command()
 def export(
-    ckpt: Path,
+    ckpt: Checkpoint,
     file: Annotated[Path, typer.Argument(help="NAME.pt2 (torch.export) or NAME.onnx")],
     static: Annotated[
         bool,
@@ -2506,9 +2568,8 @@ def export(
 
     user_net = load_user_net(ckpt, activation=activation)
     if user_net.readings:
-        # Only of a foreign state dict is the size of the exported net's images also the one to
-        # which photographs are brought, when they are read to find out what the weights do not
-        # tell.
+        # To find out how a foreign net is read, images may have to be read. Then photographs are
+        # brought to this size, too.
         user_net.photograph_size = size
     data_dir = find_data_dir(data_dir, user_net.facts)
     check_export(user_net, file, is_static=static, may_replace=force)
@@ -2523,14 +2584,19 @@ def export(
             "a gated net: the file computes every kernel and masks them; --static makes a small "
             "net of it"
         )
-    original = "the plain net" if static else ckpt
-    if user_net.readings:
-        original = f"{ckpt}, read as {user_net.net.architecture.in_words()}"
+    original = "the plain net" if static else describe_exported(user_net)
     print_line(
         f"wrote {file}: images (batch, {net.channels}, {size}, {size}) in [0, 1] to logits "
         f"(batch, {net.classes}); run and compared with {original}: largest difference "
         f"{difference:.0e} of the largest logit"
     )
+
+
+def describe_exported(user_net: UserNet) -> str:
+    """The file of an exported net, and how it is read where that is not in it."""
+    if not user_net.readings:
+        return str(user_net.path)
+    return f"{user_net.path}, read as {user_net.net.architecture.in_words()}"
 
 
 def check_export(user_net: UserNet, file: Path, *, is_static: bool, may_replace: bool) -> None:
@@ -2659,12 +2725,21 @@ def main(arguments: list[str] | None = None) -> int:
             arguments = sys.argv[1:]
         return app(arguments or ["--help"], standalone_mode=False) or 0
     except Stopped as stopped:
-        print(f"stopped{stopped.advice}", file=sys.stderr)
+        print_last_line(f"stopped{stopped.advice}")
         return 128 + stopped.number
     except Exception as error:
         message, status = explain(error)
-        print(f"wtp: {message}", file=sys.stderr)
+        print_last_line(f"wtp: {message}")
         return status
+
+
+def print_last_line(text: str) -> None:
+    """On standard error. Where nobody reads that any more, as `tee` after Ctrl-C, the exit status
+    still tells."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = None  # else Python fails to flush it at its end, and changes the exit status
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -2676,7 +2751,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return " ".join(message.split()).rstrip(".") + f"; see python wtp.py{command} --help", 2
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision", "rich"):
         return f"{error.name} is missing; pip install -r requirements.txt", 1
-    from models import UserError  # after that line: models.py imports torch
+    # Here, not above: models.py imports torch, which may be the module that is missing.
+    from models import UserError
 
     if isinstance(error, UserError):
         return str(error), error.status

@@ -5,8 +5,10 @@
     bench.py DATA_DIR exactness                    removing channels against masking them
     bench.py DATA_DIR speed                        a recovery against the loop a user would write
     bench.py DATA_DIR size                         the time of --help, the memory of a MNIST run
-    bench.py . search                              what an LSTM learns where accuracies are made up
+    bench.py . search [PROBLEMS [NAME ...]]        what an LSTM learns where accuracies are made up
 
+    bench.py DATA_DIR ablation VARIANT BASELINE CUT SEED FILE
+                                                   the search of `lstm` without its LSTM
     bench.py DATA_DIR narrow ARCH SHARE EPOCHS FILE [DATA_SET]
                                                    a baseline with that share of its widths
     bench.py DATA_DIR structures BASELINE CUT      LeNet-5s of one cut and different structures
@@ -367,9 +369,53 @@ def size(folder):
 # ---- search ------------------------------------------------------------------------------------
 
 
-def search(_, problems="20"):
-    """How far from `uniform` to a greedy search that knows all made-up accuracies: no data, 15
-    to 40 minutes."""
+class SearchByMacs(controller.RegressionSearch):
+    """The search of `lstm` without anything learnt: a step of any layer is taken to cost the same.
+
+    Layers are likely to be pruned where that saves many MACs; the candidates' accuracies only say
+    which of them is the best.
+    """
+
+    def predict_costs(self, features):
+        return torch.ones(features.shape[:-1])
+
+    def fit_policy(self):
+        """There is nothing to fit."""
+
+
+class SearchByLinearModel(controller.RegressionSearch):
+    """The search of `lstm` with a linear model in the LSTM's place. It reads the same features,
+    which say which layer it is at, so it learns one cost for each layer at least."""
+
+    policy_lr = 0.01  # the best of 0.003, 0.01, 0.03 and 0.1 on two made-up problems of each kind
+
+    def make_policy(self):
+        model = nn.Linear(controller.LAYER_FEATURES + len(self.net.widths), 1)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        return model
+
+
+ABLATIONS = {"macs": SearchByMacs, "linear": SearchByLinearModel}
+# What a MadeUpProblem of test_controller.py is searched by.
+MADE_UP_SEARCHES = {
+    "dice": {"max_candidates": 60, "is_random": True},
+    "lstm": {"max_candidates": 60},
+    "macs": {"max_candidates": 60, "search_class": SearchByMacs},
+    "linear": {"max_candidates": 60, "search_class": SearchByLinearModel},
+    "papers": {
+        "max_candidates": None,
+        "search_class": controller.ReinforceSearch,
+        "candidates_per_lstm_epoch": 5,
+        "patience": 10,
+    },
+}
+
+
+def search(_, problems="20", *names):
+    """How far from `uniform` to a greedy search that knows all made-up accuracies? No data; an hour
+    for all searches, or those of some `names` alone."""
+    names = names or tuple(MADE_UP_SEARCHES)
     say(
         f"made-up accuracies, mean of {problems} problems: how far from uniform to a greedy search "
         "that knows them all"
@@ -377,39 +423,44 @@ def search(_, problems="20"):
     torch.set_num_threads(1)
     for arch, target in (("vgg19", 0.701), ("resnet56", 0.475)):
         for power in (1, 2, 3):
-            rows = [search_made_up(arch, target, power, seed) for seed in range(int(problems))]
-            means = torch.tensor(rows).mean(0).tolist()
-            uniform, greedy, *searched, papers_cut, papers_candidates = means
-            dice, lstm, papers = (
-                f"{accuracy:.4f} ({(accuracy - uniform) / (greedy - uniform):.0%})"
-                for accuracy in searched
-            )
-            say(
-                f"{arch}, loss ~ share^{power}: uniform {uniform:.4f}, greedy {greedy:.4f}, "
-                f"60 candidates: dice {dice}, LSTM {lstm}; the papers' rules {papers} at a cut of "
-                f"{papers_cut:.1%} after {papers_candidates:.0f} candidates"
-            )
+            rows = [
+                search_made_up(arch, target, power, seed, names) for seed in range(int(problems))
+            ]
+            means = torch.tensor(rows).mean(0)
+            uniform, greedy = means[:2].tolist()
+            searched = means[2:].reshape(-1, 3).tolist()
+            say(f"{arch}, loss ~ share^{power}: uniform {uniform:.4f}, greedy {greedy:.4f}")
+            for name, (accuracy, cut, candidates) in zip(names, searched):
+                way = (accuracy - uniform) / (greedy - uniform)
+                say(f"  {name}: {way:.0%}; {candidates:.0f} candidates, a cut of {cut:.1%}")
 
 
-def search_made_up(arch, target, power, seed):
-    """(true accuracies of uniform, greedy, dice, LSTM, the papers' rules; the cut of the papers'
-    rules and how many candidates they tried)."""
+def search_made_up(arch, target, power, seed, names):
+    """The true accuracies of `uniform` and of a greedy search, then of each search by its name the
+    true accuracy, the cut and the number of its candidates."""
     from test_controller import MadeUpProblem
 
     problem = MadeUpProblem(seed, arch, target, power)
     uniform = controller.uniform_structure(problem.net.widths, problem.reduction_of, target)
-    papers = problem.run_search(
-        None, search_class=controller.ReinforceSearch, candidates_per_lstm_epoch=5, patience=10
-    )
-    structures = (
-        uniform,
-        problem.search_greedily(),
-        problem.run_search(60, is_random=True).best.structure,
-        problem.run_search(60).best.structure,
-        papers.best.structure,
-    )
-    accuracies = [problem.true_accuracy(structure) for structure in structures]
-    return [*accuracies, papers.best.macs_reduction, len(papers.candidates)]
+    row = [problem.true_accuracy(uniform), problem.true_accuracy(problem.search_greedily())]
+    for name in names:
+        # A new problem of the same seed: the noise of its measurements begins anew.
+        problem = MadeUpProblem(seed, arch, target, power)
+        search = problem.run_search(**MADE_UP_SEARCHES[name])
+        accuracy = problem.true_accuracy(search.best.structure)
+        row += [accuracy, search.best.macs_reduction, len(search.candidates)]
+    return row
+
+
+def ablation(folder, variant, checkpoint, cut, seed, file):
+    """`prune --method lstm --schedule fast` with another thing in the LSTM's place, to a checkpoint
+    and a run folder beside it."""
+    import wtp
+
+    arguments = ["prune", checkpoint, "--target", cut, "--schedule", "fast", "--seed", seed]
+    arguments += ["--data-dir", str(folder), "--out", f"{file}-runs", "--output", file]
+    with mock.patch.object(controller, "RegressionSearch", ABLATIONS[variant]):
+        sys.exit(wtp.main(arguments))
 
 
 # ---- a baseline and what is trained from it ----------------------------------------------------
@@ -870,7 +921,7 @@ def make_gate_variant(name, baseline, structure):
     net = models.prune_channels(baseline.net, structure)
     kind, _, option = name.partition("=")
     widths = baseline.net.widths
-    gate_sizes = sep.largest_gate_sizes(widths, structure)
+    gate_sizes = sep.choose_gate_sizes(widths, structure)
     images = baseline.all
     if kind == "hard":
         return net, None
@@ -1673,7 +1724,7 @@ def save_enlarged(data_folder, folder):
 
 USUAL = (exactness, speed, size, search)
 OTHERS = (
-    *(narrow, structures, recipes, gates, signals, budgets, seeds),
+    *(ablation, narrow, structures, recipes, gates, signals, budgets, seeds),
     *(finalists, leads, imitation, rivals),
     *(small, families, readings, examples, photographs),
 )

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -222,8 +224,33 @@ def test_an_empty_image_and_a_broken_link_are_named(tmp_path):
 
     with pytest.raises(UserError, match=r"a\.png is empty"):
         controller.measure_image(str(tmp_path / "a.png"))
-    with pytest.raises(UserError, match=r"b\.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"b\.png cannot be read: No such file"):
         controller.measure_image(str(tmp_path / "b.png"))
+
+
+def test_an_image_of_16_bits_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(path)
+
+    with pytest.raises(UserError, match="cannot be read as an image of 8 bits a channel"):
+        controller.measure_image(str(path))
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    """As root everything may be read, so the error is made here."""
+    (tmp_path / "private").mkdir()
+    list_folder = os.listdir
+
+    def refuse_private(path="."):
+        if Path(path).name == "private":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "listdir", refuse_private)
+
+    assert not controller.has_images(tmp_path / "private")
+    controller.check_is_no_image_folder(tmp_path)
+    assert controller.suggest_image_folder(tmp_path) == ""
 
 
 def pixel_rows(images):
@@ -859,6 +886,15 @@ def test_padded_nets_of_all_families_train_alike(name, monkeypatch):
     assert (padded is not other) == is_padded
 
 
+def test_float32_is_no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    with controller.float32_for(torch.device("cpu")):
+        assert not torch.backends.cudnn.allow_tf32
+
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.gpu
 def test_a_gpu_run_goes_on_with_the_same_numbers():
     images = make_digits(1000).to("cuda")
@@ -881,6 +917,17 @@ def test_a_gpu_run_goes_on_with_the_same_numbers():
 
     for undisturbed, resumed in zip(*(state.values() for state in states)):
         assert torch.equal(undisturbed, resumed)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_a_net_without_convolutions():
+    images = make_digits(1000).to("cuda")
+    architecture = replace(make_lenet().architecture, convolutions=(), head_size=28)
+    net = models.build_net(architecture, (64,)).to("cuda")
+
+    train_net(net, images, TrainingPlan(4, 0.05, is_one_cycle=True))
+
+    assert measure_accuracy(net, images) > 0.5
 
 
 @pytest.mark.gpu
@@ -2390,6 +2437,18 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
 
 
 TINY_FAST = replace(TINY, max_candidates=4, target=0.5, recovery=TrainingPlan(1, 0.05))
+
+
+def test_dice_search_by_the_rule_of_the_lstm_also_at_the_cut_of_another_row(tmp_path):
+    run = make_run(tmp_path, settings=replace(TINY_FAST, target=None))
+    run.make_baseline(make_lenet())
+
+    searches = [
+        controller.make_search(run.trainer, method, target)
+        for method, target in (("lstm", None), ("random", 0.4))
+    ]
+
+    assert [type(search) for search in searches] == [controller.ReinforceSearch] * 2
 
 
 def prefer_narrow_first_layers(monkeypatch):

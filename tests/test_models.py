@@ -59,12 +59,16 @@ def smaller_structure(net, share=0.6):
 
 
 def let_groups_differ(net):
-    """Groups of kernels begin as copies of each other: move the weights of all layers a little."""
+    """Groups of kernels begin as copies of each other: move weights, biases and norms a little."""
     torch.manual_seed(1)
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.requires_grad:
                 module.weight += 0.3 * module.weight.std() * torch.randn_like(module.weight)
+        for name, value in (*net.named_parameters(), *net.named_buffers()):
+            # Biases, and a norm's scale, shift, mean and variance, which stays above 0.
+            if value.dim() == 1 and value.is_floating_point() and not name.startswith("gates."):
+                value.mul_(1 + 0.2 * torch.rand_like(value)).add_(0.05 * torch.rand_like(value))
 
 
 def count_flops(net, x):

@@ -1,4 +1,5 @@
 import ast
+import errno
 import filecmp
 import hashlib
 import inspect
@@ -26,6 +27,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from rich.console import Console
 from test_controller import rows_by_method, train_net_with_norms, without_seconds
 from test_models import write_broken_files
 from torch import nn
@@ -178,11 +180,12 @@ def test_what_a_run_may_take_is_counted():
     )
     assert alone > after_lstm
     assert after_lstm == 2 + 1 / 0.9 + 7
-    # `sep` searches for itself what `lstm` would have found, at the cut of the other row.
+    # `sep` searches for itself what `lstm` would have found, by the papers' rules: about 10 LSTM
+    # epochs and a patience of 2, with two candidates each.
     after_uniform = wtp.estimate_epochs(
         digits, ["sep"], 2700, trains_baseline=False, finished_methods=["uniform"]
     )
-    assert after_uniform == after_lstm + 4 + 4 * 1
+    assert after_uniform == after_lstm + 12 * 2
 
 
 # ---- the house
@@ -280,9 +283,27 @@ def test_only_digits_leave_the_data_folder_of_the_environment_alone(monkeypatch)
         for data in (None, "digits", "mnist")
     }
 
-    are_drawn = {(name, data) for (name, data), folder in folders.items() if folder == "data"}
+    are_drawn = {(name, data) for (name, data), folder in folders.items() if folder == os.devnull}
     assert are_drawn == {("", "digits"), *(("digits", data) for data in (None, "digits", "mnist"))}
-    assert set(folders.values()) == {"data", "elsewhere"}
+    assert set(folders.values()) == {os.devnull, "elsewhere"}
+
+
+def test_a_folder_of_images_that_is_half_gone_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.delenv("WTP_DATA", raising=False)
+    (tmp_path / "train").mkdir()
+    facts = {"data": f"{controller.OWN_IMAGES}{tmp_path}"}
+
+    assert wtp.find_data_dir(None, facts) == Path("data")
+    (tmp_path / "test").mkdir()
+    assert wtp.find_data_dir(None, facts) == tmp_path
+
+
+@pytest.mark.parametrize(("name", "can_show"), [("xterm", True), ("dumb", False)])
+def test_bars_are_drawn_where_a_terminal_can_show_them(monkeypatch, name, can_show):
+    monkeypatch.setenv("TERM", name)
+
+    assert wtp.can_show_bars(Console(force_terminal=True)) == can_show
+    assert not wtp.can_show_bars(Console(force_terminal=False))
 
 
 def test_a_sep_without_trials_says_that_there_was_no_room_for_gates():
@@ -873,6 +894,10 @@ def test_gates_become_a_plain_small_net(capsys, smoke, tmp_path, monkeypatch):
     assert plain_size < gated_size / 1.5
 
 
+def raise_full_disk(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_widths_that_machines_like(capsys, smoke, tmp_path):
     copy_row(smoke, "baseline", tmp_path / "my.pt")
     options = ["--method", "uniform", "--target", "0.6", "--schedule", "smoke"]
@@ -891,6 +916,12 @@ def test_widths_that_machines_like(capsys, smoke, tmp_path):
     found = re.search(f"uniform, widths at multiples of 4: {side} -> {side}\n", out)
     assert found[2] == "-".join(map(str, small.widths))
     assert found[1] != found[2]
+    # Where the last lines cannot be printed, the net is there all the same.
+    (tmp_path / "my-pruned.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wtp, "finish_run", raise_full_disk)
+        assert call(capsys, *command, "4")[0] == 1
+    assert (tmp_path / "my-pruned.pt").exists()
     for multiple, words in (
         ("20", "cannot cut 60%"),
         ("1000", "no layer of this net is 1000 wide"),
@@ -1156,12 +1187,15 @@ def test_trials_are_named_beside_the_candidates(smoke, tmp_path):
 def test_a_report_draws_what_the_gates_choose_for_each_class(tmp_path, smoke):
     pytest.importorskip("matplotlib")
     shares = [[1, 0, 0.75, 0.25, 0], [1, 0, 0.25, 0.75, 0]]
-    usage = {"classes": ["cat", "dog"], "layers": {"fc1": shares}}
+    # Python reads a name that is no UTF-8 so.
+    usage = {"classes": ["cat", "d\udce9g"], "layers": {"fc1": shares}}
+    results = read_results(smoke[0]) | {"experiment": "prune caf\udce9.pt"}
 
-    wtp.draw_report(read_results(smoke[0]), tmp_path / "report.svg", usage)
+    wtp.draw_report(results, tmp_path / "report.svg", usage)
 
     words = read_words(tmp_path / "report.svg")
-    for expected in ("sep, fc1: 2 of 5 kernels vary by image", "cat", "dog", "share of images"):
+    assert "prune caf?.pt, smoke schedule" in words
+    for expected in ("sep, fc1: 2 of 5 kernels vary by image", "cat", "d?g", "share of images"):
         assert expected in words, expected
 
 
@@ -1464,8 +1498,8 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
         (pictures / part / "class1").rename(pictures / part / "other")
     status, out, err = call(capsys, "evaluate", checkpoint, "--data-dir", "pictures")
     assert status == 1
-    words = "not the classes that the net was trained on (other, class1 in one of the two alone)"
-    assert words in err
+    words = "only in the images or only in the checkpoint: other, class1"
+    assert f"not the classes that the net was trained on ({words})" in err
     assert is_one_line(err)
 
 
@@ -1786,8 +1820,9 @@ def test_the_mean_and_std_in_a_file_are_used_without_inputs_and_outputs(capsys, 
     assert "images normalised by the mean and std in the file, and the net read as" in err
     data = controller.load_data("digits", tmp_path)[0]
     user_net = wtp.load_user_net(tmp_path / "a.pt")
-    assert wtp.choose_reading(user_net, data, print) == ((0.9,), (0.05,))
-    assert user_net.accuracy > 0.9
+    chosen = wtp.choose_reading(user_net, data, print)
+    assert (chosen.mean, chosen.std) == ((0.9,), (0.05,))
+    assert chosen.accuracy > 0.9
 
 
 def test_export_uses_the_mean_and_std_in_a_file(capsys, tmp_path):
@@ -1804,9 +1839,9 @@ def test_export_uses_the_mean_and_std_in_a_file(capsys, tmp_path):
     assert "images normalised by the mean and std in the file, and the net read as" in err
     pictures = controller.load_data("mnist", tmp_path / "pictures")[0]
     user_net = wtp.load_user_net(tmp_path / "a.pt")
-    mean, std = wtp.choose_reading(user_net, pictures, print)
+    chosen = wtp.choose_reading(user_net, pictures, print)
     images = pictures.normalised_by([0.0], [1.0]).batch(torch.arange(4))
-    logits = user_net.net.eval()((images - mean[0]) / std[0])
+    logits = chosen.net.eval()((images - chosen.mean[0]) / chosen.std[0])
     exported = torch.export.load(tmp_path / "a.pt2").module()
     assert torch.allclose(exported(images), logits, rtol=1e-4, atol=1e-4)
 
@@ -2031,6 +2066,9 @@ def test_a_full_disk_and_a_closed_output_end_in_one_line(smoke):
         assert "Traceback" not in done.stderr
         if status:
             assert "cannot write the output: No space left on device" in done.stderr
+    wrong_call = shlex.join([sys.executable, wtp.__file__, "reproduce", "--seed", "x"])
+    done = subprocess.run(["bash", "-c", f"{wrong_call} 2>/dev/full"], check=False)
+    assert done.returncode == 2
 
 
 def test_a_target_out_of_reach_is_refused(capsys, smoke, tmp_path):
@@ -2125,6 +2163,7 @@ WRONG_CALLS = [
     (2, "dir.onnx is a folder", "export net.pt dir.onnx"),
     (2, "taken.onnx is an export, not a checkpoint", "evaluate taken.onnx"),
     (2, "a.ONNX would be a checkpoint under an export's ending", "prune drawn.pt --output a.ONNX"),
+    (2, "no .safetensors files; call it NAME.pt", "prune drawn.pt --output a.safetensors"),
     (2, "is the net that is to be pruned", "prune drawn.pt --output drawn.pt"),
     (2, "taken.onnx exists already and is kept; --force", "export net.pt taken.onnx"),
     (2, "dangling.pt2 exists already and is kept; --force", "export net.pt dangling.pt2"),
@@ -2133,9 +2172,11 @@ WRONG_CALLS = [
     (2, "cannot take images of 40 x 40 pixels", "export drawn.pt a.pt2 --size 40"),
     (2, "drawn.pt has no gates", "export drawn.pt a.pt2 --static"),
     (2, "lstm has no gates", "prune drawn.pt --static"),
-    (2, "--round-to", "prune drawn.pt --round-to 0"),
+    (2, "--round-to", "prune drawn.pt --round-to 1"),
     (2, "--final-epochs", "prune drawn.pt --final-epochs 0"),
     (2, "name an experiment", "reproduce --final-epochs 5"),
+    (2, "name an experiment", "reproduce --device cpu"),
+    (2, "name an experiment", "reproduce --out elsewhere"),
     (2, "folder is no run folder: it has no results.json", "report folder"),
     (2, "gone is no run folder: there is no such folder", "report gone"),
     (

@@ -2208,8 +2208,8 @@ def round_structure(
     rounding = Rounding(structure, choices, cache(reduction_of), target)
     if target is None:
         return rounding.nearest()
-    prices = (rounding.distance_per_reduction, rounding.minus_relative_width)
-    return min(map(rounding.reach_target, prices), key=rounding.distance)
+    orders = (rounding.distance_per_reduction, rounding.widest_first)
+    return min(map(rounding.reach_target, orders), key=rounding.distance)
 
 
 @dataclass(frozen=True)
@@ -2233,25 +2233,28 @@ class Rounding:
         much as twice its width."""
         return sum(math.log(width / wanted) ** 2 for width, wanted in zip(structure, self.wanted))
 
-    def reach_target(self, price: Callable) -> tuple[int, ...]:
+    def reach_target(self, order: Callable) -> tuple[int, ...]:
         """The nearest structure, narrowed until it reaches the target: at each step the layer with
-        the lowest price(structure, layer). The last steps may have removed more than needed, so
+        the lowest order(structure, layer). The last steps may have removed more than needed, so
         layers that are narrower than wanted grow again while the target is still reached."""
         layers = range(len(self.wanted))
         structure = self.nearest()
         while self.reduction_of(structure) < self.target:
             reducible = [layer for layer in layers if structure[layer] > self.choices[layer][0]]
-            structure = self.step(structure, min(reducible, key=partial(price, structure)), -1)
-        while growing := [layer for layer in layers if self.fits_wider(structure, layer)]:
-            narrowest = max(growing, key=partial(self.minus_relative_width, structure))
+            first = min(reducible, key=partial(order, structure))
+            structure = self.step(structure, first, -1)
+        growing = self.layers_that_fit_wider(structure)
+        while growing:
+            narrowest = min(growing, key=partial(self.relative_width, structure))
             structure = self.step(structure, narrowest, 1)
+            growing = self.layers_that_fit_wider(structure)
         return structure
 
     def step(self, structure, layer: int, direction: int) -> tuple[int, ...]:
         """The structure with one layer at its next wider (1) or narrower (-1) choice."""
         choice = self.choices[layer]
         width = choice[choice.index(structure[layer]) + direction]
-        return (*structure[:layer], width, *structure[layer + 1 :])
+        return add_at(structure, layer, width - structure[layer])
 
     def distance_per_reduction(self, structure, layer: int) -> float:
         """The distance that one step of this layer adds, per reduction of the MACs that it gains.
@@ -2263,15 +2266,23 @@ class Rounding:
             return math.inf
         return (self.distance(narrower) - self.distance(structure)) / removed
 
-    def minus_relative_width(self, structure, layer: int) -> float:
-        """Minus the layer's width over the one wanted: the relatively widest layer is cheapest."""
-        return -structure[layer] / self.wanted[layer]
+    def relative_width(self, structure, layer: int) -> float:
+        """The layer's width over the one wanted."""
+        return structure[layer] / self.wanted[layer]
 
-    def fits_wider(self, structure, layer: int) -> bool:
-        """Whether a layer is narrower than wanted, and its next choice still reaches the target."""
-        if structure[layer] >= min(self.wanted[layer], self.choices[layer][-1]):
-            return False
-        return self.reduction_of(self.step(structure, layer, 1)) >= self.target
+    def widest_first(self, structure, layer: int) -> float:
+        """An order for `reach_target`: the relatively widest layer comes first."""
+        return -self.relative_width(structure, layer)
+
+    def layers_that_fit_wider(self, structure) -> list[int]:
+        """The layers that are narrower than wanted, and whose next choice still reaches the
+        target."""
+        return [
+            layer
+            for layer, width in enumerate(structure)
+            if width < min(self.wanted[layer], self.choices[layer][-1])
+            and self.reduction_of(self.step(structure, layer, 1)) >= self.target
+        ]
 
 
 # ---- the LSTM ----------------------------------------------------------------------------------

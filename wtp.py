@@ -205,27 +205,10 @@ def epochs_for_steps(steps: int, images: int) -> int:
     return max(1, round(steps * BATCH_SIZE / ((1 - VALIDATION_SHARE) * images)))
 
 
-def plan_final_training(experiment: Experiment, schedule: Schedule):
-    """The papers' final training, or one of ours in one cycle."""
-    from controller import TrainingPlan
-
-    epochs, lr = experiment.final_epochs, schedule.lr
-    if schedule.has_long_final:
-        lr = experiment.long_final_lr
-    elif schedule.is_one_cycle:
-        epochs, lr = experiment.short_final_epochs, experiment.short_final_lr
-    return TrainingPlan(
-        schedule.final_epochs or epochs,
-        lr,
-        is_one_cycle=schedule.is_one_cycle,
-        temperature=schedule.temperature,
-    )
-
-
 def lengthen_for_few_images(
     experiment: Experiment, images: int, epochs: int, fewest_steps: int
 ) -> int:
-    """The epochs of a training; more of them for so few steps where there are fewer images than the
+    """`epochs`, or as many as have `fewest_steps` steps, where there are fewer images than the
     experiment's."""
     from controller import BATCH_SIZE, VALIDATION_SHARE
 
@@ -233,6 +216,48 @@ def lengthen_for_few_images(
         return epochs
     steps_per_epoch = max(1, int((1 - VALIDATION_SHARE) * images) // BATCH_SIZE)
     return max(epochs, math.ceil(fewest_steps / steps_per_epoch))
+
+
+def plan_baseline(experiment: Experiment, schedule: Schedule, images: int):
+    """The training of the baseline, on so many images."""
+    from controller import TrainingPlan
+
+    epochs = schedule.baseline_epochs or experiment.baseline_epochs
+    epochs = lengthen_for_few_images(experiment, images, epochs, schedule.fewest_baseline_steps)
+    return TrainingPlan(epochs, experiment.baseline_lr, is_one_cycle=True)
+
+
+def plan_recovery(experiment: Experiment, schedule: Schedule, images: int):
+    """The recovery of a candidate, on so many images."""
+    from controller import TrainingPlan
+
+    if schedule.recovery_steps:
+        epochs = epochs_for_steps(schedule.recovery_steps, images)
+    else:
+        epochs = schedule.recovery_epochs or experiment.recovery_epochs
+        epochs = lengthen_for_few_images(experiment, images, epochs, schedule.fewest_recovery_steps)
+    return TrainingPlan(
+        epochs,
+        schedule.lr,
+        is_one_cycle=schedule.is_one_cycle,
+        max_steps=schedule.recovery_steps,
+    )
+
+
+def plan_final_training(experiment: Experiment, schedule: Schedule, images: int):
+    """The papers' final training, or one of ours in one cycle, on so many images."""
+    from controller import TrainingPlan
+
+    epochs, lr = experiment.final_epochs, schedule.lr
+    if schedule.has_long_final:
+        lr = experiment.long_final_lr
+    elif schedule.is_one_cycle:
+        epochs, lr = experiment.short_final_epochs, experiment.short_final_lr
+    epochs = schedule.final_epochs or epochs
+    epochs = lengthen_for_few_images(experiment, images, epochs, schedule.fewest_final_steps)
+    return TrainingPlan(
+        epochs, lr, is_one_cycle=schedule.is_one_cycle, temperature=schedule.temperature
+    )
 
 
 def settings_for(
@@ -250,30 +275,15 @@ def settings_for(
     The user's own are `pruning_rate` and both numbers of epochs, and how many images there are to
     train.
     """
-    from controller import Settings, TrainingPlan
+    from controller import Settings
 
     images = train_images or experiment.train_images
-    lengthen = partial(lengthen_for_few_images, experiment, images)
-    if schedule.recovery_steps:
-        recovery_epochs = epochs_for_steps(schedule.recovery_steps, images)
-    else:
-        recovery_epochs = lengthen(
-            schedule.recovery_epochs or experiment.recovery_epochs, schedule.fewest_recovery_steps
-        )
-    baseline_epochs = baseline_epochs or lengthen(
-        schedule.baseline_epochs or experiment.baseline_epochs, schedule.fewest_baseline_steps
-    )
-    final = plan_final_training(experiment, schedule)
-    final_epochs = final_epochs or lengthen(final.epochs, schedule.fewest_final_steps)
+    baseline = plan_baseline(experiment, schedule, images)
+    final = plan_final_training(experiment, schedule, images)
     return Settings(
-        baseline=TrainingPlan(baseline_epochs, experiment.baseline_lr, is_one_cycle=True),
-        recovery=TrainingPlan(
-            recovery_epochs,
-            schedule.lr,
-            is_one_cycle=schedule.is_one_cycle,
-            max_steps=schedule.recovery_steps,
-        ),
-        final=replace(final, epochs=final_epochs),
+        baseline=replace(baseline, epochs=baseline_epochs or baseline.epochs),
+        recovery=plan_recovery(experiment, schedule, images),
+        final=replace(final, epochs=final_epochs or final.epochs),
         pruning_rate=pruning_rate or schedule.pruning_rate,
         target=experiment.target,
         candidates_per_lstm_epoch=schedule.candidates_per_lstm_epoch,

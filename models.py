@@ -1239,10 +1239,7 @@ def save_checkpoint(path: Path, net: Net, facts: dict) -> None:
     """Write all that rebuilds the net, and `facts` about it (plain values). Raises UserError."""
     gates = None
     if net.gates is not None:
-        gates = [
-            None if gate is None else {"k": gate.k, "always_on_share": gate.always_on_share}
-            for gate in net.gates
-        ]
+        gates = [None if gate is None else gate.describe() for gate in net.gates]
     content = {
         "format": CHECKPOINT_FORMAT,
         "architecture": asdict(net.architecture),

@@ -53,32 +53,18 @@ def squeeze(x: torch.Tensor, *, is_linear: bool) -> torch.Tensor:
     return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float))
 
 
-class SEGate(nn.Module):
-    """Runs a layer by its always-on kernels and one of its groups of kernels, chosen for each image
-    (TIP 2021).
+@dataclass(frozen=True)
+class GateSize:
+    """Of how many kernels a gated layer is made."""
 
-    The paper scores every kernel, and multiplies with the scores. ours: a gate scores groups, and
-    multiplies with nothing. Groups begin as copies of the kernels that hard pruning keeps, so no
-    choice can do harm at first, and they part in the training. Gates that score single kernels end
-    below hard pruning (RESULTS.md, section 6).
-    """
-
-    def __init__(self, inputs: int, k: int, always_on_count: int, group_count: int):
-        """`inputs`: how many numbers `squeeze` gives. k kernels work for an image,
-        `always_on_count` of them for every image; besides these there are `group_count` groups."""
-        super().__init__()
-        self.k = k
-        self.always_on_count = always_on_count
-        self.group_count = group_count
-        # ours: argmax has no gradient, so these weights stay as `fit_gate` sets them.
-        self.excite = nn.Linear(inputs, group_count).requires_grad_(False)
-        masks = torch.stack([self.mask_of_group(group) for group in range(group_count)])
-        self.register_buffer("masks", masks, persistent=False)  # (groups, C)
-        self.usage: Usage | None = None  # while `record_usage` lasts
+    always_on_count: int
+    group_size: int
+    group_count: int
 
     @property
-    def group_size(self) -> int:
-        return self.k - self.always_on_count
+    def k(self) -> int:
+        """The kernels that work for an image: those that are always on, and one group."""
+        return self.always_on_count + self.group_size
 
     @property
     def width(self) -> int:
@@ -90,14 +76,45 @@ class SEGate(nn.Module):
         """Of the kernels that work for an image, in [0, 1)."""
         return self.always_on_count / self.k
 
+
+class SEGate(nn.Module):
+    """Runs a layer by its always-on kernels and one of its groups of kernels, chosen for each image
+    (TIP 2021).
+
+    The paper scores every kernel, and multiplies with the scores. ours: a gate scores groups, and
+    multiplies with nothing. Groups begin as copies of the kernels that hard pruning keeps, so no
+    choice can do harm at first, and they part in the training. Gates that score single kernels end
+    below hard pruning (RESULTS.md, section 6).
+    """
+
+    def __init__(self, input_count: int, size: GateSize):
+        """`input_count`: how many numbers `squeeze` gives."""
+        super().__init__()
+        self.size = size
+        # ours: argmax has no gradient, so these weights stay as `fit_gate` sets them.
+        self.excite = nn.Linear(input_count, size.group_count).requires_grad_(False)
+        masks = torch.stack([self.mask_of_group(group) for group in range(size.group_count)])
+        self.register_buffer("masks", masks, persistent=False)  # (groups, C)
+        self.usage: Usage | None = None  # while `record_usage` lasts
+
+    @property
+    def k(self) -> int:
+        """The kernels that work for an image."""
+        return self.size.k
+
+    def describe(self) -> dict:
+        """What a checkpoint says of it; `read_gate_size` reads that."""
+        return {"k": self.size.k, "always_on_share": self.size.always_on_share}
+
     def channels_of_group(self, group: int) -> torch.Tensor:
         """The k channels (ascending indices) at work for an image that gets this group."""
-        start = self.always_on_count + group * self.group_size
-        always_on = torch.arange(self.always_on_count)
-        return torch.cat([always_on, torch.arange(start, start + self.group_size)])
+        start = self.size.always_on_count + group * self.size.group_size
+        always_on = torch.arange(self.size.always_on_count)
+        return torch.cat([always_on, torch.arange(start, start + self.size.group_size)])
 
     def mask_of_group(self, group: int) -> torch.Tensor:
-        return torch.zeros(self.width).index_fill(0, self.channels_of_group(group), 1.0)
+        """(C,): 1 for the channels of a group, else 0."""
+        return torch.zeros(self.size.width).index_fill(0, self.channels_of_group(group), 1.0)
 
     def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """The group (B,) of each image; x is what the layer reads."""
@@ -184,7 +201,7 @@ class Usage:
     def __init__(self, gate: SEGate):
         self.masks = gate.masks
         device = gate.masks.device
-        self.image_counts = torch.zeros(gate.group_count, dtype=torch.long, device=device)
+        self.image_counts = torch.zeros(len(gate.masks), dtype=torch.long, device=device)
 
     def add(self, groups: torch.Tensor) -> None:
         """The groups (B,) of a batch's images."""
@@ -267,14 +284,6 @@ def update_running_statistics(norm, mean, var, value_count) -> None:
 # ---- gated nets --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class GateSize:
-    """How many kernels a gated layer has always on, and how many groups besides."""
-
-    always_on_count: int
-    group_count: int
-
-
 def choose_gate_size(width: int, k: int) -> GateSize | None:
     """The gate of a layer that had `width` kernels before pruning, of which k are to work for an
     image.
@@ -285,11 +294,11 @@ def choose_gate_size(width: int, k: int) -> GateSize | None:
     """
     group_count = min(MAX_GROUPS, width // k)
     if group_count >= 2:
-        return GateSize(0, group_count)
+        return GateSize(0, k, group_count)
     always_on_count = 2 * k - width  # as always_on_count + 2 (k - always_on_count) = width
     if always_on_count > MAX_ALWAYS_ON_SHARE * k:
         return None
-    return GateSize(always_on_count, 2)
+    return GateSize(always_on_count, k - always_on_count, 2)
 
 
 def choose_gate_sizes(widths, structure) -> list[GateSize | None]:
@@ -311,14 +320,12 @@ def attach_gates(net: Net, gate_sizes) -> None:
         return
     device = next(net.parameters()).device
     gates = []
-    for prunable, width, size in zip(net.prunable, net.widths, gate_sizes, strict=True):
+    for prunable, size in zip(net.prunable, gate_sizes, strict=True):
         if size is None:
             gates.append(None)
             continue
-        inputs = net.get_submodule(prunable.layer_name).weight.shape[1]
-        k = size.always_on_count + (width - size.always_on_count) // size.group_count
-        gate = SEGate(inputs, k, size.always_on_count, size.group_count)
-        gates.append(gate.to(device))
+        input_count = net.get_submodule(prunable.layer_name).weight.shape[1]
+        gates.append(SEGate(input_count, size).to(device))
     net.gates = nn.ModuleList(gates)
 
 
@@ -357,7 +364,7 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
     for index, gate in enumerate(gates_of(gated)):
         if gate is None:
             continue
-        weight, bias = fit_gate(squeezed[net.prunable[index].layer_name], gate.group_count)
+        weight, bias = fit_gate(squeezed[net.prunable[index].layer_name], gate.size.group_count)
         gate.excite.weight.copy_(repeat_for_copies(weight, net, index, copied_channels))
         gate.excite.bias.copy_(bias)
     return gated
@@ -501,13 +508,14 @@ def count_macs(net: Net, structure=None) -> int:
     and its gate, only the weights on their channels.
     """
     if structure is None:
-        structure, gates = net.structure, gates_of(net)
+        structure = net.structure
+        gate_sizes = [None if gate is None else gate.size for gate in gates_of(net)]
     else:
-        gates = choose_gate_sizes(net.widths, structure)
+        gate_sizes = choose_gate_sizes(net.widths, structure)
     macs = models.count_macs(net, structure)
-    for i, gate in enumerate(gates):
-        if gate is not None:
-            macs += count_gate_macs(net, structure, i, gate.group_count)
+    for i, size in enumerate(gate_sizes):
+        if size is not None:
+            macs += count_gate_macs(net, structure, i, size.group_count)
     return macs
 
 
@@ -593,13 +601,15 @@ def read_gate_size(entry, width: int) -> GateSize:
         raise UserError(f"has an always-on share of {share!r}, not a number in [0, 1]")
     always_on_count = round(share * k)
     group_size = k - always_on_count
+    # A group of no kernels is refused below: no such gate has the layer's width.
     group_count = (width - always_on_count) // max(1, group_size)
-    if always_on_count + group_count * group_size != width or group_count < 2:
+    size = GateSize(always_on_count, group_size, group_count)
+    if size.width != width or group_count < 2:
         raise UserError(
             f"does not fit {width} kernels: {k} of them for an image, {always_on_count} always on, "
             "leave no two groups or more of one size"
         )
-    return GateSize(always_on_count, group_count)
+    return size
 
 
 # ---- fast single images ------------------------------------------------------------------------
@@ -701,8 +711,8 @@ class GatedRunner:
         self.norm = norm
         self.prunable = prunable
         self.kernel_groups = [
-            KernelGroup(gate.channels_of_group(group), gate.width)
-            for group in range(gate.group_count)
+            KernelGroup(gate.channels_of_group(group), gate.size.width)
+            for group in range(gate.size.group_count)
         ]
         self.gate_bias = gate.excite.bias.detach()
         self.gate_weight = gate.excite.weight.detach()

@@ -997,7 +997,7 @@ def describe_gated(net, baseline):
     macs = models.count_macs(net, net.structure)
     for i, gate in enumerate(sep.gates_of(net)):
         if isinstance(gate, sep.SEGate):
-            macs += sep.count_gate_macs(net, net.structure, i, gate.group_count)
+            macs += sep.count_gate_macs(net, net.structure, i, gate.size.group_count)
         elif gate is not None:
             hidden = gate.reduce.out_features
             macs += sep.count_gate_macs(net, net.structure, i, hidden) + hidden * gate.width

@@ -2639,7 +2639,7 @@ def test_a_gated_row_goes_as_near_as_it_can_to_a_cut_that_only_channels_without_
 
 
 def test_gates_are_tried_in_the_last_layers_first():
-    size = sep.GateSize(0, 2)
+    size = sep.GateSize(0, 3, 2)
     largest = [size, None, size, size, None]
 
     assert controller.list_gate_counts(largest) == [1, 2, 3]

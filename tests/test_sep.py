@@ -58,7 +58,7 @@ def record_masks(net, x):
 
 def test_a_gate_chooses_in_full_precision_under_autocast():
     torch.manual_seed(0)
-    x, layer, gate = torch.randn(2000, 64), nn.Linear(64, 16), sep.SEGate(64, 2, 0, 8)
+    x, layer, gate = torch.randn(2000, 64), nn.Linear(64, 16), sep.SEGate(64, GateSize(0, 2, 8))
     expected = gate.choose_groups(x, layer)
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,19 +87,19 @@ def test_each_image_gets_as_many_kernels_as_the_structure_says():
     net(x)
 
     gates = [gate for gate in net.gates if gate is not None]
-    assert [(gate.k, gate.width) for gate in gates] == [(4, 20), (300, 500)]
+    assert [(gate.size.k, gate.size.width) for gate in gates] == [(4, 20), (300, 500)]
     for output, gate in zip(outputs, gates, strict=True):
-        is_used = output.reshape(len(x), gate.width, -1).amax(2) > 0
+        is_used = output.reshape(len(x), gate.size.width, -1).amax(2) > 0
         used_count = is_used.sum(1)
-        assert (used_count <= gate.k).all()
-        assert used_count.max() > gate.k / 3  # a relu may leave nothing of the others
+        assert (used_count <= gate.size.k).all()
+        assert used_count.max() > gate.size.k / 3  # a relu may leave nothing of the others
         assert len(torch.unique(is_used, dim=0)) > 1  # it looks at the image
 
 
 def test_a_gate_normalises_a_kernel_by_the_images_that_choose_it():
     torch.manual_seed(0)
     layer, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-    gate = sep.SEGate(inputs=3, k=2, always_on_count=0, group_count=2)
+    gate = sep.SEGate(3, GateSize(0, 2, 2))
     gate.excite.weight.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]))
     gate.excite.bias.copy_(torch.tensor([1.5, -1.5]))
     x = torch.randn(16, 3, 6, 6)
@@ -115,10 +115,10 @@ def test_a_gate_normalises_a_kernel_by_the_images_that_choose_it():
 
 
 def test_a_gate_has_kernels_that_are_always_on_and_groups_of_one_size():
-    gate = sep.SEGate(inputs=3, k=4, always_on_count=2, group_count=3)
+    gate = sep.SEGate(3, GateSize(2, 2, 3))
 
-    assert gate.width == 8
-    assert gate.always_on_share == 0.5
+    assert gate.size.width == 8
+    assert gate.size.always_on_share == 0.5
     assert gate.channels_of_group(0).tolist() == [0, 1, 2, 3]
     assert gate.channels_of_group(2).tolist() == [0, 1, 6, 7]
     assert gate.masks.sum(1).tolist() == [4, 4, 4]
@@ -172,7 +172,7 @@ def test_a_gate_gives_each_image_the_group_of_the_nearest_cluster():
     torch.manual_seed(0)
     squeezed = 3 + torch.randn(200, 5) * torch.tensor([0.1, 1, 10, 1, 1])
     squeezed[:, 3] = 7.0  # says nothing
-    gate = sep.SEGate(inputs=5, k=2, always_on_count=0, group_count=3)
+    gate = sep.SEGate(5, GateSize(0, 2, 3))
 
     weight, bias = sep.fit_gate(squeezed, 3)
     gate.excite.weight.copy_(weight)
@@ -266,12 +266,12 @@ def test_where_all_images_use_all_channels_it_is_a_usual_batch_norm(momentum, dt
 @pytest.mark.parametrize(
     ("width", "k", "expected"),
     [
-        (500, 50, GateSize(0, 8)),  # no more than MAX_GROUPS
-        (12, 4, GateSize(0, 3)),
-        (13, 4, GateSize(0, 3)),
-        (8, 4, GateSize(0, 2)),
-        (7, 4, GateSize(1, 2)),
-        (5, 4, GateSize(3, 2)),
+        (500, 50, GateSize(0, 50, 8)),  # no more than MAX_GROUPS
+        (12, 4, GateSize(0, 4, 3)),
+        (13, 4, GateSize(0, 4, 3)),
+        (8, 4, GateSize(0, 4, 2)),
+        (7, 4, GateSize(1, 3, 2)),
+        (5, 4, GateSize(3, 1, 2)),
         (9, 8, None),  # too little room
         (8, 8, None),
         (1, 1, None),
@@ -282,9 +282,9 @@ def test_a_gate_has_no_more_kernels_than_the_layer_had(width, k, expected):
 
     assert size == expected
     if size is not None:
-        gate = sep.SEGate(1, k, size.always_on_count, size.group_count)
-        assert gate.width <= width
-        assert gate.k == k
+        assert size.width <= width
+        assert size.k == k
+        assert sep.SEGate(1, size).masks.shape == (size.group_count, size.width)
 
 
 def test_each_gate_chooses_in_the_gated_net_what_its_clusters_say():
@@ -301,11 +301,10 @@ def test_each_gate_chooses_in_the_gated_net_what_its_clusters_say():
     gates = [gate for gate in gated.gates if gate is not None]
     assert len(gates) > 8
     for name, gate, groups in zip(gated_layers, gates, chosen, strict=True):
-        weight, bias = sep.fit_gate(squeezed[name], gate.group_count)
+        weight, bias = sep.fit_gate(squeezed[name], gate.size.group_count)
         expected = (squeezed[name].double() @ weight.T + bias).argmax(1)
-        assert (groups == expected).float().mean() > 0.95, (
-            name
-        )  # two may be as near, but for rounding
+        # Two clusters may be equally near, up to rounding.
+        assert (groups == expected).float().mean() > 0.95, name
         assert len(groups.unique()) > 1
 
 
@@ -314,7 +313,7 @@ def test_the_most_important_kernels_are_always_on():
     plain = models.prune_channels(net, (20, 30, 100))
     importance = models.channel_importance(plain)[1]
 
-    gated = sep.add_gates(plain, [None, GateSize(10, 2), None], [x])
+    gated = sep.add_gates(plain, [None, GateSize(10, 20, 2), None], [x])
 
     kernels = gated.conv2.weight.flatten(1)
     assert gated.widths == (20, 50, 100)
@@ -365,13 +364,13 @@ def test_a_gate_counts_whom_it_chose():
             continue
         assert gate.usage is None
         assert usage.image_count == 2 * len(x)
-        assert usage.share_of_kernel.sum() == pytest.approx(gate.k)
+        assert usage.share_of_kernel.sum() == pytest.approx(gate.size.k)
         assert usage.count_kernels()[1] > 0
-        assert 1 < usage.groups_in_use <= gate.group_count
+        assert 1 < usage.groups_in_use <= gate.size.group_count
 
 
 def test_usage_says_what_kernels_serve():
-    gate = sep.SEGate(inputs=1, k=2, always_on_count=1, group_count=3)  # 4 kernels
+    gate = sep.SEGate(1, GateSize(1, 1, 3))  # 4 kernels
     usage = sep.Usage(gate)
 
     usage.add(torch.tensor([0, 2, 0]))
@@ -411,7 +410,7 @@ def test_a_static_net_is_the_gated_one_where_choices_do_not_change(arch):
 def test_in_a_static_net_a_group_counts_by_the_images_that_choose_it():
     net, x = make_gated_net("lenet5")
     gate = net.gates[0]
-    images_of_group = gate.choose_groups(x, net.conv1).bincount(minlength=gate.group_count)
+    images_of_group = gate.choose_groups(x, net.conv1).bincount(minlength=gate.size.group_count)
 
     small = sep.to_static(net, x.split(1))
 
@@ -639,8 +638,9 @@ def test_hidden_linear_layers_with_gates_of_all_kinds_are_tuned():
     widths = (8, 8, 16, 16, 32, 32, 32, 32, 40, 24)
     net = models.build("vgg11", widths, head_size=2, size=64).eval()
     x = torch.randn(6, 3, 64, 64)
-    sizes = [GateSize(0, 2), None, GateSize(8, 3), None, GateSize(1, 2), GateSize(0, 8)]
-    sizes += [None, GateSize(0, 2), GateSize(10, 2), GateSize(0, 3)]
+    sizes = [GateSize(0, 8, 2), None, GateSize(8, 8, 3), None, GateSize(1, 31, 2)]
+    sizes += [GateSize(0, 32, 8), None, GateSize(0, 32, 2), GateSize(10, 30, 2)]
+    sizes += [GateSize(0, 24, 3)]
 
     gated = sep.add_gates(net, sizes, [x]).eval()
     let_groups_differ(gated)

@@ -16,6 +16,7 @@ stream has a seed of its own (`seed_for`), so that a run that was stopped goes o
 numbers.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -602,6 +603,8 @@ def list_image_files(folder: Path):
 
 
 LONG_MODES = ("I", "F")  # of PIL: 16 or 32 bits a channel
+# What a disk or network says, not a decoder of images.
+FILE_ERRORS = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
@@ -612,7 +615,9 @@ def opened_image(path: str):
     try:
         with Image.open(path) as image:
             if image.mode.startswith(LONG_MODES):
-                raise UserError(f"{path} cannot be read as an image of 8 bits a channel")
+                raise UserError(
+                    f"{path} cannot be read as an image of 8 bits a channel; convert or remove it"
+                )
             yield image
     except (UserError, MemoryError):
         raise
@@ -621,7 +626,7 @@ def opened_image(path: str):
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} has too many pixels; make it smaller, or remove it") from error
     except Exception as error:  # as many kinds as there are decoders
-        if isinstance(error, OSError) and error.errno:  # of a disk or network, not of a decoder
+        if isinstance(error, OSError) and error.errno in FILE_ERRORS:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         if os.path.isfile(path) and not os.path.getsize(path):
             raise UserError(f"{path} is empty") from error
@@ -2384,8 +2389,11 @@ class Settings:
     seed: int
 
     def searches_by_regression(self, target: float | None) -> bool:
-        """Whether structures for `target` are found by a RegressionSearch, whose walks need one
-        above 0 to go to; else by the papers' ReinforceSearch."""
+        """Whether a search for `target` is a RegressionSearch; else the papers' ReinforceSearch.
+
+        A walk needs a target above 0 to go to. A pruned row without one is searched by REINFORCE.
+        Later rows then take its cut as their target, so they may be searched by regression.
+        """
         return self.max_candidates is not None and target is not None and target > 0
 
 
@@ -2831,8 +2839,8 @@ class RegressionSearch(Search):
 
     def describe_end(self) -> str:
         return (
-            f"{len(self.candidates)} of at most {self.settings.max_candidates} candidates; the "
-            f"last {self.idle_walks} walks found no new one, and {self.max_idle_walks} end it"
+            f"{len(self.candidates)} of at most {self.settings.max_candidates} candidates, "
+            f"{self.idle_walks} of {self.max_idle_walks} walks in a row without a new structure"
         )
 
 
@@ -3712,8 +3720,7 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
     baseline = trainer.baseline
     reduction_of = trainer.make_reduction_of(method)
     check_reachable(baseline.widths, reduction_of, target)
-    # Not this `target`, which may be another row's cut: `random` searches by the rule of `lstm`.
-    by_regression = trainer.settings.searches_by_regression(trainer.settings.target)
+    by_regression = trainer.settings.searches_by_regression(target)
     search_class = RegressionSearch if by_regression else ReinforceSearch
     return search_class(
         baseline,

@@ -345,7 +345,9 @@ def estimate_search(settings, method: str, finished_methods, images: int) -> flo
         if "lstm" not in finished_methods:
             search = estimate_search(settings, "lstm", finished_methods, images)
         return search + 2 * recovery
-    if settings.searches_by_regression(settings.target):
+    # Without a target, a finished row says the cut.
+    has_cut = settings.target is not None or bool(finished_methods)
+    if settings.max_candidates is not None and has_cut:
         return settings.max_candidates * recovery + estimate_trials(settings, images)
     lstm_epochs = settings.patience + EXPECTED_LSTM_EPOCHS
     return lstm_epochs * settings.candidates_per_lstm_epoch * recovery
@@ -1205,7 +1207,7 @@ def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> P
         return Path(os.devnull)  # digits are drawn, not read: no folder is looked at
     if isinstance(data, str) and data.startswith(OWN_IMAGES):
         folder = Path(data.removeprefix(OWN_IMAGES))
-        with suppress(UserError):  # half of it may be gone
+        with suppress(UserError, OSError):  # half of it may be gone, or it may not be read
             if is_image_folder(folder):
                 return folder
     return Path(os.environ.get("WTP_DATA") or "data")
@@ -1585,9 +1587,10 @@ def split_seed_for(user_net: UserNet | None, seed: int) -> int:
 
 
 def load_images_for_run(experiment: Experiment, options: RunOptions, device, say, user_net=None):
-    """(training images, test images, what they are); `user_net` is the net to start from.
+    """(the net that a run prunes, training images, test images, what they are). The net is
+    `user_net`'s, or one of the experiment that has shapes and no weights.
 
-    Raises UserError where the net of the run cannot take them.
+    Raises UserError where the net cannot take the images.
     """
     import torch
 
@@ -1596,30 +1599,38 @@ def load_images_for_run(experiment: Experiment, options: RunOptions, device, say
             experiment, options.data_dir, experiment.size, say
         )
         with torch.device("meta"):
-            build_net(experiment, size=train.size)  # refuses images that are too small
-        return train, test, description
+            net = build_net(experiment, size=train.size)  # refuses images that are too small
+        return net, train, test, description
     train, test, description = load_images_and_choose_reading(
         user_net, experiment, options.data_dir, device, say
     )
     say_where_size_is_unused(user_net.photograph_size, train, say)
     if user_net.facts.get("data") not in (None, description):
         say(f"the net was trained on {user_net.facts['data']}, and is pruned on {description}")
-    return train, test, description
+    return user_net.net, train, test, description
 
 
 def open_run(
-    folder: Path, name: str, experiment: Experiment, options: RunOptions, reporter, user_net=None
+    folder: Path,
+    name: str,
+    experiment: Experiment,
+    options: RunOptions,
+    reporter,
+    user_net=None,
+    methods=(),
 ):
-    """The controller.Run of a folder, with its data loaded; `user_net` is the net to start from.
+    """The controller.Run of a folder, with its data loaded; `user_net` is the net to start from,
+    `methods` are those of the rows that will be made.
 
-    Raises UserError.
+    Raises UserError, before the folder is touched where a method cannot reach the target.
     """
     from controller import Run, make_data_split
 
     device = select_device(options.device)
-    train, test, description = load_images_for_run(
+    net, train, test, description = load_images_for_run(
         experiment, options, device, reporter.say, user_net
     )
+    check_target(net, methods, experiment.target, options.round_to)
     schedule = SCHEDULES[options.schedule]
     split_seed = split_seed_for(user_net, options.seed)
     data = make_data_split(train, test, split_seed, max_images=schedule.max_images)
@@ -1923,12 +1934,13 @@ def run_experiment(
     if methods == ["uniform"] and experiment.target is None:
         check_has_row(folder, options)
     reporter = ScreenReporter()
-    run = open_run(folder, name, experiment, options, reporter, user_net)
-    baseline = build_untrained(experiment, run) if user_net is None else user_net.net
-    check_target(baseline, methods, experiment.target, options.round_to)
+    run = open_run(folder, name, experiment, options, reporter, user_net, methods)
     announce(run, reporter, list_rows_to_make(methods))
     with resumable(reporter):
-        run.make_baseline(baseline, is_trained=user_net is not None)
+        if user_net is not None:
+            run.make_baseline(user_net.net, is_trained=True)
+        else:
+            run.make_baseline(build_untrained(experiment, run))
         warn_of_guessing(run, reporter)
         for method in methods:
             run.make_row(method, run.goal_for(method))
@@ -2238,11 +2250,11 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     if not is_done:
         check_checkpoint_output(output, folder, may_replace=options.force, source=user_net.path)
     reporter = ScreenReporter()
-    run = open_run(folder, f"prune {user_net.path.name}", experiment, options, reporter, user_net)
+    name = f"prune {user_net.path.name}"
+    run = open_run(folder, name, experiment, options, reporter, user_net, [row])
     if is_done:
         show_delivered(run, output)
         return
-    check_target(user_net.net, [row], target, options.round_to)
     if target is None and options.schedule == "published":
         reporter.say(
             "without --target the papers' schedule runs, as far as its reward rises; with one, as "

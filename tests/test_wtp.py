@@ -180,12 +180,11 @@ def test_what_a_run_may_take_is_counted():
     )
     assert alone > after_lstm
     assert after_lstm == 2 + 1 / 0.9 + 7
-    # `sep` searches for itself what `lstm` would have found, by the papers' rules: about 10 LSTM
-    # epochs and a patience of 2, with two candidates each.
+    # `sep` searches for itself what `lstm` would have found, at the cut of the other row.
     after_uniform = wtp.estimate_epochs(
         digits, ["sep"], 2700, trains_baseline=False, finished_methods=["uniform"]
     )
-    assert after_uniform == after_lstm + 12 * 2
+    assert after_uniform == after_lstm + 4 + 4 * 1
 
 
 # ---- the house

@@ -267,7 +267,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ResNetArchitecture:
-    """A residual net: a first convolution, stages of blocks, a linear layer."""
+    """A residual net: a first convolution, stages of blocks, one linear layer or more."""
 
     name: str
     classes: int
@@ -284,6 +284,7 @@ class ResNetArchitecture:
     stem_pooling_kernel: int = 3  # of 3 x 3 places (ImageNet's nets), or of 2 x 2
     is_preactivated: bool = False  # batch norms and relus stand before the convolutions
     has_last_norm: bool = False  # after the blocks, of pre-activated nets
+    hidden_widths: tuple[int, ...] = ()  # of linear layers before the last one; they stay whole
     strided_convolution: int = 0  # which of a block's convolutions has its stride
     activation: str = "relu"  # one of ACTIVATIONS
     # Option A: how places and channels are brought into shape.
@@ -318,6 +319,8 @@ class ResNetArchitecture:
         if self.is_preactivated:
             activated = sum(block.is_shortcut_activated for stage in self.stages for block in stage)
             words.append(f"{activated} shortcuts after a norm")
+        if self.hidden_widths:
+            words.append(f"{len(self.hidden_widths) + 1} linear layers")
         return ", ".join([*words, self.activation])
 
     def split_zeros(self, count: int) -> tuple[int, int]:
@@ -705,7 +708,7 @@ class ResNet(Net):
         outputs = architecture.stages[-1][-1].outputs
         if architecture.has_last_norm:
             self.bn = nn.BatchNorm2d(outputs)
-        self.linear = nn.Linear(outputs, self.classes)
+        self.add_linear_layers(outputs)
         # In a pre-activated block the norm after conv1 is bn2, the next convolution's.
         shift = 1 if architecture.is_preactivated else 0
         self.prunable = [
@@ -745,6 +748,13 @@ class ResNet(Net):
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         return names
 
+    def add_linear_layers(self, inputs: int) -> None:
+        """hidden1, hidden2, ..., then `linear`, the last one."""
+        for number, width in enumerate(self.architecture.hidden_widths, 1):
+            self.add_module(f"hidden{number}", nn.Linear(inputs, width))
+            inputs = width
+        self.linear = nn.Linear(inputs, self.classes)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, classes)."""
         x = self.conv1(x)
@@ -765,7 +775,10 @@ class ResNet(Net):
             index += len(self.architecture.kernels) - 1
         if self.architecture.has_last_norm:
             x = self.activate(self.bn(x))
-        return self.linear(x.mean((2, 3)))
+        x = x.mean((2, 3))
+        for number in range(1, len(self.architecture.hidden_widths) + 1):
+            x = self.activate(getattr(self, f"hidden{number}")(x))
+        return self.linear(x)
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return activate(x, self.architecture.activation)
@@ -1294,7 +1307,8 @@ def suggest_file(path: Path) -> str:
 PICKLE_START = b"\x80"
 
 
-# And of zip files, as torch.save writes them; their table of contents stands at their end.
+# The first bytes of a zip file, as torch.save writes them. (One that was cut has lost its table of
+# contents, which stands at the end.)
 ZIP_START = b"PK\x03\x04"
 
 
@@ -1364,7 +1378,7 @@ def explain_unreadable_file(path: Path, error: Exception) -> str:
         return (
             f"{path} is not a file of weights alone (reading it could run code); if you trust it "
             f"and it holds a module, run where its code is: net = torch.load('{path}', "
-            f"weights_only=False); {saves}"
+            f"weights_only=False); {saves}; if it holds a dict, save the state dict in it alone"
         )
     damage = ""
     if path.stat().st_size == 0:
@@ -1393,6 +1407,11 @@ def read_safetensors(path: Path) -> dict:
     return restore_order(tensors) | others
 
 
+def parent_of(name: str) -> str:
+    """What a tensor or module is in: features.0 of features.0.weight; "" of a name without dots."""
+    return name.rpartition(".")[0]
+
+
 def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors that a file lists by the alphabet in an order as modules have it, as far as names and
     shapes tell.
@@ -1402,20 +1421,24 @@ def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     convolutions = [key for key, value in tensors.items() if value.dim() == 4]
     first_module = None
-    linear_layers = set()
+    linear_layers, heads = set(), set()
     if convolutions:
         first_module = find_first_module(convolutions, tensors)
         linear_layers = {
-            key.rpartition(".")[0]
+            parent_of(key)
             for key, value in tensors.items()
             if key.endswith("weight") and value.dim() == 2
         }
+        # A batch norm in a sequence with linear layers and no convolutions is of that sequence.
+        heads = {parent_of(name) for name in linear_layers if "." in name}
+        heads -= {parent_of(parent_of(key)) for key in convolutions}
 
     def order(key):
         is_first = first_module is not None and f"{key}.".startswith(first_module)
+        module = parent_of(key)
         return (
             "." in key,  # tensors of the net itself, in no module, come before all modules
-            key.rpartition(".")[0] in linear_layers,
+            module in linear_layers or parent_of(module) in heads,
             not is_first,
             place_by_numbers(key, tensors),
         )
@@ -1517,6 +1540,8 @@ def read_architecture(values: dict):
     if "stages" in values:
         stages = tuple(tuple(Block(**block) for block in stage) for stage in values["stages"])
         changes = {"stages": stages, "kernels": tuple(values["kernels"])}
+        if "hidden_widths" in values:  # older files do not have it
+            changes["hidden_widths"] = tuple(values["hidden_widths"])
         return ResNetArchitecture(**(values | changes))
     convolutions = tuple(Convolution(**convolution) for convolution in values["convolutions"])
     changes = {"convolutions": convolutions, "hidden_norms": tuple(values["hidden_norms"])}
@@ -1589,7 +1614,9 @@ KNOWN_NETS = (
 # Parts of the names of averaged copies of a net.
 AVERAGE_WORDS = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|shadow)($|[._\d-])")
 # Parts of names under which a training keeps tensors that are no net's.
-OPTIMIZER_WORDS = re.compile(r"optim|scheduler|scaler|momentum")
+OPTIMIZER_WORDS = re.compile(
+    r"optimi[sz]er|(^|[._-])optim($|[._\d-])|scheduler|(^|[._-])scaler|momentum"
+)
 # Parts of names that wrappers add.
 WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 # Parts of the names of a block's shortcut.
@@ -1745,25 +1772,27 @@ def read_first_net(
 ) -> tuple[list[Reading], list[str]]:
     """(readings, notes) of the first state dict in a file that is a known net; with an `example`
     the one reading that computes it. Raises UserError."""
-    first_error = None
+    errors = []  # (number of tensors, what is wrong with them)
     for state, notes in find_state_dicts(content, path):
         try:
             if example is not None:
                 return [find_reading_by_example(state, example)], notes
             return read_state(state), notes
         except READING_ERRORS as error:
-            first_error = first_error or error
+            errors.append((len(state), error))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-    reason = str(first_error)
-    if not isinstance(first_error, UnreadableError):
-        reason = f"its tensors are of no net that this tool knows ({first_error!r})"
-    if isinstance(first_error, UnusualError) and example is None:
+    # What has the most tensors is most likely the net; of equals the first one.
+    _, main_error = max(errors, key=lambda item: item[0])
+    reason = str(main_error)
+    if not isinstance(main_error, UnreadableError):
+        reason = f"its tensors are of no net that this tool knows ({main_error!r})"
+    if isinstance(main_error, UnusualError) and example is None:
         reason += (
             "; some such nets are taken where the file holds inputs and outputs, too "
             "(docs/your-net.md)"
         )
-    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from first_error
+    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from main_error
 
 
 # ---- checkpoints: an example of what a foreign net computes
@@ -1787,8 +1816,8 @@ ROUNDING_DIFFERENCE = 1e-4
 class Example:
     """Some inputs of a foreign net and what it puts out for them: this tells what weights do not.
 
-    The outputs may be logits, the logarithms of probabilities, or probabilities. Of the last the
-    logarithms are kept.
+    The outputs may be logits, the logarithms of probabilities, or probabilities, which are kept as
+    their logarithms.
     """
 
     inputs: torch.Tensor  # (N, C, H, H), float32
@@ -1928,7 +1957,7 @@ def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, lis
     UserError where they are none."""
     if len(values) == 1:
         (key,) = values
-        missing = NORMALISATION_KEYS[1 - NORMALISATION_KEYS.index(key)]
+        (missing,) = set(NORMALISATION_KEYS) - {key}
         raise UserError(f"{path}: it has a {key} but no {missing}; {ADVICE_ON_NORMALISATION}")
     normalisation = {}
     for key, value in values.items():
@@ -2088,6 +2117,16 @@ def list_notes(name: str, found: dict[str, dict], path: Path) -> list[str]:
             keys = "".join(f"[{key!r}]" for key in others[0].split("."))
             note += f"; for another: torch.save(torch.load(FILE){keys}, 'other.pt')"
         notes.append(note)
+    vectors = [
+        f"{key} ({value.numel()} numbers)"
+        for key, value in found[name].items()
+        if "." not in key and value.is_floating_point() and value.dim() == 1 and len(value) > 1
+    ]
+    if vectors and len(vectors) < len(found[name]):
+        notes.append(
+            f"{path}: {', '.join(vectors)} are of no layer and not used; if the net computes with "
+            "them, it is read wrongly"
+        )
     kinds = {str(value.dtype).removeprefix("torch.") for value in found[name].values()}
     halves = sorted(kinds & {"float16", "bfloat16"})
     if halves:
@@ -2108,6 +2147,8 @@ def convert_tensors(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, t
 
 def list_state_dicts(content, name: str = "") -> Iterator[tuple[str, dict]]:
     """Yield (where it is, tensors by name) for every state dict in `content`, however deep."""
+    if isinstance(content, list | tuple):
+        content = {str(index): value for index, value in enumerate(content)}
     if not isinstance(content, dict):
         return
     tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
@@ -2415,8 +2456,11 @@ def find_chain(modules: list[FoundModule], places: NormPlaces) -> FoundChain:
     linear_layers = [module for module in modules if module.is_linear]
     check_chain(modules, convolutions, linear_layers)
     norm_of = match_norms(modules)
-    if linear_layers[-1].name in norm_of:
-        raise UnreadableError(f"a batch norm follows its last layer, {linear_layers[-1].name}")
+    last_norm = norm_of.pop(linear_layers[-1].name, None)
+    if last_norm is not None:
+        if is_after_activation(last_norm, linear_layers[-1]):
+            raise UnreadableError(f"{last_norm.name} stands after an activation of the last layer")
+        fold_norm_behind(linear_layers[-1], last_norm)
     check_norm_places(convolutions, norm_of, places.of_convolutions)
     fold_late_norms(linear_layers, norm_of, folds_all=places.is_late_in_linear_layers)
     channels, head_size = find_inputs(convolutions, linear_layers)
@@ -2576,17 +2620,32 @@ def fold_late_norms(linear_layers, norm_of: dict[str, FoundModule], *, folds_all
         raise UnreadableError("no norm stands behind a linear layer, or numbers tell where")
 
 
-def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
-    """Let a linear layer read what the norm before it reads. Changes the layer in place."""
+def scale_and_shift_of(norm: FoundModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift), each (C,): the norm computes scale * x + shift."""
     tensors = {}
     put_norm(tensors, "norm", norm)
     variance = tensors["norm.running_var"] + nn.BatchNorm1d(1).eps
     scale = tensors["norm.weight"] * variance.rsqrt()
-    shift = tensors["norm.bias"] - scale * tensors["norm.running_mean"]
+    return scale, tensors["norm.bias"] - scale * tensors["norm.running_mean"]
+
+
+def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
+    """Let a linear layer read what the norm before it reads. Gives the layer new tensors."""
+    scale, shift = scale_and_shift_of(norm)
     bias = torch.zeros(linear.outputs) if linear.bias is None else linear.bias
     linear.tensors = linear.tensors | {
         "weight": linear.weight * scale,
         "bias": bias + linear.weight @ shift,
+    }
+
+
+def fold_norm_behind(linear: FoundModule, norm: FoundModule) -> None:
+    """Let a linear layer do what the norm right behind it does. Gives the layer new tensors."""
+    scale, shift = scale_and_shift_of(norm)
+    bias = torch.zeros(linear.outputs) if linear.bias is None else linear.bias
+    linear.tensors = linear.tensors | {
+        "weight": linear.weight * scale[:, None],
+        "bias": bias * scale + shift,
     }
 
 
@@ -2596,7 +2655,8 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
     the first layer without a norm that has its width. After more layers than norms, numbers in the
     names count: conv1, conv2, bn1.
 
-    Raises UnreadableError where a norm is left over.
+    A norm that stands right before a linear layer in a sequence, and has its inputs, is folded into
+    it, if no layer before it can have it. Raises UnreadableError where a norm is left over.
     """
     norm_of = {}
     loose = []
@@ -2615,13 +2675,41 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
         for layer, norm in pairs:
             norm_of[layer.name] = norm
     for norm in loose:
-        for layer in modules:
-            if not layer.is_norm and layer.name not in norm_of and layer.outputs == norm.outputs:
-                norm_of[layer.name] = norm
-                break
-        else:
+        reader = find_linear_layer_behind(norm, modules)
+        if reader is not None:
+            fold_norm_into(reader, norm)
+            continue
+        layer = next(
+            (
+                layer
+                for layer in modules
+                if not layer.is_norm
+                and layer.name not in norm_of
+                and layer.outputs == norm.outputs
+                and not stands_behind(layer, norm)
+            ),
+            None,
+        )
+        if layer is None:
             raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
+        norm_of[layer.name] = norm
     return norm_of
+
+
+def stands_behind(layer: FoundModule, norm: FoundModule) -> bool:
+    """Whether numbers in the names say that a layer comes after a norm."""
+    return are_in_one_sequence(layer, norm) and sequence_number(layer) > sequence_number(norm)
+
+
+def find_linear_layer_behind(norm: FoundModule, modules: list[FoundModule]) -> FoundModule | None:
+    """The linear layer right behind a norm in a sequence, if it reads as many numbers."""
+    linear_layers = [layer for layer in modules if layer.is_linear]
+    for layer in linear_layers:
+        if layer.inputs != norm.outputs or not are_in_one_sequence(layer, norm):
+            continue
+        if sequence_number(layer) - sequence_number(norm) == 1:
+            return layer
+    return None
 
 
 def pair_by_number(
@@ -2703,6 +2791,7 @@ def list_chains(found: FoundChain) -> list[ChainArchitecture]:
     sizes = GRAY_SIZES if found.channels == 1 else COLOUR_SIZES
     architectures = list_fitting_chains(found, BEFORE_ACTIVATION, shapes, sizes)
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
+    architectures = [fit_size_to_head(architecture, sizes) for architecture in architectures]
     with_relu = [name_as_lenet5(architecture) for architecture in architectures]
     if is_vgg:
         return with_relu  # all VGGs have it
@@ -2773,6 +2862,19 @@ def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None
         if architecture.fits_size(size):
             return replace(architecture, size=size)
     return None
+
+
+def fit_size_to_head(architecture: ChainArchitecture, sizes) -> ChainArchitecture:
+    """The architecture for the likeliest of these sizes of images, if it averages its last map.
+
+    Then that may have any size. But where the head reads several places, as 7 x 7 in torchvision's
+    VGGs, the likeliest size is the one that leaves just these: 224 pixels.
+    """
+    if architecture.is_averaged and architecture.head_size > 1:
+        for size in sizes:
+            if architecture.map_size(size) == architecture.head_size:
+                return replace(architecture, size=size)
+    return architecture
 
 
 def list_paddings(convolutions) -> list[tuple[int, ...]]:
@@ -3152,8 +3254,8 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     others = [module for module in modules if module.name not in in_blocks]
     stem = next(module for module in others if module.is_convolution)
     linear_layers = [module for module in others if module.is_linear]
-    if len(linear_layers) != 1:
-        raise UnreadableError(f"a residual net with {len(linear_layers)} linear layers, not one")
+    if not linear_layers:
+        raise UnreadableError("a residual net without a linear layer at its end")
     blocks = []
     inputs = stem.outputs
     for group in groups:
@@ -3164,6 +3266,12 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
             f"{linear_layers[0].name} reads {linear_layers[0].inputs} numbers and the blocks put "
             f"out {inputs} channels"
         )
+    for before, after in pairwise(linear_layers):
+        if after.inputs != before.outputs:
+            raise UnreadableError(
+                f"{after.name} reads {after.inputs} numbers and {before.name}, before it, puts out "
+                f"{before.outputs}"
+            )
     kernels = {tuple(module.kernel for module in block.convolutions) for block in blocks}
     if len(kernels) != 1:
         kinds = " and of ".join(" x ".join(map(str, kind)) for kind in sorted(kernels))
@@ -3174,7 +3282,7 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     for is_preactivated in list_norm_orders(modules, groups, blocks):
         try:
             readings += read_with_norm_order(
-                stem, norms, blocks, names, linear_layers[0], is_preactivated=is_preactivated
+                stem, norms, blocks, names, linear_layers, is_preactivated=is_preactivated
             )
         except UnreadableError as error:
             errors.append(error)
@@ -3188,34 +3296,36 @@ def read_with_norm_order(
     norms: list[FoundModule],
     blocks: list[FoundBlock],
     names: list[tuple[str, ...]],
-    linear,
+    linear_layers: list[FoundModule],
     *,
     is_preactivated: bool,
 ) -> list[Reading]:
     """The readings in which norms stand before the convolutions, or after them."""
     stem_norm, last_norm = place_outer_norms(norms, stem, is_preactivated, blocks[-1].outputs)
+    if stem_norm is None and stem.bias is not None and not is_preactivated:
+        stem_norm = make_identity_norm(stem.outputs)  # it takes the bias in
     widths = [width for block in blocks for width in block.inner_widths]
-    # What stands behind the blocks: (a norm before the average over the map, the linear layer).
-    ends = [(last_norm, linear)]
+    # What stands behind the blocks: (a norm before the average over the map, the linear layers).
+    ends = [(last_norm, linear_layers)]
     if last_norm is not None and not is_preactivated:
-        # Likelier the norm stands between the average and the linear layer.
-        linear_with_norm = replace(linear)
-        fold_norm_into(linear_with_norm, last_norm)
-        ends.insert(0, (None, linear_with_norm))
+        # Likelier the norm stands between the average and the first linear layer.
+        layer_with_norm = replace(linear_layers[0])
+        fold_norm_into(layer_with_norm, last_norm)
+        ends.insert(0, (None, [layer_with_norm, *linear_layers[1:]]))
     readings = []
-    for norm_before_average, last_layer in ends:
+    for norm_before_average, layers in ends:
         architectures = list_residual_architectures(
             stem,
             blocks,
             names,
-            classes=last_layer.outputs,
+            linear_widths=[layer.outputs for layer in layers],
             is_preactivated=is_preactivated,
             has_stem_norm=stem_norm is not None,
             has_last_norm=norm_before_average is not None,
         )
         for architecture in architectures:
             state = translate_residual_state(
-                architecture, stem, stem_norm, blocks, norm_before_average, last_layer
+                architecture, stem, stem_norm, blocks, norm_before_average, layers
             )
             readings.append(Reading(architecture, widths, state))
     return readings
@@ -3257,6 +3367,11 @@ def place_outer_norms(norms, stem, is_preactivated: bool, outputs: int):
         stem_norm, last_norm = (norms or [None])[0], None
     if stem_norm is not None and stem_norm.outputs != stem.outputs:
         raise UnreadableError(f"{stem_norm.name} has another width than {stem.name}")
+    if last_norm is not None and last_norm.outputs != outputs:
+        raise UnreadableError(
+            f"{last_norm.name}, a batch norm behind the blocks, has {last_norm.outputs} channels "
+            f"and not the blocks' {outputs}"
+        )
     return stem_norm, last_norm
 
 
@@ -3265,7 +3380,7 @@ def list_residual_architectures(
     blocks: list[FoundBlock],
     names: list[tuple[str, ...]],
     *,
-    classes: int,
+    linear_widths: list[int],
     is_preactivated: bool,
     has_stem_norm: bool,
     has_last_norm: bool,
@@ -3291,7 +3406,7 @@ def list_residual_architectures(
         for stages in list_stages(blocks, names, first_stride, is_preactivated=is_preactivated):
             yield ResNetArchitecture(
                 name_residual_net(blocks, kernels, is_preactivated),
-                classes,
+                linear_widths[-1],
                 stem.inputs,
                 224 if stem.kernel >= STRIDED_KERNEL else 32,
                 stem_width=stem.outputs,
@@ -3304,6 +3419,7 @@ def list_residual_architectures(
                 stem_pooling_kernel=beginning.pooling_kernel or 3,
                 is_preactivated=is_preactivated,
                 has_last_norm=has_last_norm,
+                hidden_widths=tuple(linear_widths[:-1]),
                 strided_convolution=strided_convolution,
                 is_shortcut_averaged=is_shortcut_averaged,
                 has_zeros_behind=has_zeros_behind,
@@ -3419,7 +3535,7 @@ def name_residual_net(blocks, kernels, is_preactivated: bool) -> str:
 
 
 def translate_residual_state(
-    architecture: ResNetArchitecture, stem, stem_norm, blocks, last_norm, linear
+    architecture: ResNetArchitecture, stem, stem_norm, blocks, last_norm, linear_layers
 ) -> dict[str, torch.Tensor]:
     """The tensors under our names, without the biases of convolutions.
 
@@ -3431,25 +3547,27 @@ def translate_residual_state(
     state = {}
     put_layer(state, "conv1", stem, "bn1", stem_norm)
     missing_bias = state.pop("conv1.bias", torch.zeros(stem.outputs))
-    if missing_bias.any() and not architecture.is_preactivated:
-        raise UnreadableError(f"its first convolution, {stem.name}, has a bias and no batch norm")
-    places = [
-        (f"layer{number}.{i}", block)
+    block_names = [
+        f"layer{number}.{i}"
         for number, stage in enumerate(architecture.stages, 1)
-        for i, block in enumerate(stage)
+        for i in range(len(stage))
     ]
-    for (name, spec), block in zip(places, blocks):
+    for name, block, found_block in zip(block_names, chain(*architecture.stages), blocks):
         if architecture.is_preactivated:
-            put_preactivated_block(state, name, block, missing_bias)
-            missing_bias = next_missing_bias(architecture, spec, block, missing_bias)
+            put_preactivated_block(state, name, found_block, missing_bias)
+            missing_bias = next_missing_bias(architecture, block, found_block, missing_bias)
         else:
-            put_block(state, name, block)
+            put_block(state, name, found_block)
     if last_norm is not None:
         bias = missing_bias if architecture.is_preactivated else None
         put_norm(state, "bn", last_norm, bias)
-    put_layer(state, "linear", linear, None, None)
+    hidden_names = [f"hidden{number}" for number in range(1, len(linear_layers))]
+    names = [*hidden_names, "linear"]
+    for name, layer in zip(names, linear_layers):
+        put_layer(state, name, layer, None, None)
     if last_norm is None and architecture.is_preactivated:
-        state["linear.bias"] = state["linear.bias"] + linear.weight @ missing_bias
+        bias = f"{names[0]}.bias"
+        state[bias] = state[bias] + linear_layers[0].weight @ missing_bias
     return state
 
 
@@ -3482,19 +3600,23 @@ def put_preactivated_block(state: dict, name: str, block: FoundBlock, missing_bi
 
 
 def next_missing_bias(
-    architecture: ResNetArchitecture, spec: Block, block: FoundBlock, missing_bias: torch.Tensor
+    architecture: ResNetArchitecture,
+    block: Block,
+    found_block: FoundBlock,
+    missing_bias: torch.Tensor,
 ) -> torch.Tensor:
     """The `missing_bias` (C',) of what a pre-activated block puts out."""
-    if spec.is_shortcut_activated:
+    if block.is_shortcut_activated:
         missing_bias = torch.zeros_like(missing_bias)  # the norm has taken it in already
-    if block.shortcut is not None:
-        missing_bias = block.shortcut.weight.flatten(1) @ missing_bias
-        if block.shortcut.bias is not None:
-            missing_bias = missing_bias + block.shortcut.bias
+    shortcut = found_block.shortcut
+    if shortcut is not None:
+        missing_bias = shortcut.weight.flatten(1) @ missing_bias
+        if shortcut.bias is not None:
+            missing_bias = missing_bias + shortcut.bias
     else:
-        zeros = architecture.split_zeros(block.outputs - block.inputs)
+        zeros = architecture.split_zeros(found_block.outputs - found_block.inputs)
         missing_bias = F.pad(missing_bias, zeros)
-    bias = block.convolutions[-1].bias
+    bias = found_block.convolutions[-1].bias
     return missing_bias if bias is None else missing_bias + bias
 
 

@@ -1004,8 +1004,8 @@ PhotographSize = Annotated[
         "--size",
         min=1,
         help="pixels of a side that photographs are brought to, where a state dict from elsewhere "
-        "does not say it; default: 224 for a ResNet as torchvision's, else the first usual size "
-        "that its weights fit, as 28 or 32",
+        "does not say it; default: 224 for a ResNet or VGG as torchvision's, else the first usual "
+        "size that its weights fit, as 28 or 32",
         show_default=False,
     ),
 ]

@@ -358,6 +358,8 @@ WRAPPERS = {
     "model, float64": lambda state: {"model": to_double(state)},
     "prefixes of all layers": lambda state: prefix_keys(state, "backbone.net."),
     "any name, nested": lambda state: {"epoch": 3, "weights": {"network": state}},
+    "the best one": lambda state: {"optimal_state_dict": state, "optimizer": {"a": torch.ones(2)}},
+    "a tuple": lambda state: (state, 0.93),
     "losses and counters": lambda state: {
         "criterion.weight": torch.ones(10),
         **state,
@@ -427,9 +429,11 @@ def test_torchvisions_vgg_is_recognised_with_its_head(tmp_path, has_bias, dropou
 @pytest.mark.parametrize("dropout_first", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_torchvisions_vgg_is_pruned_and_saved_with_its_head(tmp_path, has_bias, dropout_first):
-    torchvision_net, x, _ = make_torchvision_vgg(has_bias, dropout_first)
+    torchvision_net, _, _ = make_torchvision_vgg(has_bias, dropout_first)
     torch.save(torchvision_net.state_dict(), tmp_path / "a.pth")
     net = sep.load(tmp_path / "a.pth")[0].eval()
+    assert net.size == 64  # of which its poolings leave the 2 x 2 places that its head reads
+    x = torch.randn(3, 3, net.size, net.size)
     structure = tuple(width // 2 for width in net.widths)
 
     small = prune_channels(net, structure).eval()
@@ -472,7 +476,13 @@ def without(part):
     [
         (without("layer2.0.conv2"), r"batch norm layer2\.0\.bn2 follows no layer of its width"),
         (without("layer2.0.bn2"), "has 2 convolutions and 1 batch norms"),
-        (without("linear"), "0 linear layers, not one"),
+        (without("linear"), "a residual net without a linear layer at its end"),
+        (
+            lambda state: (
+                state | {"linear2.weight": torch.ones(10, 9), "linear2.bias": torch.ones(10)}
+            ),
+            "linear2 reads 9 numbers and linear, before it, puts out 10",
+        ),
         (without("layer1.0.bn1.running_var"), "of no net that this tool knows .*running_var"),
         (
             lambda state: state | {"linear.weight": torch.ones(10, 63)},
@@ -680,6 +690,42 @@ def test_what_was_taken_from_a_file_is_noted(tmp_path):
     ]
     notes = models.read_checkpoint(tmp_path / "b.pt")["notes"]
     assert notes == ["its weights are in float16; they are computed in float32"]
+    torch.save({"scale": torch.ones(16)} | state, tmp_path / "c.pt")
+    notes = models.read_checkpoint(tmp_path / "c.pt")["notes"]
+    assert notes == [
+        f"{tmp_path}/c.pt: scale (16 numbers) are of no layer and not used; if the net computes "
+        "with them, it is read wrongly"
+    ]
+
+
+def test_of_several_dicts_the_largest_says_why_none_is_read(tmp_path):
+    state = {"conv1.weight": torch.ones(8, 3, 3, 3), "conv2.weight": torch.ones(8, 1, 3, 3)}
+    content = {"confusion": {"matrix": torch.ones(10, 10)}, "state_dict": state}
+    torch.save(content, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match="conv2"):
+        sep.load(tmp_path / "a.pt")
+
+
+def test_a_residual_net_with_a_hidden_linear_layer_is_pruned_saved_and_tuned(tmp_path):
+    net = make_net_of_zoo("ResNet, two linear layers")
+    x = torch.randn(2, 3, 32, 32)
+    assert net.architecture.hidden_widths == (24,)
+
+    small = prune_channels(net, smaller_structure(net)).eval()
+    models.save_checkpoint(tmp_path / "a.pt", small, {})
+    loaded_net = sep.load(tmp_path / "a.pt")[0].eval()
+
+    with torch.no_grad():
+        assert torch.equal(loaded_net(x), small(x))
+        assert largest(sep.tune(small)(x[:1]) - small(x[:1])) < 1e-4 * largest(small(x))
+        assert count_flops(small, x[:1]) == 2 * count_macs(small)
+    models.export_net(small, tmp_path / "a.pt2", (0.0,) * 3, (1.0,) * 3, 32)
+
+
+def make_net_of_zoo(name):
+    """The likeliest reading of a net of the zoo."""
+    return read_case(name)[3][0].build().eval()
 
 
 def test_weights_in_half_precision_compute_what_they_do_in_float32(tmp_path):

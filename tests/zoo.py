@@ -178,6 +178,11 @@ def normed_hidden(inputs, classes):
     return sequence(nn.Linear(inputs, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, classes))
 
 
+def norms_around(inputs, classes):
+    return sequence(nn.BatchNorm1d(inputs), nn.Linear(inputs, 24), nn.ReLU(),
+                    nn.Linear(24, classes), nn.BatchNorm1d(classes))  # fmt: skip
+
+
 def make_staged_vgg():
     """A module for each stage: block1.conv1, block1.bn1, block1.conv2, ..."""
 
@@ -313,6 +318,19 @@ def make_resnet_with_last_norm():
     """A batch norm reads the averages that the linear layer reads ("BNNeck")."""
     net = make_resnet(shortcut="downsample")
     net.fc = sequence(nn.BatchNorm1d(16), nn.Linear(16, 10, bias=False))
+    return net
+
+
+def make_resnet_with_hidden_layer():
+    """The head that a net often gets for other classes: two linear layers."""
+    net = make_resnet(shortcut="downsample")
+    net.fc = sequence(nn.Linear(16, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 10))
+    return net
+
+
+def make_resnet_without_first_norm():
+    net = make_resnet(shortcut="downsample", stem_norm=False)
+    net.conv1 = sequence(conv(3, 8, bias=True), nn.ReLU())
     return net
 
 
@@ -748,6 +766,14 @@ CASES = {
         "Eric-mingjie/rethinking-network-pruning",
         partial(make_vgg, (*VGG16[:-1], "M"), features="feature", head=normed_hidden),
     ),
+    "VGG-16, batch norms at both ends of its head": Case(
+        "written for this test", partial(make_vgg, head=norms_around)
+    ),
+    "VGG-16, batch norm in its head alone": Case(
+        "written for this test",
+        partial(make_vgg, has_norm=False, bias=True, head=normed_hidden),
+        gain=GAIN_WITHOUT_NORMS,
+    ),
     "VGG-16 without batch norms": Case(
         "chengyangfu/pytorch-vgg-cifar10",
         partial(make_vgg, has_norm=False, bias=True, head=two_hidden),
@@ -783,6 +809,10 @@ CASES = {
     ),
     "ResNet, a norm before its last layer": Case(
         "michuanhaohao/reid-strong-baseline", make_resnet_with_last_norm
+    ),
+    "ResNet, two linear layers": Case("written for this test", make_resnet_with_hidden_layer),
+    "ResNet, no norm after its first convolution": Case(
+        "written for this test", make_resnet_without_first_norm
     ),
     "ResNet-D": Case("huggingface/pytorch-image-models", make_resnet_d),
     "ResNet, strided at first": Case(

@@ -1445,39 +1445,11 @@ ATTEMPT_ROUNDS = (
 # MAX_SHORTLIST of them with all.
 MAX_ATTEMPTS = 2000
 MAX_SHORTLIST = 25
-# ours: in place of MAX_ATTEMPTS where all readings are tried with rare activations
-# (models.RARE_ACTIVATIONS).
-MAX_RARE_ATTEMPTS = 100
 # ours: so many readings, the best ones of the first round, are tried with rare activations, too.
 READINGS_WITH_RARE_ACTIVATIONS = 3
 # ours: where the best accuracy is below this, rare activations are tried with all readings. Below
 # it the loss says little, and decides nothing.
 POOR_ACCURACY = 0.5
-# ours: a rare activation has to get so many more images right than a usual one, unless batch norms
-# speak for it. A net that is hardly trained may do a little better with an activation that it was
-# not trained with.
-MIN_HANDICAP = 0.05
-# ours: smaller losses, summed over the images, count as equal. A net that is sure of all images has
-# hardly a loss by several readings, and then the most usual one is taken.
-LEAST_LOSS = 0.1
-# ours: the last round has at least so many images, where there are so many; fewer leave much to
-# chance.
-MIN_TRIED_IMAGES = 400
-# ours: what batch norms read is measured on so many images, or on a quarter of those that are
-# tried: their maps have many places, so few images do.
-NORM_IMAGES = 128
-# ours: where fewer images than this are tried, it is not measured.
-FEWEST_IMAGES_FOR_NORMS = 80
-# ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
-# In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
-MATCHING_NORMS = 0.05
-# ours: of matching ones, those count as equal whose mismatch is at most so many times the smallest.
-# A relu net had 1.3 times as much as by a leaky relu, by chance. The public ResNet-56 has 0.0004,
-# and by wrong normalisations or shortcuts four times as much or more.
-EQUAL_MISMATCHES = 1.5
-# ours: above this mismatch the user is warned. Wrong readings had 0.01 to 3.5, half of them more
-# than this.
-STRANGE_NORMS = 0.15
 
 
 @dataclass(frozen=True, eq=False)
@@ -1495,34 +1467,40 @@ class KnownNet:
         return self.net
 
 
+# ours: a rare activation has to get so many more images right than a usual one, unless batch norms
+# speak for it. A net that is hardly trained may do a little better with an activation that it was
+# not trained with.
+MIN_HANDICAP = 0.05
+
+
 @dataclass(frozen=True, eq=False)
 class Attempt:
     """One way to use foreign weights: a reading and a normalisation."""
 
     reading: models.Reading | KnownNet
     normalisation: Normalisation
-    place: int  # in the order of all attempts, the most usual first
+    rank: int  # in the order of all attempts, the most usual first
 
     @property
     def is_rare(self) -> bool:
         return self.reading.architecture.activation in models.RARE_ACTIVATIONS
 
-    def handicap(self, images: int) -> float:
+    def handicap(self, image_count: int) -> float:
         """What is taken off its accuracy on so many images: at least two standard deviations."""
         if not self.is_rare:
             return 0.0
-        # An accuracy has a standard deviation of at most 0.5 / sqrt(images).
-        return max(MIN_HANDICAP, 2 * 0.5 * images**-0.5)
+        # An accuracy has a standard deviation of at most 0.5 / sqrt(image_count).
+        return max(MIN_HANDICAP, 2 * 0.5 * image_count**-0.5)
 
     def with_rare_activations(self) -> list["Attempt"]:
         readings = map(self.reading.with_activation, models.RARE_ACTIVATIONS)
-        return [Attempt(reading, self.normalisation, self.place) for reading in readings]
+        return [Attempt(reading, self.normalisation, self.rank) for reading in readings]
 
 
 def list_attempts(readings: Iterable, normalisations: Iterable[Normalisation]) -> list[Attempt]:
     """All readings with all normalisations, both with the most usual ones first."""
     pairs = product(readings, normalisations)
-    return [Attempt(*pair, place) for place, pair in enumerate(pairs)]
+    return [Attempt(*pair, rank) for rank, pair in enumerate(pairs)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -1539,14 +1517,19 @@ class AttemptScore:
         return int(self.is_right.sum()) / len(self.is_right)
 
 
+# ours: above this mismatch the user is warned. Wrong readings had 0.01 to 3.5, half of them more
+# than this.
+STRANGE_NORMS = 0.15
+
+
 @dataclass(frozen=True)
 class FoundReading:
     """How foreign weights are read, and what tells so."""
 
     net: Net
     normalisation: Normalisation
-    accuracy: float  # in [0, 1], on so many `images`
-    images: int
+    accuracy: float  # in [0, 1]
+    image_count: int  # that tell so
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
     # No other attempt of the last round is about as good: its norms match worse, or it is clearly
     # less accurate. Attempts that compute the same do not count, nor a rare activation beside a
@@ -1559,6 +1542,11 @@ class FoundReading:
         return self.norm_mismatch is not None and self.norm_mismatch > STRANGE_NORMS
 
 
+# ours: the last round has at least so many images, where there are so many; fewer leave much to
+# chance.
+MIN_TRIED_IMAGES = 400
+
+
 def find_reading(
     readings: list,
     train: Images,
@@ -1566,24 +1554,26 @@ def find_reading(
     *,
     normalisation: Normalisation | None = None,
     tries_activations=False,
-    wrap=lambda attempts: attempts,
+    show_progress=lambda attempts: attempts,
 ) -> FoundReading:
     """The reading and the normalisation that fit a foreign net best, as `sort_attempts` says.
 
     `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with the
     `normalisation`, or where it is not known with each of `list_normalisations`, in rounds; with
-    `tries_activations` rare ones are tried, too. `wrap(attempts)` passes on the attempts of a
-    round, to show them.
+    `tries_activations` rare ones are tried, too. `show_progress(attempts)` passes on the attempts
+    of a round, to show them.
     """
     normalisations = list_normalisations(train) if normalisation is None else [normalisation]
     # Shuffled, for files in folders come class by class.
     count = max(MIN_TRIED_IMAGES, int(VALIDATION_SHARE * len(train)))
     sample = train.select(shuffle_for_split(train, seed)[:count])
     ranked = choose_attempts(
-        readings, normalisations, sample, wrap, tries_activations=tries_activations
+        readings, normalisations, sample, show_progress, tries_activations=tries_activations
     )
     if tries_activations:
-        ranked = retry_with_rare_activations(ranked, readings, normalisations, sample, wrap)
+        ranked = retry_with_rare_activations(
+            ranked, readings, normalisations, sample, show_progress
+        )
     best, score = ranked[0]
     matching = find_matching([attempt_score for _, attempt_score in ranked])
     rivals = [
@@ -1612,12 +1602,17 @@ def is_as_good(score: AttemptScore, best: AttemptScore, matching: list[AttemptSc
     return not is_clearly_less_accurate(score, best)
 
 
+# ours: in place of MAX_ATTEMPTS where all readings are tried with rare activations
+# (models.RARE_ACTIVATIONS).
+MAX_RARE_ATTEMPTS = 100
+
+
 def retry_with_rare_activations(
     ranked: list[tuple[Attempt, AttemptScore]],
     readings: list,
     normalisations: list[Normalisation],
     sample: Images,
-    wrap: Callable,
+    show_progress: Callable,
 ) -> list[tuple[Attempt, AttemptScore]]:
     """What `choose_attempts` ranked, unless a rare activation won or nothing is accurate. Then a
     new ranking with rare activations, if that is better.
@@ -1638,7 +1633,7 @@ def retry_with_rare_activations(
         for reading in models.change_activation(readings, activation)
     ]
     rare_ranked = choose_attempts(
-        rare_readings, normalisations, sample, wrap, max_attempts=MAX_RARE_ATTEMPTS
+        rare_readings, normalisations, sample, show_progress, max_attempts=MAX_RARE_ATTEMPTS
     )
     best_of_both = sort_attempts([ranked[0], rare_ranked[0]], len(sample))[0]
     return ranked if best_of_both is ranked[0] else rare_ranked
@@ -1669,7 +1664,7 @@ def choose_attempts(
     readings: list,
     normalisations: list[Normalisation],
     sample: Images,
-    wrap: Callable,
+    show_progress: Callable,
     *,
     tries_activations=False,
     max_attempts=MAX_ATTEMPTS,
@@ -1677,10 +1672,12 @@ def choose_attempts(
     """The attempts of the last round, each with its score on all images, the best first."""
     first_round, *later_rounds = ATTEMPT_ROUNDS
     if len(normalisations) > 1 and len(readings) * len(normalisations) > max_attempts:
-        readings = shortlist_readings(readings, normalisations[0], sample, wrap)
+        readings = shortlist_readings(readings, normalisations[0], sample, show_progress)
     attempts = list_attempts(readings, normalisations)
     # Norms take too much time for all attempts.
-    ranked = rank_attempts(attempts, sample, first_round.max_images, wrap, reads_norms=False)
+    ranked = rank_attempts(
+        attempts, sample, first_round.max_images, show_progress, reads_norms=False
+    )
     attempts = [attempt for attempt, _ in ranked[: first_round.survivors]]
     if tries_activations:
         best_of_readings = {}
@@ -1689,21 +1686,21 @@ def choose_attempts(
         for attempt in list(best_of_readings.values())[:READINGS_WITH_RARE_ACTIVATIONS]:
             attempts.extend(attempt.with_rare_activations())
     for attempt_round in later_rounds:
-        ranked = rank_attempts(attempts, sample, attempt_round.max_images, wrap)
+        ranked = rank_attempts(attempts, sample, attempt_round.max_images, show_progress)
         attempts = [attempt for attempt, _ in ranked[: attempt_round.survivors]]
-    return rank_attempts(attempts, sample, None, wrap)
+    return rank_attempts(attempts, sample, None, show_progress)
 
 
 def shortlist_readings(
-    readings: list, normalisation: Normalisation, sample: Images, wrap: Callable
+    readings: list, normalisation: Normalisation, sample: Images, show_progress: Callable
 ) -> list:
     """The best readings by one normalisation, on few images; the most usual first, for
     `list_attempts` numbers attempts by their order."""
     attempts = list_attempts(readings, [normalisation])
     max_images = ATTEMPT_ROUNDS[0].max_images
-    ranked = rank_attempts(attempts, sample, max_images, wrap, reads_norms=False)
+    ranked = rank_attempts(attempts, sample, max_images, show_progress, reads_norms=False)
     shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
-    shortlist.sort(key=lambda attempt: attempt.place)
+    shortlist.sort(key=lambda attempt: attempt.rank)
     return [attempt.reading for attempt in shortlist]
 
 
@@ -1711,7 +1708,7 @@ def rank_attempts(
     attempts: list[Attempt],
     sample: Images,
     max_images: int | None,
-    wrap: Callable,
+    show_progress: Callable,
     *,
     reads_norms: bool = True,
 ) -> list[tuple[Attempt, AttemptScore]]:
@@ -1721,7 +1718,7 @@ def rank_attempts(
         images = images.load_into_memory()
     scored = []
     reading = net = None
-    for attempt in wrap(attempts):
+    for attempt in show_progress(attempts):
         if attempt.reading is not reading:  # those of one reading often stand side by side
             reading = attempt.reading
             net = reading.build().to(images.device)
@@ -1731,8 +1728,13 @@ def rank_attempts(
     return sort_attempts(scored, len(images))
 
 
+# ours: smaller losses, summed over the images, count as equal. A net that is sure of all images has
+# hardly a loss by several readings, and then the most usual one is taken.
+LEAST_LOSS = 0.1
+
+
 def sort_attempts(
-    scored: list[tuple[Attempt, AttemptScore]], images: int
+    scored: list[tuple[Attempt, AttemptScore]], image_count: int
 ) -> list[tuple[Attempt, AttemptScore]]:
     """The attempts, the best first, by their scores on so many images.
 
@@ -1745,14 +1747,23 @@ def sort_attempts(
 
     def order(pair):
         attempt, score = pair
-        accuracy = score.accuracy - attempt.handicap(images)
+        accuracy = score.accuracy - attempt.handicap(image_count)
         counts_loss = score.accuracy >= POOR_ACCURACY
         loss = max(score.loss, LEAST_LOSS) if counts_loss else math.inf
         if score in matching:
-            return 0, attempt.is_rare, loss, -accuracy, attempt.place
-        return 1, -accuracy, loss, attempt.place
+            return 0, attempt.is_rare, loss, -accuracy, attempt.rank
+        return 1, -accuracy, loss, attempt.rank
 
     return sorted(scored, key=order)
+
+
+# ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
+# In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
+MATCHING_NORMS = 0.05
+# ours: of matching ones, those count as equal whose mismatch is at most so many times the smallest.
+# A relu net had 1.3 times as much as by a leaky relu, by chance. The public ResNet-56 has 0.0004,
+# and by wrong normalisations or shortcuts four times as much or more.
+EQUAL_MISMATCHES = 1.5
 
 
 def find_matching(scores: list[AttemptScore]) -> list[AttemptScore]:
@@ -1781,6 +1792,13 @@ def is_clearly_less_accurate(score: AttemptScore, best: AttemptScore) -> bool:
     only_best = int((best.is_right & ~score.is_right).sum())
     only_score = int((score.is_right & ~best.is_right).sum())
     return only_best - only_score > 2 * (only_best + only_score) ** 0.5
+
+
+# ours: what batch norms read is measured on so many images, or on a quarter of those that are
+# tried: their maps have many places, so few images do.
+NORM_IMAGES = 128
+# ours: where fewer images than this are tried, it is not measured.
+FEWEST_IMAGES_FOR_NORMS = 80
 
 
 @torch.no_grad()

@@ -1416,7 +1416,7 @@ def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> ChosenR
         READING_SEED,
         normalisation=normalisation,
         tries_activations=user_net.is_ambiguous and user_net.activation is None,
-        wrap=show_attempts,
+        show_progress=show_attempts,
     )
     for line in describe_found_reading(user_net, found):
         say(line)
@@ -1448,7 +1448,7 @@ def describe_found_reading(user_net: UserNet, found):
         ending = "; others are about as accurate, so this may be the wrong one"
     yield (
         f"images normalised by {found.normalisation.name}{reading}: the best of all that was "
-        f"tried, with {found.accuracy:.2%} of {found.images:,} training images right{ending}"
+        f"tried, with {found.accuracy:.2%} of {found.image_count:,} training images right{ending}"
     )
     if found.has_strange_norms and not user_net.has_example:
         yield (

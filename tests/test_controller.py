@@ -514,9 +514,9 @@ def test_of_equal_accuracies_the_smaller_loss_comes_first_if_it_counts(monkeypat
     readings = [controller.KnownNet(make_lenet()) for _ in range(5)]
     attempts = controller.list_attempts(readings, normalisations[:1])
 
-    ranked = controller.rank_attempts(attempts, make_digits(), 32, wrap=lambda each: each)
+    ranked = controller.rank_attempts(attempts, make_digits(), 32, show_progress=iter)
 
-    assert [attempt.place for attempt, _ in ranked] == [3, 4, 2, 1, 0]
+    assert [attempt.rank for attempt, _ in ranked] == [3, 4, 2, 1, 0]
 
 
 @pytest.mark.parametrize("norms_tell", [False, True])
@@ -542,7 +542,7 @@ def test_of_readings_that_get_as_many_right_the_most_usual_is_taken(norms_tell):
     assert len(readings) > 1
     assert found.net.architecture == readings[0].architecture
     assert found.normalisation.name == "mean and std of cifar10"
-    assert (found.accuracy, found.images, found.is_only_best) == (1, 120, norms_tell)
+    assert (found.accuracy, found.image_count, found.is_only_best) == (1, 120, norms_tell)
 
 
 @pytest.mark.parametrize(
@@ -687,7 +687,7 @@ def test_norms_decide_between_attempts_that_are_about_as_accurate(scores, order)
 
     ranked = controller.sort_attempts(list(zip(attempts, scores)), 1000)
 
-    assert [attempt.place for attempt, _ in ranked] == order
+    assert [attempt.rank for attempt, _ in ranked] == order
 
 
 @pytest.mark.parametrize("is_pooled_last", [True, False])

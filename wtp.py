@@ -34,7 +34,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from typing import Annotated
@@ -1089,13 +1089,13 @@ class RunOptions:
     round_to: int | None = None
     force: bool = False
 
-    def folder(self, name: str) -> Path:
-        """The run folder of a run of that name."""
+    def folder_name(self, name: str) -> str:
+        """What the folder of a run of that name is called."""
         if self.baseline_epochs:
             name += f"-baseline{self.baseline_epochs}"
         if self.final_epochs:
             name += f"-epochs{self.final_epochs}"
-        return self.out / f"{name}-{self.schedule}-s{self.seed}"
+        return f"{name}-{self.schedule}-s{self.seed}"
 
 
 # ---- opening a run: the user's net -------------------------------------------------------------
@@ -1150,7 +1150,8 @@ class UserNet:
                 f"{advice}"
             )
 
-    def describe_source(self) -> str:
+    @cached_property
+    def source(self) -> str:
         """Name and content of the file: another file is another run."""
         import hashlib
 
@@ -1650,7 +1651,7 @@ def open_run(
             "experiment": name,
             "schedule": str(options.schedule),
             "data": description,
-            "source": None if user_net is None else user_net.describe_source(),
+            "source": None if user_net is None else user_net.source,
         },
         data.to(device),
         reporter,
@@ -1953,7 +1954,7 @@ def folder_of_experiment(
     """The run folder of an experiment; it says what was asked for beyond the defaults."""
     if target is not None:
         name += f"-target{target:g}"
-    folder_name = options.folder(name + own_images_suffix(options.data_dir)).name
+    folder_name = options.folder_name(name + own_images_suffix(options.data_dir))
     if user_net is not None:
         folder_name += f"-from-{user_net.path.stem}"
     if options.round_to:
@@ -2123,7 +2124,7 @@ def train_baseline(
     for. Raises UserError."""
     from controller import describe_data
 
-    folder = options.folder(name + own_images_suffix(options.data_dir))
+    folder = options.out / options.folder_name(name + own_images_suffix(options.data_dir))
     data = describe_data(experiment.data, options.data_dir)
     is_done = output is not None and is_delivered(
         folder, "baseline", output, options, source=None, data=data
@@ -2244,7 +2245,7 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
         row,
         output,
         options,
-        source=user_net.describe_source(),
+        source=user_net.source,
         data=controller.describe_data(experiment.data, options.data_dir),
     )
     if not is_done:
@@ -2291,7 +2292,7 @@ def adopt_reading(user_net: UserNet, folder: Path) -> None:
         return
     try:
         results = read_results(folder, missing_ok=True)
-        if results is None or results["source"] != user_net.describe_source():
+        if results is None or results["source"] != user_net.source:
             return
         user_net.net, facts = sep.load(baseline)
     except UserError:
@@ -2315,7 +2316,7 @@ def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) ->
         name += f"-size{user_net.photograph_size}"
     if user_net.activation is not None:
         name += f"-{user_net.activation}"
-    return options.folder(name + own_images_suffix(options.data_dir))
+    return options.out / options.folder_name(name + own_images_suffix(options.data_dir))
 
 
 # ---- commands: evaluate ------------------------------------------------------------------------

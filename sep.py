@@ -631,12 +631,11 @@ class KernelGroup:
 class GatheringLayer:
     """A convolution or linear layer for inference on one image, between the channels at work."""
 
+    is_linear: bool
+
     def __init__(self, layer: nn.Conv2d | nn.Linear):
         self.weight = layer.weight.detach()
         self.bias = None if layer.bias is None else layer.bias.detach()
-        self.is_linear = isinstance(layer, nn.Linear)
-        if not self.is_linear:
-            self.stride, self.padding = layer.stride, layer.padding
         # (weight, bias) by the groups (of the layer before, its own), None where there is no gate.
         self.gathered = {}
 
@@ -647,22 +646,43 @@ class GatheringLayer:
         """
         if (previous, own) not in self.gathered:
             self.gathered[previous, own] = self.gather(previous, own)
-        weight, bias = self.gathered[previous, own]
-        if self.is_linear:
-            return torch.addmv(bias, weight, x.flatten())[None]
-        return torch.conv2d(x, weight, bias, self.stride, self.padding)
+        return self.run(x, *self.gathered[previous, own])
+
+    def run(self, x, weight, bias):
+        raise NotImplementedError
 
     def gather(self, previous: KernelGroup | None, own: KernelGroup | None):
-        """(weight, bias) between the channels at work, in the layout in which they run fastest."""
+        """(weight, bias) between the channels at work."""
         weight, bias = self.weight, self.bias
         if own is not None:
             weight = weight.index_select(0, own.channels)
             bias = None if bias is None else bias.index_select(0, own.channels)
         if previous is not None:
             weight = models.select_input_channels(weight, previous.layer_width, previous.channels)
-        if not self.is_linear:
-            weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, bias
+
+
+class GatheringConvolution(GatheringLayer):
+    is_linear = False
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__(layer)
+        self.stride, self.padding = layer.stride, layer.padding
+
+    def run(self, x, weight, bias):
+        return torch.conv2d(x, weight, bias, self.stride, self.padding)
+
+    def gather(self, previous: KernelGroup | None, own: KernelGroup | None):
+        weight, bias = super().gather(previous, own)
+        # In this layout convolutions run fastest.
+        return weight.contiguous(memory_format=torch.channels_last), bias
+
+
+class GatheringLinear(GatheringLayer):
+    is_linear = True
+
+    def run(self, x, weight, bias):
+        return torch.addmv(bias, weight, x.flatten())[None]
 
 
 class GatheringNorm:
@@ -754,8 +774,10 @@ def make_single_image_net(net: Net) -> Net:
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.Identity):
             runner = return_unchanged
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            runner = GatheringLayer(module)
+        elif isinstance(module, nn.Conv2d):
+            runner = GatheringConvolution(module)
+        elif isinstance(module, nn.Linear):
+            runner = GatheringLinear(module)
         else:
             continue
         parent_name, _, own_name = name.rpartition(".")

@@ -3681,7 +3681,25 @@ def make_proposed_candidate(
         number=len(search.candidates) + 1,
     )
     models.save_checkpoint(weights_of(proposal.structure), net, {})
+    warn_of_strange_gain(trainer, search, candidate)
     return candidate
+
+
+# ours: a pruned net that is so much more accurate than its baseline says that something is wrong
+# with the baseline.
+STRANGE_GAIN = 0.1
+
+
+def warn_of_strange_gain(trainer: Trainer, search: Search, candidate: Candidate) -> None:
+    """Say so where this candidate of a search is the first with a STRANGE_GAIN."""
+    limit = search.baseline_score.validation_accuracy + STRANGE_GAIN
+    earlier = [known.validation_accuracy for known in search.candidates.values()]
+    if candidate.validation_accuracy > limit >= max(earlier, default=0.0):
+        trainer.folder.say(
+            f"{search.method}: a pruned net gets {candidate.validation_accuracy:.2%} of the "
+            f"validation images right, the baseline {limit - STRANGE_GAIN:.2%}; most likely the "
+            "baseline is read wrongly (docs/your-net.md), or hardly trained"
+        )
 
 
 def remove_unused_weights(search: Search, pool: Path, weights_of: Callable) -> None:

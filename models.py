@@ -1742,7 +1742,7 @@ def recognise_state_dict(content, path: Path) -> dict:
         if example is not None:
             taken_keys |= set(EXAMPLE_KEYS)
         rest = {key: value for key, value in content.items() if key not in taken_keys}
-    readings, notes = read_first_net(rest, path, example)
+    readings, notes, inner = read_first_net(rest, path, example)
     first = readings[0]
     facts = {}
     try:
@@ -1752,8 +1752,11 @@ def recognise_state_dict(content, path: Path) -> dict:
             raise
         # They may be something else, for example of the accuracy over several trainings.
         notes.append(f"{error}; so they are ignored")
+    if inner:
+        facts = combine_normalisations(facts, inner)
+        notes.append(f"{path}: the net normalises its inputs itself, by its own mean and std")
     if example is not None:
-        notes.append(f"{path}: {describe_match(first, example)}")
+        notes.append(f"{path}: {describe_match(first, example.normalised_by(inner))}")
     return {
         "format": CHECKPOINT_FORMAT,
         "architecture": asdict(first.architecture),
@@ -1769,15 +1772,17 @@ def recognise_state_dict(content, path: Path) -> dict:
 
 def read_first_net(
     content, path: Path, example: "Example | None"
-) -> tuple[list[Reading], list[str]]:
-    """(readings, notes) of the first state dict in a file that is a known net; with an `example`
-    the one reading that computes it. Raises UserError."""
+) -> tuple[list[Reading], list[str], dict]:
+    """(readings, notes, the net's own normalisation) of the first state dict in a file that is a
+    known net; with an `example` the one reading that computes it. Raises UserError."""
     errors = []  # (number of tensors, what is wrong with them)
     for state, notes in find_state_dicts(content, path):
         try:
+            state, inner = split_inner_normalisation(state)
             if example is not None:
-                return [find_reading_by_example(state, example)], notes
-            return read_state(state), notes
+                reading = find_reading_by_example(state, example.normalised_by(inner))
+                return [reading], notes, inner
+            return read_state(state), notes, inner
         except READING_ERRORS as error:
             errors.append((len(state), error))
         except UserError as error:
@@ -1824,6 +1829,15 @@ class Example:
     outputs: torch.Tensor  # (N, classes), float32
     # Of probabilities the least logarithm that their type can hold; None for other outputs.
     least_log: float | None = None
+
+    def normalised_by(self, normalisation: dict) -> "Example":
+        """The example of the net behind a normalisation (`split_inner_normalisation`)."""
+        if not normalisation:
+            return self
+        mean, std = (
+            torch.tensor(normalisation[key]).reshape(-1, 1, 1) for key in NORMALISATION_KEYS
+        )
+        return replace(self, inputs=(self.inputs - mean) / std)
 
     @property
     def channels(self) -> int:
@@ -1946,6 +1960,12 @@ def take_normalisation(content) -> dict:
     if not isinstance(content, dict):
         return {}
     found = {key: content[key] for key in NORMALISATION_KEYS if key in content}
+    others = [
+        value for key, value in content.items() if key not in EXAMPLE_KEYS and key not in found
+    ]
+    is_state_dict = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
+    if is_state_dict and all(getattr(value, "ndim", 0) > 2 for value in found.values()):
+        return {}  # they are buffers of the net: `split_inner_normalisation` takes them
     # None says that it is not known. A dict may be a state dict.
     is_normalisation = any(value is not None for value in found.values())
     has_state_dict = any(isinstance(value, dict) for value in found.values())
@@ -1975,6 +1995,40 @@ def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, lis
             )
         normalisation[key] = numbers.tolist()
     return normalisation
+
+
+def split_inner_normalisation(state: dict) -> tuple[dict, dict[str, list[float]]]:
+    """(a state dict without the mean and std of a net that normalises its inputs itself; these, a
+    number for each channel, {} where it has none).
+
+    They are buffers `mean` and `std`, of the net or of a module in it, of the shape (C, 1, 1) or
+    (1, C, 1, 1), where its first convolution reads C channels.
+    """
+    kernels = [value for key, value in state.items() if key.endswith("weight") and value.dim() == 4]
+    for key, mean in state.items():
+        std_key = f"{key.removesuffix('mean')}std"
+        std = state.get(std_key)
+        if not key.endswith("mean") or std is None or not kernels:
+            continue
+        if mean.dim() < 3 or mean.shape != std.shape or mean.numel() != kernels[0].shape[1]:
+            continue
+        rest = {name: value for name, value in state.items() if name not in (key, std_key)}
+        return rest, {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+    return state, {}
+
+
+def combine_normalisations(outer: dict, inner: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The mean and std of both: images are normalised by `outer`, if the file names any, and the
+    net normalises what it reads by `inner`."""
+    if not outer:
+        # A mean above 1 is of pixels from 0 to 255.
+        scale = 1 / 255 if max(inner["mean"]) > 1 else 1.0
+        outer = {"mean": [0.0] * len(inner["mean"]), "std": [scale] * len(inner["mean"])}
+    pairs = list(zip(outer["mean"], outer["std"], inner["mean"], inner["std"]))
+    return {
+        "mean": [outer_mean + outer_std * mean for outer_mean, outer_std, mean, _ in pairs],
+        "std": [outer_std * std for _, outer_std, _, std in pairs],
+    }
 
 
 def find_reading_by_example(state: dict, example: Example) -> Reading:
@@ -2655,8 +2709,9 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
     the first layer without a norm that has its width. After more layers than norms, numbers in the
     names count: conv1, conv2, bn1.
 
-    A norm that stands right before a linear layer in a sequence, and has its inputs, is folded into
-    it, if no layer before it can have it. Raises UnreadableError where a norm is left over.
+    A norm before a linear layer is folded into it: where numbers in a sequence say that it stands
+    there, or where no layer has its width and one linear layer has as many inputs. Raises
+    UnreadableError where a norm is left over.
     """
     norm_of = {}
     loose = []
@@ -2690,9 +2745,15 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
             ),
             None,
         )
-        if layer is None:
+        readers = [
+            module for module in modules if module.is_linear and module.inputs == norm.outputs
+        ]
+        if layer is not None:
+            norm_of[layer.name] = norm
+        elif len(readers) == 1:
+            fold_norm_into(readers[0], norm)
+        else:
             raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
-        norm_of[layer.name] = norm
     return norm_of
 
 

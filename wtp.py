@@ -1465,7 +1465,7 @@ def describe_found_reading(user_net: UserNet, found):
                 "; if its activation is not the one above, name it by --activation: accuracy "
                 "hardly tells relu from GELU or leaky relu"
             )
-        yield f"{advice}; some inputs and outputs in the file tell surely (docs/your-net.md)"
+        yield f"{advice}; inputs, outputs, mean and std in the file tell surely (docs/your-net.md)"
 
 
 def show_attempts(attempts):

@@ -2450,6 +2450,19 @@ def test_a_search_by_regression_serves_lstm_and_sep(tmp_path):
 TINY_FAST = replace(TINY, max_candidates=4, target=0.5, recovery=TrainingPlan(1, 0.05))
 
 
+def test_a_pruned_net_far_above_its_baseline_is_named_once(tmp_path):
+    spy = Spy()
+    run = make_run(tmp_path, spy, TINY_FAST)
+    run.make_baseline(make_lenet())
+    run.find_row("baseline")["validation_accuracy"] = 0.05  # as of a net that is read wrongly
+
+    run.make_row("lstm", Goal(0.5, is_required=True))
+
+    lines = [line for line in spy.lines if "the baseline is read wrongly" in line]
+    assert len(lines) == 1
+    assert "the baseline 5.00%" in lines[0]
+
+
 def prefer_narrow_first_layers(monkeypatch):
     """The fewer channels a trained net has in its first layer, the lower is its loss."""
     monkeypatch.setattr(

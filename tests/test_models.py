@@ -698,6 +698,36 @@ def test_what_was_taken_from_a_file_is_noted(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("prefix", ["", "normalize."])
+@pytest.mark.parametrize("has_example", [False, True])
+def test_a_net_may_normalise_its_inputs_itself(tmp_path, prefix, has_example):
+    net, x = make_lively_net("resnet8")
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    shape = (1, 3, 1, 1)
+    buffers = {f"{prefix}mean": mean.reshape(shape), f"{prefix}std": std.reshape(shape)}
+    content = {"state_dict": buffers | net.state_dict()}
+    if has_example:
+        inputs = x * std.reshape(shape) + mean.reshape(shape)
+        content |= {"inputs": inputs, "outputs": net(x)}
+    torch.save(content, tmp_path / "a.pt")
+    torch.save(buffers | net.state_dict(), tmp_path / "b.pt")
+
+    for name in ("a.pt", "b.pt"):
+        loaded_net, facts = sep.load(tmp_path / name)
+        assert torch.equal(loaded_net.eval()(x), net(x))
+        assert facts == {"mean": pytest.approx(mean.tolist()), "std": pytest.approx(std.tolist())}
+
+
+def test_a_net_that_normalises_itself_may_read_normalised_images():
+    inner = {"mean": [127.5], "std": [51.0]}
+
+    by_pixels = models.combine_normalisations({}, inner)
+    of_both = models.combine_normalisations({"mean": [0.5], "std": [0.1]}, inner)
+
+    assert by_pixels == {"mean": [pytest.approx(0.5)], "std": [pytest.approx(0.2)]}
+    assert of_both == {"mean": [pytest.approx(13.25)], "std": [pytest.approx(5.1)]}
+
+
 def test_of_several_dicts_the_largest_says_why_none_is_read(tmp_path):
     state = {"conv1.weight": torch.ones(8, 3, 3, 3), "conv2.weight": torch.ones(8, 1, 3, 3)}
     content = {"confusion": {"matrix": torch.ones(10, 10)}, "state_dict": state}

@@ -634,6 +634,20 @@ def make_cnn_with_late_norm():
                   fc=nn.Linear(8 * 64, 10))  # fmt: skip
 
 
+def make_cnn_with_norm_before_head():
+    """A batch norm reads the flattened map; another one stands behind the hidden layer."""
+
+    def run(net, x):
+        for layer in (net.conv1, net.conv2):
+            x = F.max_pool2d(F.relu(layer(x)), 2)
+        x = net.fc1(net.bn1(x.flatten(1)))
+        return net.fc2(F.relu(net.bn2(x)))
+
+    return Layers(run, conv1=conv(3, 8, bias=True), conv2=conv(8, 12, bias=True),
+                  bn1=nn.BatchNorm1d(12 * 64), fc1=nn.Linear(12 * 64, 24),
+                  bn2=nn.BatchNorm1d(24), fc2=nn.Linear(24, 10))  # fmt: skip
+
+
 def make_listed_cnn(names=("convs.{}", "norms.{}")):
     """Convolutions of one width and their norms, each in a list of their own."""
     layers = {}
@@ -745,6 +759,9 @@ CASES = {
         gain=GAIN_WITHOUT_NORMS,
     ),
     "CNN, a norm behind two convolutions": Case("written for this test", make_cnn_with_late_norm),
+    "CNN, a norm before its first linear layer": Case(
+        "written for this test", make_cnn_with_norm_before_head
+    ),
     "CNN, norms in a list": Case("written for this test", make_listed_cnn),
     "CNN, norms behind the convolutions": Case(
         "written for this test", partial(make_listed_cnn, ("conv2d{}", "bn{}"))

@@ -2,6 +2,7 @@
 and the nets that are fast at single images."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -631,6 +632,25 @@ def test_a_tuned_net_takes_images_of_several_sizes_in_turns():
     for size in (32, 48, 48, 32):
         x = torch.randn(1, 3, size, size).to(memory_format=torch.channels_last)
         assert largest(tuned(x) - net(x)) < 1e-4 * largest(net(x))
+
+
+@pytest.mark.parametrize("place", [models.AFTER_ACTIVATION, models.AFTER_POOLING])
+def test_norms_behind_the_activation_are_tuned(place):
+    torch.manual_seed(0)
+    architecture = models.named_architecture("vgg11")
+    convolutions = [replace(each, norm_place=place) for each in architecture.convolutions]
+    architecture = replace(architecture, convolutions=tuple(convolutions))
+    net = models.build_net(architecture, (16,) * 8).eval()
+    x = torch.randn(6, 3, 32, 32)
+
+    gated = sep.prune_softly(net, (4,) * 8, [x]).eval()
+    let_groups_differ(gated)
+
+    with torch.no_grad():
+        expected = gated(x)
+        found = run_one_by_one(sep.tune(gated), x)
+        assert largest(found - expected) < 1e-4 * largest(expected)
+    assert len(torch.cat(record_choices(gated, x)).unique()) > 1
 
 
 def test_hidden_linear_layers_with_gates_of_all_kinds_are_tuned():

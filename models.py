@@ -298,6 +298,11 @@ class ResNetArchitecture:
     def prunable_count(self) -> int:
         return sum(len(stage) for stage in self.stages) * (len(self.kernels) - 1)
 
+    @property
+    def hidden_names(self) -> list[str]:
+        """The names of the linear layers before the last one."""
+        return [f"hidden{number}" for number, _ in enumerate(self.hidden_widths, 1)]
+
     def in_words(self) -> str:
         """What weights do not tell of it, in words for the user."""
         words = [self.name]
@@ -750,8 +755,9 @@ class ResNet(Net):
 
     def add_linear_layers(self, inputs: int) -> None:
         """hidden1, hidden2, ..., then `linear`, the last one."""
-        for number, width in enumerate(self.architecture.hidden_widths, 1):
-            self.add_module(f"hidden{number}", nn.Linear(inputs, width))
+        architecture = self.architecture
+        for name, width in zip(architecture.hidden_names, architecture.hidden_widths):
+            self.add_module(name, nn.Linear(inputs, width))
             inputs = width
         self.linear = nn.Linear(inputs, self.classes)
 
@@ -776,8 +782,8 @@ class ResNet(Net):
         if self.architecture.has_last_norm:
             x = self.activate(self.bn(x))
         x = x.mean((2, 3))
-        for number in range(1, len(self.architecture.hidden_widths) + 1):
-            x = self.activate(getattr(self, f"hidden{number}")(x))
+        for name in self.architecture.hidden_names:
+            x = self.activate(getattr(self, name)(x))
         return self.linear(x)
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
@@ -2625,7 +2631,7 @@ def sequence_number(module: FoundModule) -> int | None:
 
 
 def are_in_one_sequence(first: FoundModule, second: FoundModule) -> bool:
-    parents = {module.name.rpartition(".")[0] for module in (first, second)}
+    parents = {parent_of(module.name) for module in (first, second)}
     return len(parents) == 1 and None not in (sequence_number(first), sequence_number(second))
 
 
@@ -2683,10 +2689,14 @@ def scale_and_shift_of(norm: FoundModule) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, tensors["norm.bias"] - scale * tensors["norm.running_mean"]
 
 
+def bias_or_zeros(linear: FoundModule) -> torch.Tensor:
+    return torch.zeros(linear.outputs) if linear.bias is None else linear.bias
+
+
 def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
     """Let a linear layer read what the norm before it reads. Gives the layer new tensors."""
     scale, shift = scale_and_shift_of(norm)
-    bias = torch.zeros(linear.outputs) if linear.bias is None else linear.bias
+    bias = bias_or_zeros(linear)
     linear.tensors = linear.tensors | {
         "weight": linear.weight * scale,
         "bias": bias + linear.weight @ shift,
@@ -2696,7 +2706,7 @@ def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
 def fold_norm_behind(linear: FoundModule, norm: FoundModule) -> None:
     """Let a linear layer do what the norm right behind it does. Gives the layer new tensors."""
     scale, shift = scale_and_shift_of(norm)
-    bias = torch.zeros(linear.outputs) if linear.bias is None else linear.bias
+    bias = bias_or_zeros(linear)
     linear.tensors = linear.tensors | {
         "weight": linear.weight * scale[:, None],
         "bias": bias * scale + shift,
@@ -2734,22 +2744,19 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
         if reader is not None:
             fold_norm_into(reader, norm)
             continue
-        layer = next(
-            (
-                layer
-                for layer in modules
-                if not layer.is_norm
-                and layer.name not in norm_of
-                and layer.outputs == norm.outputs
-                and not stands_behind(layer, norm)
-            ),
-            None,
-        )
+        without_norm = [
+            layer
+            for layer in modules
+            if not layer.is_norm
+            and layer.name not in norm_of
+            and layer.outputs == norm.outputs
+            and not stands_behind(layer, norm)
+        ]
         readers = [
             module for module in modules if module.is_linear and module.inputs == norm.outputs
         ]
-        if layer is not None:
-            norm_of[layer.name] = norm
+        if without_norm:
+            norm_of[without_norm[0].name] = norm
         elif len(readers) == 1:
             fold_norm_into(readers[0], norm)
         else:
@@ -3030,7 +3037,7 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
         found.append(wide | {last})
     # A stage to each parent, or to each first number: conv1_1, block1.conv1.
     for stages in (
-        [name.rpartition(".")[0] for name in names],
+        [parent_of(name) for name in names],
         [(re.findall(r"\d+", name) or [""])[0] for name in names],
     ):
         ends = frozenset(i for i, (a, b) in enumerate(pairwise(stages)) if a != b)
@@ -3162,7 +3169,7 @@ class ModuleGroup:
     @property
     def is_sequence(self) -> bool:
         """Whether its modules are numbered, as in an nn.Sequential, which has no shortcut."""
-        parents = {module.name.rpartition(".")[0] for module in self.modules}
+        parents = {parent_of(module.name) for module in self.modules}
         numbers = [sequence_number(module) for module in self.modules]
         return parents == {".".join(self.name)} and None not in numbers
 
@@ -3292,9 +3299,9 @@ def find_shortcut_norm(group: ModuleGroup, block: FoundBlock) -> FoundModule:
     """The norm that is alone with the shortcut in a module; else one that is named as a shortcut;
     else, where all norms stand behind all convolutions, the one of the shortcut's number; else the
     next one after the shortcut; else the last norm."""
-    parent = block.shortcut.name.rpartition(".")[0]
-    parents_of_others = {module.name.rpartition(".")[0] for module in block.convolutions}
-    beside = [norm for norm in block.norms if norm.name.rpartition(".")[0] == parent]
+    parent = parent_of(block.shortcut.name)
+    parents_of_others = {parent_of(module.name) for module in block.convolutions}
+    beside = [norm for norm in block.norms if parent_of(norm.name) == parent]
     if beside and parent not in parents_of_others:
         return beside[0]
     named = [norm for norm in block.norms if group.is_named_as_shortcut(norm)]
@@ -3622,8 +3629,7 @@ def translate_residual_state(
     if last_norm is not None:
         bias = missing_bias if architecture.is_preactivated else None
         put_norm(state, "bn", last_norm, bias)
-    hidden_names = [f"hidden{number}" for number in range(1, len(linear_layers))]
-    names = [*hidden_names, "linear"]
+    names = [*architecture.hidden_names, "linear"]
     for name, layer in zip(names, linear_layers):
         put_layer(state, name, layer, None, None)
     if last_norm is None and architecture.is_preactivated:

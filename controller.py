@@ -505,8 +505,7 @@ class OwnImages:
 def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
     """What is in folder/train and folder/test. Photographs will be brought to `size`.
 
-    Raises UserError where the header of an image cannot be read, or the two parts have other
-    classes.
+    Raises UserError where headers of images cannot be read, or the two parts have other classes.
     """
     paths, labels, names = {}, {}, {}
     for part in ("train", "test"):
@@ -527,10 +526,16 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
         raise UserError(f"{folder}: train and test have different classes ({different})")
     sizes = Counter()
     examples = {}
+    errors = {}
     for path in chain(*paths.values()):
-        size_of_image = measure_image(path)
+        try:
+            size_of_image = measure_image(path)
+        except UserError as error:
+            errors[path] = error
+            continue
         sizes[size_of_image] += 1
         examples.setdefault(size_of_image, path)
+    raise_for_unreadable(errors)
     (width, height), _ = sizes.most_common(1)[0]
     need_resizing = len(sizes) > 1 or width != height or width > MAX_SQUARE_SIZE
     return OwnImages(
@@ -636,6 +641,25 @@ def opened_image(path: str):
         ) from error
 
 
+# ours: so many files that cannot be read are named in one line.
+NAMED_FILES = 5
+
+
+def raise_for_unreadable(errors: dict[str, UserError]) -> None:
+    """Raise the first error of image files, by path, and name the others: the user can mend all of
+    them at once."""
+    if not errors:
+        return
+    (_, first_error), *others = errors.items()
+    if not others:
+        raise first_error
+    count = "1 other" if len(others) == 1 else f"{len(others):,} others"
+    names = [str(path) for path, _ in others[: NAMED_FILES - 1]]
+    if len(others) > len(names):
+        names.append("...")
+    raise UserError(f"{first_error}; {count} cannot be read either: {', '.join(names)}")
+
+
 def measure_image(path: str) -> tuple[int, int]:
     """(width, height) of an image when it stands upright, without decoding it. Raises UserError."""
     from PIL.ExifTags import Base
@@ -683,8 +707,14 @@ class PixelsInFiles:
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         """The pixels of the images `index` (B,), uint8 (B, H, W, C). Raises UserError."""
         pixels = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
+        errors = {}
         for place, number in enumerate(index.tolist()):
-            pixels[place] = read_image(self.paths[number], self.is_gray, self.resized_to)
+            path = self.paths[number]
+            try:
+                pixels[place] = read_image(path, self.is_gray, self.resized_to)
+            except UserError as error:
+                errors[path] = error
+        raise_for_unreadable(errors)
         return pixels.to(self.device)
 
     def select(self, index) -> "PixelsInFiles":

@@ -1468,13 +1468,28 @@ def describe_found_reading(user_net: UserNet, found):
         yield f"{advice}; inputs, outputs, mean and std in the file tell surely (docs/your-net.md)"
 
 
+# Seconds between two lines about attempts, where there are no bars.
+SECONDS_BETWEEN_LINES = 20
+
+
 def show_attempts(attempts):
-    """Pass on the attempts, with a bar on a terminal."""
+    """Pass on the attempts, with a bar on a terminal, and now and then a line elsewhere."""
     from rich.progress import track
 
     console = make_console(is_stderr=True)
-    is_hidden = not can_show_bars(console)
-    return track(attempts, "attempts", console=console, transient=True, disable=is_hidden)
+    if can_show_bars(console):
+        return track(attempts, "attempts", console=console, transient=True)
+    return say_attempts(attempts)
+
+
+def say_attempts(attempts):
+    """Yield the attempts, and say how many are done where that takes long."""
+    last_line = time.monotonic()
+    for number, attempt in enumerate(attempts):
+        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            print_note(f"attempts: {number} of {len(attempts)} in this round")
+            last_line = time.monotonic()
+        yield attempt
 
 
 def check_net_fits(net, facts: dict, images, description: str) -> None:

@@ -228,6 +228,35 @@ def test_an_empty_image_and_a_broken_link_are_named(tmp_path):
         controller.measure_image(str(tmp_path / "b.png"))
 
 
+def test_images_that_cannot_be_read_are_named_at_once(tmp_path):
+    paths, _ = save_noise(tmp_path)
+    files = controller.PixelsInFiles(paths, 20, None, is_gray=False)
+    for path in paths[:2]:
+        path.write_bytes(path.read_bytes()[:500])
+
+    with pytest.raises(UserError) as raised:
+        files[torch.arange(10)]
+
+    assert str(raised.value).startswith(f"{paths[0]} cannot be read as an image")
+    assert str(raised.value).endswith(f"; 1 other cannot be read either: {paths[1]}")
+
+
+def test_of_many_unreadable_images_some_are_named(tmp_path):
+    for part, name in itertools.product(("train", "test"), ("cat", "dog")):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True)
+        for number in range(3):
+            (folder / f"{number}.png").write_bytes(b"")
+
+    with pytest.raises(UserError) as raised:
+        controller.open_image_folder(tmp_path, 32, is_gray=False)
+
+    cats, dogs = tmp_path / "train" / "cat", tmp_path / "train" / "dog"
+    names = [cats / "1.png", cats / "2.png", dogs / "0.png", dogs / "1.png", "..."]
+    expected = f"{cats / '0.png'} is empty; 11 others cannot be read either: "
+    assert str(raised.value) == expected + ", ".join(map(str, names))
+
+
 def test_an_image_of_16_bits_is_refused_by_its_header(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(path)

@@ -1112,6 +1112,17 @@ def test_the_first_of_many_short_trainings_is_no_measure(capsys):
         assert capsys.readouterr().err.splitlines()[1:] == expected
 
 
+def test_off_a_terminal_long_attempts_say_how_many_are_done(capsys, monkeypatch):
+    assert list(wtp.show_attempts(["a", "b"])) == ["a", "b"]
+    assert not capsys.readouterr().err  # they were quick
+
+    monkeypatch.setattr(wtp, "SECONDS_BETWEEN_LINES", -1)
+    assert list(wtp.show_attempts(["a", "b"])) == ["a", "b"]
+
+    lines = ["attempts: 0 of 2 in this round", "attempts: 1 of 2 in this round"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 # ---- report
 
 

@@ -460,6 +460,7 @@ class ScreenReporter:
         self.training_bar = None
         self.training_epochs = 0  # all that the training under way has
         self.training_epochs_done = 0
+        self.epoch_start = time.monotonic()
 
     def __enter__(self):
         self.bars.start()
@@ -483,6 +484,7 @@ class ScreenReporter:
         self.training_bar = self.bars.add_task(title, unit="steps", total=None)
         self.training_epochs = epochs
         self.training_epochs_done = first_epoch
+        self.epoch_start = time.monotonic()
         if first_epoch:
             self.planned_epochs = max(0, self.planned_epochs - first_epoch)
             self.bars.update(self.run_bar, total=self.planned_epochs)
@@ -496,15 +498,21 @@ class ScreenReporter:
             completed=self.training_epochs_done * len(steps),
         )
         start = time.monotonic()
+        # Before the first step the teacher reads the images of the epoch. The next trainings with
+        # short epochs find its outputs kept, so there that time would say too much.
+        seconds_of_teacher = 0.0
+        if self.epoch_share > LONG_EPOCH_SHARE:
+            seconds_of_teacher = start - self.epoch_start
         for number, step in enumerate(steps, 1):
             yield step
             self.bars.advance(self.training_bar)
             seconds = time.monotonic() - start
             if seconds > SECONDS_UNTIL_ESTIMATE:
-                self.say_estimate(seconds / number * len(steps))
+                self.say_estimate(seconds_of_teacher + seconds / number * len(steps))
         self.training_epochs_done += 1
 
     def finish_epoch(self, title, epoch, epochs, loss, accuracy, seconds_per_epoch) -> None:
+        self.epoch_start = time.monotonic()
         self.bars.advance(self.run_bar, self.epoch_share)
         if not self.has_bars:
             accuracy = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"

@@ -435,10 +435,13 @@ def search(_, problems="20", *names):
             ways = (rows[:, 2::3] - uniform) / (greedy - uniform)  # (problems, searches)
             cuts, candidates = rows[:, 3::3].mean(0), rows[:, 4::3].mean(0)
             for n, name in enumerate(names):
-                ahead = standard_error(ways[:, n] - ways[:, 0])
+                lead = ""
+                if n > 0:
+                    error = standard_error(ways[:, n] - ways[:, 0])
+                    lead = f"; the lead over {names[0]} has a standard error of {error:.0%}"
                 say(
                     f"  {name}: {ways[:, n].mean():.0%}; {candidates[n]:.0f} candidates, a cut of "
-                    f"{cuts[n]:.1%}; the lead over {names[0]} has a standard error of {ahead:.0%}"
+                    f"{cuts[n]:.1%}{lead}"
                 )
 
 

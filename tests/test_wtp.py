@@ -1090,6 +1090,23 @@ def test_a_long_epoch_says_before_its_end_how_long_a_run_may_take(capsys, monkey
     assert not capsys.readouterr().err  # once
 
 
+def test_the_time_of_the_teacher_counts_where_an_epoch_is_long(capsys, monkeypatch):
+    monkeypatch.setattr(wtp, "SECONDS_UNTIL_ESTIMATE", -1)
+    lines = [
+        "5.0 s for this epoch: up to 50 s for all",
+        "0.0 s for 50% of an epoch: up to 0 s for all",
+    ]
+    for steps, line in zip((4, 2), lines):
+        reporter = wtp.ScreenReporter()
+        reporter.plan(10, 4)
+        reporter.start_training("a", 2, 0)
+        reporter.epoch_start -= 5  # so long it ran
+
+        list(reporter.wrap_steps(range(steps)))
+
+        assert capsys.readouterr().err.splitlines() == [line]
+
+
 def test_the_bar_of_a_run_leaves_out_the_epochs_that_an_earlier_process_trained(capsys):
     reporter = wtp.ScreenReporter()
     reporter.plan(10, 4)

@@ -1,16 +1,20 @@
 """Soft pruning (SEP, IEEE TIP 2021): gates that choose kernels, image by image. In this order:
 
-the gate              a choice among groups of kernels; batch norm of the chosen ones
-gated nets            where gates have room, putting them on, what they choose and cost, `to_static`
+the gate              a choice among groups of kernels; its clusters; batch norm of chosen kernels
+gated nets            where gates have room, putting them on, what they choose, what they cost;
+                      made plain again (`to_static`)
 loading               any checkpoint as a net, plain or gated
 fast single images    `tune`: a copy of a net that is quick at one image at a time on a CPU
 
-A gated layer may have kernels that are always on. The others stand after them in groups of one
-size (these are not the groups of a grouped convolution). Its gate reads what the layer reads, and
-chooses one group for each image. The always-on kernels and that group are k kernels, as many as the
-structure says. In a batch all kernels are computed, and those not chosen for an image are set to 0.
-Of a single image `tune` computes the chosen ones only. What the paper does not give is marked
-`ours`.
+A gated layer may have kernels that are always on. The others stand after them in groups of one size
+(these are not the groups of a grouped convolution):
+
+    always on | group 0 | group 1 | ...
+
+The gate of the layer reads what the layer reads, and chooses one group for each image. The
+always-on kernels and that group are k kernels: k is what the net's structure says of the layer. In
+a batch all kernels are computed, and those not chosen for an image are set to 0. Of a single image
+`tune` computes the chosen ones only. What the paper does not give is marked `ours`.
 """
 
 from contextlib import contextmanager
@@ -29,8 +33,8 @@ from models import Net, PrunableLayer, UserError
 # ours: the most groups of a layer. Each group learns from the images that choose it alone: with
 # more groups these would be too few.
 MAX_GROUPS = 8
-# ours: no gate where more than this share of the k kernels would be always on: it would have
-# little to choose.
+# ours: a layer gets no gate where more than this share of its k kernels would be always on: the
+# gate would have little to choose.
 MAX_ALWAYS_ON_SHARE = 0.75
 # ours: the clusters that k-means finds depend on its start, so it starts a few times, and the best
 # ones are kept. After some twenty iterations they move little.
@@ -55,7 +59,7 @@ def squeeze(x: torch.Tensor, *, is_linear: bool) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class GateSize:
-    """Of how many kernels a gated layer is made."""
+    """The numbers of kernels of a gated layer."""
 
     always_on_count: int
     group_size: int
@@ -73,7 +77,7 @@ class GateSize:
 
     @property
     def always_on_share(self) -> float:
-        """Of the kernels that work for an image, in [0, 1)."""
+        """The share of the k kernels that are always on, in [0, 1)."""
         return self.always_on_count / self.k
 
 
@@ -82,9 +86,11 @@ class SEGate(nn.Module):
     (TIP 2021).
 
     The paper scores every kernel, and multiplies with the scores. ours: a gate scores groups, and
-    multiplies with nothing. Groups begin as copies of the kernels that hard pruning keeps, so no
-    choice can do harm at first, and they part in the training. Gates that score single kernels end
-    below hard pruning (RESULTS.md, section 6).
+    multiplies with nothing. Groups begin as copies of the kernels that hard pruning keeps, so at
+    first all choices compute the same, and they part in the training. Gates that score single
+    kernels end below hard pruning (RESULTS.md, section 6).
+
+    The layer and its norm are not part of the gate: so their weights keep their names.
     """
 
     def __init__(self, input_count: int, size: GateSize):
@@ -94,8 +100,9 @@ class SEGate(nn.Module):
         # ours: argmax has no gradient, so these weights stay as `fit_gate` sets them.
         self.excite = nn.Linear(input_count, size.group_count).requires_grad_(False)
         masks = torch.stack([self.mask_of_group(group) for group in range(size.group_count)])
-        self.register_buffer("masks", masks, persistent=False)  # (groups, C)
-        self.usage: Usage | None = None  # while `record_usage` lasts
+        # (groups, C). Not in checkpoints, for they follow from `size`.
+        self.register_buffer("masks", masks, persistent=False)
+        self.usage: Usage | None = None  # set within `record_usage` alone
 
     @property
     def k(self) -> int:
@@ -118,7 +125,7 @@ class SEGate(nn.Module):
 
     def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """The group (B,) of each image; x is what the layer reads."""
-        # Not in autocast's bfloat16, whose three digits would change many choices.
+        # Not in autocast's bfloat16: it has three digits, and rounding would change many choices.
         with torch.autocast(x.device.type, enabled=False):
             squeezed = squeeze(x, is_linear=isinstance(layer, nn.Linear))
             return self.excite(squeezed.to(self.excite.weight.dtype)).argmax(1)
@@ -137,8 +144,11 @@ class SEGate(nn.Module):
         return y * mask.reshape(*mask.shape, *ones).to(y.dtype)
 
 
+# ---- the gate: its clusters --------------------------------------------------------------------
+
+
 def count_clustered_images(inputs: int) -> int:
-    """Of how many images a gate with so many inputs finds clusters, at most."""
+    """The most images that k-means reads for a gate with so many inputs."""
     return max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // inputs)
 
 
@@ -154,7 +164,8 @@ def fit_gate(squeezed: torch.Tensor, group_count: int) -> tuple[torch.Tensor, to
     squeezed = squeezed[:image_count].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     mean = squeezed.mean(0)
     deviation = squeezed.std(0, correction=0)
-    # ours: an input that varies 1,000 times less than the most variable one is left out.
+    # ours: an input that varies 1,000 times less than the most variable one is left out. Else it
+    # would count as much as that one, though it is hardly more than noise.
     deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
     centres = find_clusters((squeezed - mean) / deviation, group_count)
     # The nearest centre c of a point z has the smallest |z - c|^2, and so the largest
@@ -191,48 +202,12 @@ def move_centres(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
         is_member = F.one_hot(nearest, len(centres)).to(points.dtype)  # (N, count)
         sizes = is_member.sum(0)[:, None]
         means = is_member.T @ points / sizes.clamp_min(1)
+        # A centre without points stays where it is.
         centres = torch.where(sizes > 0, means, centres)
     return centres
 
 
-class Usage:
-    """How often a gate chose each of its groups."""
-
-    def __init__(self, gate: SEGate):
-        self.masks = gate.masks
-        device = gate.masks.device
-        self.image_counts = torch.zeros(len(gate.masks), dtype=torch.long, device=device)
-
-    def add(self, groups: torch.Tensor) -> None:
-        """The groups (B,) of a batch's images."""
-        self.image_counts += groups.bincount(minlength=len(self.image_counts))
-
-    @property
-    def image_count(self) -> int:
-        return int(self.image_counts.sum())
-
-    @property
-    def groups_in_use(self) -> int:
-        return int((self.image_counts > 0).sum())
-
-    @property
-    def share_of_group(self) -> torch.Tensor:
-        """(groups,): the share of the images that each group serves, in [0, 1]."""
-        return self.image_counts.double() / self.image_count
-
-    @property
-    def share_of_kernel(self) -> torch.Tensor:
-        """(C,): the share of the images that each kernel serves, in [0, 1]."""
-        return (self.image_counts.double() @ self.masks.double()) / self.image_count
-
-    def count_kernels(self) -> tuple[int, int, int]:
-        """How many kernels serve no image, some of them, and all."""
-        in_use = self.image_counts > 0
-        serves_some = self.masks[in_use].amax(0) > 0
-        serves_all = self.masks[in_use].amin(0) > 0
-        never = int((~serves_some).sum())
-        always = int(serves_all.sum())
-        return never, len(serves_all) - never - always, always
+# ---- the gate: batch norm of chosen kernels ----------------------------------------------------
 
 
 def masked_batch_norm(y, mask, norm) -> torch.Tensor:
@@ -255,30 +230,30 @@ def masked_batch_norm(y, mask, norm) -> torch.Tensor:
 
 
 def masked_statistics(y, mask):
-    """(mean, biased variance), each (C,), of y (B, C, H, W) over the images with mask (B, C) 1; 0
-    where no image has it. They are in float32 at least."""
+    """(mean, biased variance), each (C,) and in float32 at least, of y (B, C, H, W) over the images
+    that use a channel; 0 for a channel that none uses. mask (B, C): 1 where an image uses it."""
     dtype = torch.promote_types(y.dtype, torch.float)
     pixels = y.shape[2] * y.shape[3]
     image_count = mask.sum(0).clamp_min(1)
     mean = (mask * y.mean((2, 3), dtype=dtype)).sum(0) / image_count
-    # By the norm, for that makes no copy of y in float32.
+    # The square of the vector norm is the sum of squares. It makes no copy of y in float32.
     squares = torch.linalg.vector_norm(y, dim=(2, 3), dtype=dtype).square()  # (B, C)
     mean_square = (mask * squares).sum(0) / (image_count * pixels)
     return mean, (mean_square - mean.square()).clamp_min(0)
 
 
 def update_running_statistics(norm, mean, var, value_count) -> None:
-    """What nn.BatchNorm does in training, for the channels that have more than one value. mean (C,)
-    and the biased variance `var` (C,) are of value_count (C,) values."""
+    """What nn.BatchNorm does in training, for the channels that have more than one value: one value
+    has no variance. mean (C,) and the biased variance `var` (C,) are of value_count (C,) values."""
     norm.num_batches_tracked += 1
     momentum = norm.momentum
     if momentum is None:  # a cumulative average, as torch.optim.swa_utils.update_bn takes
         momentum = 1 / float(norm.num_batches_tracked)
-    has_variance = value_count > 1
+    is_updated = value_count > 1
     unbiased_var = var * value_count / (value_count - 1).clamp_min(1)
     for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
         moved = running.lerp(new.to(running.dtype), momentum)
-        running.copy_(torch.where(has_variance, moved, running))
+        running.copy_(torch.where(is_updated, moved, running))
 
 
 # ---- gated nets --------------------------------------------------------------------------------
@@ -288,9 +263,9 @@ def choose_gate_size(width: int, k: int) -> GateSize | None:
     """The gate of a layer that had `width` kernels before pruning, of which k are to work for an
     image.
 
-    Where two groups of k kernels have room or more, as many as do, at most MAX_GROUPS, and none
-    always on. Else two smaller groups, and as many always-on kernels as make up k. None where these
-    would be more than MAX_ALWAYS_ON_SHARE of the k.
+    If there is room for two groups of k kernels, there are as many groups as have room, at most
+    MAX_GROUPS, and no kernel is always on. Else there are two smaller groups, and the kernels that
+    these lack of k are always on. None if those are more than MAX_ALWAYS_ON_SHARE of k.
     """
     group_count = min(MAX_GROUPS, width // k)
     if group_count >= 2:
@@ -346,51 +321,45 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
     Its gated layers are wider than those of `net`, whose widths are the k's: kernels that are not
     always on come once for each group. At first both nets compute the same. `gate_sizes` holds a
     GateSize, or None, for each prunable layer. The gates divide the images in `batches`, each
-    (B, C, H, W), normalised, among their groups; of many images the first ones, so they are to be
-    shuffled. The copy is in training mode, and `net` is left in evaluation mode.
+    (B, C, H, W), normalised, among their groups. Of many images only the first ones count, so
+    shuffle them. The copy is in training mode, and `net` is left in evaluation mode.
     """
     gated_layers = [
         prunable.layer_name for prunable, size in zip(net.prunable, gate_sizes) if size is not None
     ]
     squeezed = collect_squeezed(net, gated_layers, batches)
     importance = models.channel_importance(net)
-    copied_channels = [
-        torch.arange(width) if size is None else index_copied_kernels(scores, size)
+    source_channels = [
+        torch.arange(width) if size is None else list_source_kernels(scores, size)
         for width, scores, size in zip(net.widths, importance, gate_sizes)
     ]
     # It copies a channel as often as its index comes.
-    gated = models.remove_channels(net, copied_channels).to(memory_format=torch.channels_last)
+    gated = models.remove_channels(net, source_channels).to(memory_format=torch.channels_last)
     attach_gates(gated, gate_sizes)
     for index, gate in enumerate(gates_of(gated)):
         if gate is None:
             continue
         weight, bias = fit_gate(squeezed[net.prunable[index].layer_name], gate.size.group_count)
-        gate.excite.weight.copy_(repeat_for_copies(weight, net, index, copied_channels))
+        gate.excite.weight.copy_(repeat_for_copies(weight, net, index, source_channels))
         gate.excite.bias.copy_(bias)
     return gated
 
 
-def repeat_for_copies(weight: torch.Tensor, net: Net, index: int, copied_channels) -> torch.Tensor:
+def repeat_for_copies(weight: torch.Tensor, net: Net, index: int, source_channels) -> torch.Tensor:
     """The weight (groups, inputs) of a gate on the prunable layer `index`, as it reads the gated
     copy of `net`.
 
-    There a channel of the layer before comes once for each of that layer's groups
-    (`copied_channels`). All copies but one are 0 for an image, so every copy gets the weight.
+    There a channel of the layer before comes once for each of that layer's groups: source_channels
+    has, for each layer, the channel of `net` that each channel copies. All copies but one are 0 for
+    an image, so every copy gets the weight.
     """
     previous = index_of_previous_layer(net, index)
     if previous is None:
         return weight
-    return models.select_input_channels(weight, net.widths[previous], copied_channels[previous])
+    return models.select_input_channels(weight, net.widths[previous], source_channels[previous])
 
 
-def prune_softly(net: Net, structure, batches) -> Net:
-    """A new net of that structure with all gates that have room: models.prune_channels, then
-    `add_gates`. For tests and measurements: a run trains in between."""
-    gate_sizes = choose_gate_sizes(net.widths, structure)
-    return add_gates(models.prune_channels(net, structure), gate_sizes, batches)
-
-
-def index_copied_kernels(importance: torch.Tensor, size: GateSize) -> torch.Tensor:
+def list_source_kernels(importance: torch.Tensor, size: GateSize) -> torch.Tensor:
     """Which kernel of a plain layer each kernel of the gated one copies: the most important ones
     are always on, then come the others, once for each group. `importance` (C,)."""
     by_importance = importance.argsort(descending=True, stable=True)
@@ -430,6 +399,56 @@ def collect_squeezed(net: Net, layer_names, batches) -> dict[str, torch.Tensor]:
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
+def prune_softly(net: Net, structure, batches) -> Net:
+    """A new net of that structure with all gates that have room: models.prune_channels, then
+    `add_gates`. For tests and measurements: a run trains in between."""
+    gate_sizes = choose_gate_sizes(net.widths, structure)
+    return add_gates(models.prune_channels(net, structure), gate_sizes, batches)
+
+
+# ---- gated nets: what gates choose -------------------------------------------------------------
+
+
+class Usage:
+    """How often a gate chose each of its groups."""
+
+    def __init__(self, gate: SEGate):
+        self.masks = gate.masks
+        device = gate.masks.device
+        self.image_counts = torch.zeros(len(gate.masks), dtype=torch.long, device=device)
+
+    def add(self, groups: torch.Tensor) -> None:
+        """The groups (B,) of a batch's images."""
+        self.image_counts += groups.bincount(minlength=len(self.image_counts))
+
+    @property
+    def image_count(self) -> int:
+        return int(self.image_counts.sum())
+
+    @property
+    def groups_in_use(self) -> int:
+        return int((self.image_counts > 0).sum())
+
+    @property
+    def share_of_group(self) -> torch.Tensor:
+        """(groups,): the share of the images that each group serves, in [0, 1]."""
+        return self.image_counts.double() / self.image_count
+
+    @property
+    def share_of_kernel(self) -> torch.Tensor:
+        """(C,): the share of the images that each kernel serves, in [0, 1]."""
+        return (self.image_counts.double() @ self.masks.double()) / self.image_count
+
+    def count_kernels(self) -> tuple[int, int, int]:
+        """How many kernels serve no image, some of them, and all."""
+        in_use = self.image_counts > 0
+        serves_some = self.masks[in_use].amax(0) > 0
+        serves_all = self.masks[in_use].amin(0) > 0
+        never = int((~serves_some).sum())
+        always = int(serves_all.sum())
+        return never, len(serves_all) - never - always, always
+
+
 @contextmanager
 def record_usage(net: Net):
     """Within `with record_usage(net) as usage:` count which groups the gates choose for every image
@@ -455,6 +474,42 @@ def measure_usage(net: Net, batches) -> list[Usage | None]:
     return usage
 
 
+# ---- gated nets: what gates cost ---------------------------------------------------------------
+
+
+def count_macs(net: Net, structure=None) -> int:
+    """The MACs of a net for one image, those of its gates included.
+
+    With a `structure`: those that the plain `net` would have, pruned to it, with a gate in every
+    layer that has room; a run may put on fewer. Only chosen kernels count and, in the next layer
+    and its gate, only the weights on their channels.
+    """
+    if structure is None:
+        structure = net.structure
+        gate_sizes = [None if gate is None else gate.size for gate in gates_of(net)]
+    else:
+        gate_sizes = choose_gate_sizes(net.widths, structure)
+    macs = models.count_macs(net, structure)
+    for i, size in enumerate(gate_sizes):
+        if size is not None:
+            macs += count_gate_macs(net, structure, i, size.group_count)
+    return macs
+
+
+def count_gate_macs(net: Net, structure, index: int, outputs: int) -> int:
+    """The MACs of the linear layer of a gate on the prunable layer `index` of a net with that
+    structure. It has so many `outputs`, one for each group."""
+    inputs = net.get_submodule(net.prunable[index].layer_name).weight.shape[1]
+    previous = index_of_previous_layer(net, index)
+    if previous is not None:
+        # The kernels of the layer before that are not chosen are 0, so they cost nothing here.
+        inputs = inputs * structure[previous] // net.widths[previous]
+    return inputs * outputs
+
+
+# ---- gated nets: made plain --------------------------------------------------------------------
+
+
 @torch.no_grad()
 def to_static(net: Net, batches) -> Net:
     """ours: a gated net as a plain small one: of each gated layer the always-on kernels stay, and
@@ -462,8 +517,9 @@ def to_static(net: Net, batches) -> Net:
 
     The images come in `batches`, each (B, C, H, W), normalised; ValueError if there is none. Groups
     began as copies of one another, and nets that part from one point can be averaged (Wortsman et
-    al. 2022, "Model soups"). The group that is chosen most often is worse: it has learnt from its
-    own images alone. Leaves `net` in evaluation mode.
+    al. 2022, "Model soups"). To keep only the group that is chosen most often is worse: it has
+    learnt from its own images alone. The plain net is in training mode, and `net` is left in
+    evaluation mode.
     """
     usage = measure_usage(net, batches)
     if any(layer_usage is not None and not layer_usage.image_count for layer_usage in usage):
@@ -500,35 +556,6 @@ def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Ten
     return mean
 
 
-def count_macs(net: Net, structure=None) -> int:
-    """The MACs of a net for one image, those of its gates included.
-
-    With a `structure`: those that the plain `net` would have, pruned to it, with a gate in every
-    layer that has room; a run may put on fewer. Only chosen kernels count and, in the next layer
-    and its gate, only the weights on their channels.
-    """
-    if structure is None:
-        structure = net.structure
-        gate_sizes = [None if gate is None else gate.size for gate in gates_of(net)]
-    else:
-        gate_sizes = choose_gate_sizes(net.widths, structure)
-    macs = models.count_macs(net, structure)
-    for i, size in enumerate(gate_sizes):
-        if size is not None:
-            macs += count_gate_macs(net, structure, i, size.group_count)
-    return macs
-
-
-def count_gate_macs(net: Net, structure, index: int, outputs: int) -> int:
-    """The MACs of a gate's linear layer with so many `outputs`, one for each group, on the prunable
-    layer `index` of a net with that structure."""
-    inputs = net.get_submodule(net.prunable[index].layer_name).weight.shape[1]
-    previous = index_of_previous_layer(net, index)
-    if previous is not None:
-        inputs = inputs * structure[previous] // net.widths[previous]
-    return inputs * outputs
-
-
 # ---- loading -----------------------------------------------------------------------------------
 
 
@@ -544,7 +571,8 @@ def load(path) -> tuple[Net, dict]:
 def load_checkpoint(path) -> tuple[Net, dict]:
     """(net, what models.read_checkpoint says). Raises UserError, naming the file.
 
-    Of a foreign state dict the net is the likeliest; checkpoint["readings"] has all that it may be.
+    Of a foreign state dict, which this tool has not written, the net is the likeliest reading;
+    checkpoint["readings"] has all of them.
     """
     checkpoint = models.read_checkpoint(path)
     try:
@@ -601,7 +629,7 @@ def read_gate_size(entry, width: int) -> GateSize:
         raise UserError(f"has an always-on share of {share!r}, not a number in [0, 1]")
     always_on_count = round(share * k)
     group_size = k - always_on_count
-    # A group of no kernels is refused below: no such gate has the layer's width.
+    # Where all k are always on, no kernels are left for groups: that is refused below.
     group_count = (width - always_on_count) // max(1, group_size)
     size = GateSize(always_on_count, group_size, group_count)
     if size.width != width or group_count < 2:
@@ -614,12 +642,16 @@ def read_gate_size(entry, width: int) -> GateSize:
 
 # ---- fast single images ------------------------------------------------------------------------
 #
-# One image at a time, starting an operator takes as long as many a layer's arithmetic. So here
-# layers are no modules (a module's call costs as much as a small operator). Kernels are gathered
-# once for each pair of groups, of the layer before and of their own, and kept.
+# For one image the start of an operator takes as long as the arithmetic of a small layer. So here
+# layers are no modules, for a module's call costs as much as a small operator.
+#
+# A Gathering... holds the weights of a layer or norm. It gathers those of the kernels at work once
+# for each pair of groups, that of the layer before and its own, and keeps them. A ...Runner is a
+# whole prunable layer with its norm and activation, plain or gated. Net.run_prunable calls it, and
+# passes on which group each layer chose.
 
 
-# eq=False: groups are keys of dicts, compared by identity. Comparing tensors gives no single truth.
+# eq=False: groups are keys of dicts, compared by identity, for == of tensors gives a tensor.
 @dataclass(frozen=True, eq=False)
 class KernelGroup:
     """One of the groups that a gate chooses from."""
@@ -629,14 +661,16 @@ class KernelGroup:
 
 
 class GatheringLayer:
-    """A convolution or linear layer for inference on one image, between the channels at work."""
+    """A convolution or linear layer for inference on one image, which reads and computes only the
+    channels at work."""
 
     is_linear: bool
 
     def __init__(self, layer: nn.Conv2d | nn.Linear):
         self.weight = layer.weight.detach()
         self.bias = None if layer.bias is None else layer.bias.detach()
-        # (weight, bias) by the groups (of the layer before, its own), None where there is no gate.
+        # (group of the layer before, own group) -> (weight, bias); a group is None where there is
+        # no gate.
         self.gathered = {}
 
     def __call__(self, x, previous: KernelGroup | None = None, own: KernelGroup | None = None):
@@ -652,7 +686,7 @@ class GatheringLayer:
         raise NotImplementedError
 
     def gather(self, previous: KernelGroup | None, own: KernelGroup | None):
-        """(weight, bias) between the channels at work."""
+        """(weight, bias) of the channels at work alone."""
         weight, bias = self.weight, self.bias
         if own is not None:
             weight = weight.index_select(0, own.channels)
@@ -736,7 +770,7 @@ class GatedRunner:
         ]
         self.gate_bias = gate.excite.bias.detach()
         self.gate_weight = gate.excite.weight.detach()
-        # What of it reads the channels at work, by the group of the layer before.
+        # Group of the layer before -> the part of gate_weight that reads its channels.
         self.gathered_weights = {None: self.gate_weight}
 
     def __call__(self, x, previous: KernelGroup | None):
@@ -759,6 +793,7 @@ class GatedRunner:
 
 
 def return_unchanged(x):
+    """Stands in for nn.Identity, whose call as a module takes longer."""
     return x
 
 
@@ -782,6 +817,7 @@ def make_single_image_net(net: Net) -> Net:
             continue
         parent_name, _, own_name = name.rpartition(".")
         parent = net.get_submodule(parent_name)
+        # A module must go before something else can take its name.
         delattr(parent, own_name)
         setattr(parent, own_name, runner)
     net.layer_runners = []
@@ -798,7 +834,11 @@ def make_single_image_net(net: Net) -> Net:
 
 class TunedNet:
     """A net for inference alone on a CPU, as `tune` makes it: normalised images (B, C, H, W) ->
-    logits (B, classes). It is no nn.Module: it cannot be moved, cast or trained."""
+    logits (B, classes). It is no nn.Module: it cannot be moved, cast or trained.
+
+    A gate rounds differently for one image and for a batch. So an image between two clusters may
+    get another group there.
+    """
 
     def __init__(self, net: Net):
         folded = models.fold_batch_norms(net).to(memory_format=torch.channels_last)

@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import re
+import sys
 import time
 from bisect import bisect_left
 from collections import Counter, deque
@@ -277,9 +278,11 @@ def load_data(
     flip=False,
     size=32,
     size_advice="",
+    only_test=False,
     say=lambda text: None,
-) -> tuple[Images, Images, str]:
-    """(training images, test images, what they are) of a data set; downloads what is missing.
+) -> tuple[Images | None, Images, str]:
+    """(training images, test images, what they are) of a data set; downloads what is missing. With
+    `only_test` the training images are not read, and None.
 
     A `folder` with train/CLASS and test/CLASS in it is the user's own data set. It is taken instead
     of `name`, with the statistics of `name`. Photographs, which are of many sizes or large, are
@@ -291,21 +294,40 @@ def load_data(
     augmentation = {"crop": crop, "flip": flip}
     if is_image_folder(folder):
         train, test = load_own_images(
-            name, folder, statistics, augmentation, size=size, size_advice=size_advice, say=say
+            name,
+            folder,
+            statistics,
+            augmentation,
+            size=size,
+            size_advice=size_advice,
+            only_test=only_test,
+            say=say,
         )
         return train, test, describe_data(name, folder)
-    if name == "digits":
-        train, test = (draw_digits(count, seed_for("digits", count)) for count in (6000, 2000))
-        augmentation = {}
-    else:
-        train = load_from_torchvision(name, folder, is_train=True)
-        test = load_from_torchvision(name, folder, is_train=False)
-    return Images(*train, **statistics, **augmentation), Images(*test, **statistics), name
+
+    def load_part(*, is_train: bool, **augmentation) -> Images:
+        if name == "digits":
+            count = 6000 if is_train else 2000
+            pixels, labels = draw_digits(count, seed_for("digits", count))
+            return Images(pixels, labels, **statistics)  # neither cropped nor flipped
+        pixels, labels = load_from_torchvision(name, folder, is_train=is_train, say=say)
+        return Images(pixels, labels, **statistics, **augmentation)
+
+    train = None if only_test else load_part(is_train=True, **augmentation)
+    return train, load_part(is_train=False), name
 
 
 def load_own_images(
-    name: str, folder: Path, statistics: dict, augmentation: dict, *, size: int, size_advice, say
-) -> tuple[Images, Images]:
+    name: str,
+    folder: Path,
+    statistics: dict,
+    augmentation: dict,
+    *,
+    size: int,
+    size_advice: str,
+    only_test: bool,
+    say: Callable,
+) -> tuple[Images | None, Images]:
     """(training, test) images of a user's folder, in place of the data set `name`; see load_data.
 
     Raises UserError.
@@ -333,7 +355,9 @@ def load_own_images(
     if found.size >= MIN_ZOOMED_SIZE:
         augmentation = {"zooms": True, "flip": augmentation["flip"]}
     statistics = statistics | {"class_names": found.class_names}
-    train = images_class(*found.read("train"), **statistics, **augmentation)
+    train = None
+    if not only_test:
+        train = images_class(*found.read("train"), **statistics, **augmentation)
     return train, images_class(*found.read("test"), **statistics)
 
 
@@ -361,8 +385,9 @@ def is_image_folder(folder: Path) -> bool:
     return bool(parts)
 
 
-def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
-    """(pixels, labels) of MNIST, CIFAR-10 or CIFAR-100. Raises UserError."""
+def load_from_torchvision(name: str, folder: Path, *, is_train: bool, say: Callable):
+    """(pixels, labels) of MNIST, CIFAR-10 or CIFAR-100. Where they are not in the folder, they are
+    downloaded, and `say` tells the user. Raises UserError."""
     from torchvision import datasets
 
     dataset_class = {
@@ -376,8 +401,11 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool):
                 dataset = dataset_class(folder, train=is_train)
             except RuntimeError:  # not there, or not complete
                 check_is_no_image_folder(folder)
-                with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                # On a terminal torchvision shows bars on standard error.
+                errors = sys.stderr if sys.stderr.isatty() else StringIO()
+                with redirect_stdout(StringIO()), redirect_stderr(errors):
                     dataset = dataset_class(folder, train=is_train, download=True)
+                say(f"{name} was not in {folder} and has been downloaded to it")
             pixels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     except UserError:
         raise
@@ -672,6 +700,9 @@ def measure_image(path: str) -> tuple[int, int]:
     from PIL.ExifTags import Base
 
     with opened_image(path) as image:
+        if image.format == "PNG" and "exif" not in image.info:
+            # To look for it behind the pixels, Pillow would decode these.
+            return image.size
         is_rotated = image.getexif().get(Base.Orientation, 1) in (5, 6, 7, 8)
         return image.size[::-1] if is_rotated else image.size
 
@@ -2982,7 +3013,7 @@ ROWS = ("baseline", *METHODS)
 # The other files of a run; an earlier version had a progress.pt here. results.json is removed last:
 # without it an interrupted removal could not tell whose files are left.
 RUN_FILES = ("progress.pt", "report.svg", "sep-usage.json", "results.json")
-# What must be equal where a run goes on.
+# What must be equal where a run goes on (see `identity_of`).
 IDENTITY = (
     "experiment",
     "schedule",
@@ -2996,6 +3027,39 @@ IDENTITY = (
     "normalisation",
     "round_to",
 )
+
+
+def kind_of_data(description: str) -> str:
+    """What a description of images says of a run: the name of a data set, or that they are the
+    user's own. Their folder may have been moved; the fingerprint says whether they are the same."""
+    return OWN_IMAGES if str(description).startswith(OWN_IMAGES) else description
+
+
+def identity_of(description: dict) -> dict:
+    """What of the description of a run must be equal where it goes on."""
+    identity = {key: description[key] for key in IDENTITY}
+    return identity | {"data": kind_of_data(description["data"])}
+
+
+def other_run_error(folder: Path, different: list[str]) -> UserError:
+    """For a folder that holds a run with another identity; `different` are keys of IDENTITY."""
+    words = {
+        "source": "another checkpoint (source)",
+        "images": "other images, or the same at another size",
+    }
+    names = [words.get(key, f"other {key}") for key in different]
+    return UserError(
+        f"{folder} holds a run with {' and '.join(names)}; give another --out, or --fresh to "
+        "remove that run",
+        2,
+    )
+
+
+def check_source(folder: Path, source: str) -> None:
+    """Raise UserError (status 2) where a run folder holds a run with another checkpoint."""
+    results = read_results(folder, missing_ok=True)
+    if results is not None and results["source"] != source:
+        raise other_run_error(folder, ["source"])
 
 
 class RunFolder:
@@ -3037,8 +3101,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = (self.path / "lock").open("w")
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.take_lock()
             if is_fresh:
                 self.remove_run()
         except BlockingIOError as error:
@@ -3049,6 +3112,20 @@ class RunFolder:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; give another --out"
             ) from error
+
+    def take_lock(self) -> None:
+        """Raises BlockingIOError where another process has it."""
+        if not fcntl:
+            return
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks.
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            self.say(
+                f"the file system of {self.path} has no locks: let no other process work there"
+            )
 
     def remove_run(self) -> None:
         rows = [method for method in METHODS if self.checkpoint(method).exists()]
@@ -3079,6 +3156,7 @@ class RunFolder:
             results = description | {"rows": [], "search": {}, "curves": {}, "rounded": {}}
         else:
             self.check_identity(results, description)
+            results["data"] = description["data"]  # where the user's own images are now
         self.results = results
         self.seconds_before = results["seconds"]
         self.save_results()
@@ -3100,22 +3178,15 @@ class RunFolder:
 
     def check_identity(self, results: dict, description: dict) -> None:
         """Raise UserError (status 2) where `results` are of a run with another description."""
-        expected = json.loads(json.dumps(description))  # as JSON reads it back: lists for tuples
-        different = [key for key in IDENTITY if results[key] != expected[key]]
+        # As JSON reads it back: lists for tuples.
+        expected = identity_of(json.loads(json.dumps(description)))
+        found = identity_of(results)
+        different = [key for key in IDENTITY if found[key] != expected[key]]
+        if "source" in different:
+            # With another net the images may differ as a consequence: the cause is named alone.
+            different = ["source"]
         if different:
-            if "source" in different:
-                # With another net the images may differ as a consequence: the cause is named alone.
-                different = ["source"]
-            words = {
-                "source": "another checkpoint (source)",
-                "images": "other images, or the same at another size",
-            }
-            names = [words.get(key, f"other {key}") for key in different]
-            raise UserError(
-                f"{self.path} holds a run with {' and '.join(names)}; give another --out, or "
-                "--fresh to remove that run",
-                2,
-            )
+            raise other_run_error(self.path, different)
 
     def save_results(self) -> None:
         seconds = self.seconds_before + time.time() - self.start_time
@@ -3160,8 +3231,14 @@ def read_candidate(values: dict) -> Candidate:
     return candidate
 
 
+RESULTS_HINT = (
+    "; --fresh starts the run over, or move that file away: finished rows come back from their "
+    "checkpoints"
+)
+
+
 def read_results(
-    folder: Path, *, missing_ok: bool = False, hint: str = "; --fresh starts the run over"
+    folder: Path, *, missing_ok: bool = False, hint: str = RESULTS_HINT
 ) -> dict | None:
     """The results.json of a run folder. Raises UserError where it is not what a run writes."""
     path = Path(folder) / "results.json"
@@ -3940,6 +4017,8 @@ class RowCheckpoints:
         identity = self.identify(row_name, net)
         # Earlier versions did not write these.
         facts = {key: identity[key] for key in ("images", "normalisation", "source")} | facts
+        if kind_of_data(facts.get("data")) != kind_of_data(identity.pop("data")):
+            return False
         if row_name == "baseline":
             # How it is pruned later does not matter to a baseline.
             del identity["settings"], identity["round_to"]

@@ -33,7 +33,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
@@ -51,6 +50,10 @@ if __name__ == "__main__":  # a Ctrl-C while the rest is imported gets one line,
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, exit_at_once)
 
+try:
+    from enum import StrEnum
+except ImportError:
+    sys.exit("wtp: this needs Python 3.11 or later")
 try:
     import typer
 except ImportError:
@@ -1219,7 +1222,7 @@ def find_data_dir(data_dir: Path | None, facts: dict, experiment: str = "") -> P
         with suppress(UserError, OSError):  # half of it may be gone, or it may not be read
             if is_image_folder(folder):
                 return folder
-    return Path(os.environ.get("WTP_DATA") or "data")
+    return Path(os.path.expanduser(os.environ.get("WTP_DATA") or "data"))
 
 
 def find_experiment(name: str) -> Experiment:
@@ -1242,7 +1245,8 @@ def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
         fitting = [experiment for experiment in EXPERIMENTS.values() if experiment.data != "digits"]
     elif str(data).startswith(OWN_IMAGES):
         raise UserError(
-            f"the net was trained on {data}; name that folder, wherever it is now, with --data-dir",
+            f"the net was trained on {data}; name that folder, wherever it is now, with "
+            f"--data-dir ({describe_missing_parts(data_dir)})",
             2,
         )
     else:
@@ -1273,12 +1277,17 @@ def explain_missing_data_set(user_net: UserNet, data_dir: Path):
     if is_image_folder(data_dir):
         return UserError(f"images are gray or RGB, but {user_net.path} reads {channels}")
     check_is_no_image_folder(data_dir)
-    state = "has no train/CLASS and test/CLASS" if data_dir.is_dir() else "is no folder"
     return UserError(
-        f"no data set here has {channels} and {net.classes} classes, and {data_dir} {state}; "
-        "--data-dir can name a folder with train/CLASS and test/CLASS"
-        f"{suggest_image_folder(data_dir)}"
+        f"no data set here has {channels} and {net.classes} classes, and "
+        f"{describe_missing_parts(data_dir)}; --data-dir can name a folder with train/CLASS and "
+        f"test/CLASS{suggest_image_folder(data_dir)}"
     )
+
+
+def describe_missing_parts(data_dir: Path) -> str:
+    """Why a folder holds no images of the user's own."""
+    state = "has no train/CLASS and test/CLASS" if data_dir.is_dir() else "is no folder"
+    return f"{data_dir} {state}"
 
 
 def own_images_suffix(data_dir: Path) -> str:
@@ -1294,6 +1303,7 @@ def select_device(name: str):
 
     from models import UserError
 
+    advice = "try cpu" if name == "auto" else "try cpu or auto"
     try:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1301,20 +1311,28 @@ def select_device(name: str):
             name = name.replace("gpu", "cuda")
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
-            raise ValueError
+            raise ValueError("only cpu and cuda are known")
         torch.zeros(1, device=device)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs are the current device's
     except Exception as error:
-        raise UserError(f"device '{name}' cannot be used here; try cpu or auto", 2) from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device '{name}' cannot be used here; {advice} ({reason})", 2) from error
     return device
 
 
 def load_experiment_images(
-    experiment: Experiment, data_dir: Path, size: int, say, size_advice: str = ""
+    experiment: Experiment,
+    data_dir: Path,
+    size: int,
+    say,
+    *,
+    size_advice: str = "",
+    only_test: bool = False,
 ):
     """(training images, test images, what they are) as an experiment augments them; photographs are
-    brought to `size`, and the user is told so with `size_advice`. Raises UserError."""
+    brought to `size`, and the user is told so with `size_advice`. With `only_test` the training
+    images are not read, and None. Raises UserError."""
     from controller import load_data
 
     return load_data(
@@ -1324,6 +1342,7 @@ def load_experiment_images(
         flip=experiment.flip,
         size=size,
         size_advice=size_advice,
+        only_test=only_test,
         say=say,
     )
 
@@ -1349,33 +1368,60 @@ def load_images_and_choose_reading(
     reading that fits them best. Raises UserError where the net cannot read the images
     or has other classes.
     """
-    from controller import is_image_folder
-    from models import UserError
-
-    net, facts = user_net.net, user_net.facts
-    size = user_net.photograph_size or net.size
-    size_advice = ""
-    if user_net.is_ambiguous and user_net.photograph_size is None:
-        size_advice = "; the net may have been trained at another size: --size names it"
-    try:
-        train, test, description = load_experiment_images(
-            experiment, data_dir, size, say, size_advice
-        )
-    except UserError as error:
-        guess = ""
-        if facts.get("data") is None and not is_image_folder(data_dir):
-            guess = (
-                f"; a net of {net.channels} x {net.size} x {net.size} images of {net.classes} "
-                f"classes is taken to be for {experiment.data}"
-            )
-        raise UserError(f"{error}{guess}", error.status) from error
+    train, test, description = load_images_for_net(user_net, experiment, data_dir, say)
     user_net.fit_size(train.size)
-    check_net_fits(user_net.net, facts, train, description)
+    check_net_fits(user_net.net, user_net.facts, train, description)
     train, test = train.to(device), test.to(device)
     chosen = choose_reading(user_net, train, say)
     user_net.net, user_net.accuracy = chosen.net, chosen.accuracy
     mean, std = chosen.mean, chosen.std
     return train.normalised_by(mean, std), test.normalised_by(mean, std), description
+
+
+def load_test_images(user_net: UserNet, experiment: Experiment, data_dir: Path, device, say):
+    """(test images, what they are), as `load_images_and_choose_reading` has them. Training images
+    are read only where something of the net has to be found out by them."""
+    from controller import stored_normalisation
+
+    stored = stored_normalisation(user_net.net, user_net.facts)
+    if user_net.readings or stored is None:
+        _, test, description = load_images_and_choose_reading(
+            user_net, experiment, data_dir, device, say
+        )
+        return test, description
+    _, test, description = load_images_for_net(user_net, experiment, data_dir, say, only_test=True)
+    check_net_fits(user_net.net, user_net.facts, test, description)
+    return test.to(device).normalised_by(*stored), description
+
+
+def load_images_for_net(
+    user_net: UserNet, experiment: Experiment, data_dir: Path, say, *, only_test: bool = False
+):
+    """`load_experiment_images` at the size that a user's net reads. Raises UserError."""
+    from controller import is_image_folder
+    from models import UserError
+
+    net = user_net.net
+    size_advice = ""
+    if user_net.is_ambiguous and user_net.photograph_size is None:
+        size_advice = "; the net may have been trained at another size: --size names it"
+    try:
+        return load_experiment_images(
+            experiment,
+            data_dir,
+            user_net.photograph_size or net.size,
+            say,
+            size_advice=size_advice,
+            only_test=only_test,
+        )
+    except UserError as error:
+        guess = ""
+        if user_net.facts.get("data") is None and not is_image_folder(data_dir):
+            guess = (
+                f"; a net of {net.channels} x {net.size} x {net.size} images of {net.classes} "
+                f"classes is taken to be for {experiment.data}"
+            )
+        raise UserError(f"{error}{guess}", error.status) from error
 
 
 @dataclass(frozen=True)
@@ -1531,17 +1577,23 @@ WHY_A_NET_GUESSES = (
 )
 
 
-def check_is_no_guess(user_net: UserNet, accuracy: float, what_force_does: str) -> None:
-    """Raise UserError where a net gets hardly more images right than guessing would."""
+def check_is_no_guess(
+    user_net: UserNet, accuracy: float, say, *, is_forced: bool, what_force_does: str
+) -> None:
+    """Raise UserError where a net gets hardly more images right than guessing would; if `is_forced`
+    only say so."""
     from controller import is_near_guessing
     from models import UserError
 
-    if is_near_guessing(accuracy, user_net.net.classes):
-        raise UserError(
-            f"{user_net.path} gets {accuracy:.2%} of the images right, hardly more than "
-            f"guessing among {user_net.net.classes} classes: {WHY_A_NET_GUESSES}; --force to "
-            f"{what_force_does}"
-        )
+    if not is_near_guessing(accuracy, user_net.net.classes):
+        return
+    finding = (
+        f"{user_net.path} gets {accuracy:.2%} of the images right, hardly more than guessing among "
+        f"{user_net.net.classes} classes: {WHY_A_NET_GUESSES}"
+    )
+    if not is_forced:
+        raise UserError(f"{finding}; --force to {what_force_does}")
+    say(finding)
 
 
 def begins_with_user_net(run) -> bool:
@@ -1783,7 +1835,7 @@ def check_output(
             problem = f"{path.parent} is a file, not a folder"
         raise UserError(f"cannot write {path}: {problem}", 2)
     if not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write {path}: its folder is read-only", 2)
+        raise UserError(f"cannot write {path}: its folder is read-only; {KEEP_ADVICE}", 2)
 
 
 def check_checkpoint_output(
@@ -1815,7 +1867,7 @@ def is_delivered(
     """
     import filecmp
 
-    from controller import read_results
+    from controller import kind_of_data, read_results
 
     checkpoint = folder / f"{row}.pt"
     if options.fresh or not output.is_file() or not checkpoint.is_file():
@@ -1823,7 +1875,9 @@ def is_delivered(
     if output.samefile(checkpoint) or not filecmp.cmp(output, checkpoint, shallow=False):
         return False
     results = read_results(folder, missing_ok=True)
-    if results is None or results["source"] != source or results["data"] != data:
+    if results is None or results["source"] != source:
+        return False
+    if kind_of_data(results["data"]) != kind_of_data(data):
         return False
     return any(finished_row["method"] == row for finished_row in results["rows"])
 
@@ -1845,7 +1899,8 @@ def deliver(checkpoint: Path, output: Path, *, may_replace: bool) -> None:
         raise UserError(
             f"{checkpoint} is gone or damaged; --fresh makes it anew, and all rows beside it"
         )
-    check_output(output, may_replace=may_replace)
+    advice = f"the net is in {checkpoint}; the same command with another --output copies it"
+    check_output(output, advice=advice, may_replace=may_replace)
     write_atomically(
         output,
         lambda temporary: shutil.copyfile(checkpoint, temporary),
@@ -1943,7 +1998,7 @@ def run_experiment(
 
     Raises UserError.
     """
-    from controller import is_image_folder
+    from controller import check_source, is_image_folder
 
     experiment = find_experiment(name)
     if user_net is not None:
@@ -1954,6 +2009,7 @@ def run_experiment(
         check_target(build_net(experiment), methods, experiment.target, options.round_to)
     folder = folder_of_experiment(name, target, options, user_net)
     if user_net is not None and not options.fresh:
+        check_source(folder, user_net.source)  # before images are read
         adopt_reading(user_net, folder)
     if methods == ["uniform"] and experiment.target is None:
         check_has_row(folder, options)
@@ -2273,6 +2329,8 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     )
     if not is_done:
         check_checkpoint_output(output, folder, may_replace=options.force, source=user_net.path)
+    if not options.fresh:
+        controller.check_source(folder, user_net.source)  # before images are read
     reporter = ScreenReporter()
     name = f"prune {user_net.path.name}"
     run = open_run(folder, name, experiment, options, reporter, user_net, [row])
@@ -2287,9 +2345,13 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     announce(run, reporter, list_rows_to_make([row]))
     with resumable(reporter):
         run.make_baseline(user_net.net, is_trained=True)
-        if not options.force:
-            accuracy = run.find_row("baseline")["validation_accuracy"]
-            check_is_no_guess(user_net, accuracy, "prune it all the same")
+        check_is_no_guess(
+            user_net,
+            run.find_row("baseline")["validation_accuracy"],
+            reporter.say,
+            is_forced=options.force,
+            what_force_does="prune it all the same",
+        )
         run.make_row(row, run.goal_for(row))
     # Where `sep` is pruned, `lstm`'s search may have run for it. A run of `prune` makes no other
     # row, which would need the weights of that search.
@@ -2361,9 +2423,7 @@ def evaluate(
     data_dir = find_data_dir(data_dir, user_net.facts)
     experiment = find_experiment_for(user_net, data_dir)
     device = select_device(device)
-    _, test, description = load_images_and_choose_reading(
-        user_net, experiment, data_dir, device, print_note
-    )
+    test, description = load_test_images(user_net, experiment, data_dir, device, print_note)
     say_where_size_is_unused(user_net.photograph_size, test, print_note)
     say_what_is_read(user_net, test, description)
     net = prepare_for_inference(user_net.net, device)
@@ -2374,7 +2434,10 @@ def evaluate(
     baseline_net = build_untrained_baseline(user_net, device)
     baseline = known_baseline(user_net.facts, baseline_net, len(test), description)
     own = measure_size(net) | {"test_accuracy": accuracy}
-    print_note("measures how long one image takes, and 128 at once: minutes for a large net")
+    print_note(
+        f"{accuracy:.2%} of the test images right; now it measures how long one image takes, and "
+        "128 at once: minutes for a large net"
+    )
     own_latencies, baseline_latencies = compare_latencies(net, baseline_net, test)
     own |= own_latencies
     baseline |= baseline_latencies
@@ -2620,8 +2683,14 @@ def export(
     data_dir = find_data_dir(data_dir, user_net.facts)
     check_export(user_net, file, is_static=static, may_replace=force)
     net, mean, std = prepare_export(user_net, data_dir, device, size, is_static=static)
-    if user_net.accuracy is not None and not force:
-        check_is_no_guess(user_net, user_net.accuracy, "export it all the same")
+    if user_net.accuracy is not None:
+        check_is_no_guess(
+            user_net,
+            user_net.accuracy,
+            print_note,
+            is_forced=force,
+            what_force_does="export it all the same",
+        )
     # Without --size: a net from a state dict may have taken the size of the images just read.
     size = size or net.size
     difference = models.export_net(net, file, mean, std, size, may_replace=force)
@@ -2768,7 +2837,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         if arguments is None:
-            arguments = sys.argv[1:]
+            arguments = [expand_home(argument) for argument in sys.argv[1:]]
         return app(arguments or ["--help"], standalone_mode=False) or 0
     except Stopped as stopped:
         print_last_line(f"stopped{stopped.advice}")
@@ -2777,6 +2846,14 @@ def main(arguments: list[str] | None = None) -> int:
         message, status = explain(error)
         print_last_line(f"wtp: {message}")
         return status
+
+
+def expand_home(argument: str) -> str:
+    """An argument with the user's home in place of its ~. In --out=~/runs shells leave that."""
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and value.startswith("~"):
+        return f"{option}{equals}{os.path.expanduser(value)}"
+    return argument
 
 
 def print_last_line(text: str) -> None:
@@ -2798,7 +2875,11 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision", "rich"):
         return f"{error.name} is missing; pip install -r requirements.txt", 1
     # Here, not above: models.py imports torch, which may be the module that is missing.
-    from models import UserError
+    try:
+        from models import UserError
+    except (ImportError, OSError) as import_error:  # as where a library of CUDA is missing
+        reason = " ".join(str(import_error).split())
+        return f"PyTorch cannot be loaded: {reason}; pip install -r requirements.txt", 1
 
     if isinstance(error, UserError):
         return str(error), error.status

@@ -265,6 +265,22 @@ def test_an_image_of_16_bits_is_refused_by_its_header(tmp_path):
         controller.measure_image(str(path))
 
 
+def test_a_download_is_told(tmp_path, monkeypatch):
+    class FakeDataset:
+        def __init__(self, folder, *, train, download=False):
+            if not download:
+                raise RuntimeError("Dataset not found")
+            self.data, self.targets = torch.zeros(3, 28, 28, dtype=torch.uint8), [0, 1, 2]
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", FakeDataset)
+    lines = []
+
+    train, test, name = controller.load_data("mnist", tmp_path, only_test=True, say=lines.append)
+
+    assert (train, len(test), name) == (None, 3, "mnist")
+    assert lines == [f"mnist was not in {tmp_path} and has been downloaded to it"]
+
+
 def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
     """As root everything may be read, so the errors are made here."""
     (tmp_path / "private").mkdir()
@@ -2100,6 +2116,19 @@ def test_a_finished_run_trains_nothing_more(undisturbed):
 
     assert without_seconds(again) == without_seconds(results)
     assert spy.epochs == 0
+
+
+def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(controller.fcntl, "flock", refuse)
+    reporter = Reporter()
+    reporter.say = (lines := []).append
+
+    controller.RunFolder(tmp_path, reporter).claim(is_fresh=False)
+
+    assert lines == [f"the file system of {tmp_path} has no locks: let no other process work there"]
 
 
 def test_a_search_whose_state_is_damaged_says_that_it_begins_anew(tmp_path):

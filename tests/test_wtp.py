@@ -563,6 +563,7 @@ def test_a_net_that_only_guesses_is_pruned_by_force_alone(capsys, tmp_path):
 
     status, _, err = call(capsys, *command, "--force")
     assert status == 0, err
+    assert "hardly more than guessing among 10 classes" in err
     assert (tmp_path / "net-pruned.pt").exists()
 
 
@@ -586,6 +587,24 @@ def test_a_pruned_net_that_only_guesses_is_named(capsys, schedule, is_said, targ
     assert ("uniform gets 12.00% of the test images right, hardly more than" in out) == is_said
     assert ("a smaller --target helps" in out) == (is_said and target is not None)
     assert "lstm" not in out
+
+
+def test_a_checkpoint_of_this_tool_is_evaluated_without_the_training_images(
+    capsys, smoke, tmp_path
+):
+    save_pictures(tmp_path / "pictures", classes=10, count=12)
+    for path in (tmp_path / "pictures" / "train").glob("*/*.png"):
+        path.write_bytes(path.read_bytes()[:60])  # its header alone
+    torch.save(sep.load(smoke[0] / "lstm.pt")[0].state_dict(), tmp_path / "foreign.pt")
+    folder = ["--data-dir", tmp_path / "pictures"]
+
+    status, out, err = call(capsys, "evaluate", smoke[0] / "lstm.pt", *folder)
+    assert status == 0, err
+    assert "120 test images" in out
+
+    status, _, err = call(capsys, "evaluate", tmp_path / "foreign.pt", *folder)
+    assert status == 1
+    assert "119 others cannot be read either" in err
 
 
 def test_photographs_for_a_foreign_net_are_brought_to_the_size_that_the_user_says(
@@ -664,6 +683,7 @@ def test_a_foreign_net_that_only_guesses_is_exported_by_force_alone(capsys, tmp_
     status, out, err = call(capsys, "export", tmp_path / "net.pt", tmp_path / "net.pt2", *force)
     assert status == 0, err
     assert "tries what is usual on some of the training images" in err
+    assert "hardly more than guessing among 10 classes" in err
     assert re.fullmatch(r"wrote .* read as lenet5?, .*\n", out)  # results alone
 
     status, _, err = call(capsys, "evaluate", tmp_path / "net.pt", *folder)
@@ -1505,6 +1525,16 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("WTP_DATA")
     (tmp_path / "elsewhere").rename(pictures)
 
+    moved = tmp_path / "scratch" / "pictures"
+    moved.parent.mkdir()
+    pictures.rename(moved)
+    rows = read_results(checkpoint.parent)["rows"]
+    status, out, err = call(capsys, *command[:-1], moved)
+    assert status == 0, err
+    assert f"data images in {moved} (120 test images)" in out
+    assert read_results(checkpoint.parent)["rows"] == rows  # nothing was trained again
+    moved.rename(pictures)
+
     # As many as before, two of them exchanged.
     first, second = (next((pictures / f"train/class{n}").glob("*.png")) for n in (0, 1))
     first.rename(tmp_path / "a.png")
@@ -2055,6 +2085,35 @@ def test_a_damaged_row_is_not_delivered(smoke, tmp_path):
     assert not (tmp_path / "b.pt").exists()
 
 
+def test_a_net_whose_output_came_to_be_meanwhile_is_not_lost(smoke, tmp_path):
+    checkpoint = copy_row(smoke, "lstm", tmp_path / "made.pt")
+    (tmp_path / "a.pt").write_text("mine")
+
+    with pytest.raises(UserError) as raised:
+        wtp.deliver(checkpoint, tmp_path / "a.pt", may_replace=False)
+
+    advice = f"the net is in {checkpoint}; the same command with another --output copies it"
+    assert str(raised.value) == f"{tmp_path / 'a.pt'} exists already and is kept; {advice}"
+    assert (tmp_path / "a.pt").read_text() == "mine"
+
+
+def test_the_folder_of_another_checkpoint_is_refused_before_images_are_read(
+    capsys, pruned, tmp_path, monkeypatch
+):
+    shutil.copytree(pruned[0], tmp_path, dirs_exist_ok=True)
+    net, facts = sep.load(tmp_path / "my.pt")
+    models.save_checkpoint(tmp_path / "my.pt", net, facts | {"seconds": 9.9})
+
+    def fail(*_, **__):
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr(controller, "load_data", fail)
+    status, _, err = call(capsys, *prune_command(tmp_path), "--output", tmp_path / "b.pt")
+
+    assert status == 2
+    assert "holds a run with another checkpoint (source); give another --out, or --fresh" in err
+
+
 def test_a_runs_own_files_are_no_output(capsys, smoke, tmp_path):
     before = sorted(smoke[0].iterdir())
     copy_row(smoke, "baseline", tmp_path / "net.pt")
@@ -2417,6 +2476,25 @@ def test_names_in_brackets_are_no_markup(capsys, smoke, tmp_path):
 
 
 # ---- signals and environments
+
+
+def test_a_home_that_the_shell_has_left_is_put_in(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("WTP_DATA", "~/sets")
+
+    assert wtp.expand_home("--out=~/runs") == "--out=/home/me/runs"
+    assert wtp.expand_home("~/net.pt") == "~/net.pt"  # that the shell has seen to
+    assert wtp.expand_home("--out") == "--out"
+    assert wtp.find_data_dir(None, {}) == Path("/home/me/sets")
+
+
+def test_a_pytorch_that_cannot_be_loaded_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "models", None)  # as where a library of CUDA is missing
+
+    message, status = wtp.explain(OSError("libcublas.so.12: cannot open shared object file"))
+
+    assert message.startswith("PyTorch cannot be loaded: ")
+    assert status == 1
 
 
 def test_ctrl_c_while_nothing_runs_yet(tmp_path):

@@ -1124,7 +1124,8 @@ class TrainStep:
 
     def __call__(self, x, labels, teacher_probs, lr: float) -> torch.Tensor:
         """Train on x (B, C, H, W), labels (B,), teacher_probs (B, classes) or None; the loss."""
-        self.optimizer.param_groups[0]["lr"] = lr
+        # A training that began on a GPU has left `fused` on.
+        self.optimizer.param_groups[0].update(lr=lr, fused=None)
         return self.update(x, labels, teacher_probs)
 
     def finish_epoch(self) -> None:
@@ -1436,8 +1437,19 @@ def fit(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch says that a CPU or a GPU has no memory left: on a CPU by a RuntimeError."""
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    return any(sign in str(error) for sign in signs)
+    signs = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "alloc_failed",  # cuBLAS and cuDNN
+        "unable to find an engine",  # cuDNN, where no way to convolve has enough memory
+    )
+    return any(sign in str(error).lower() for sign in signs)
+
+
+def is_gpu_error(error: Exception) -> bool:
+    """Whether PyTorch reports a fault of the GPU or its libraries, not of a net's shapes."""
+    return any(sign in str(error) for sign in ("CUDA error", "cuDNN error"))
 
 
 # ---- training: what weights do not tell --------------------------------------------------------
@@ -1874,21 +1886,22 @@ def score_if_fitting(net: Net, images: Images, *, reads_norms: bool) -> AttemptS
     """How good a net is on some images; the worst score where it cannot take them. Without
     `reads_norms` its batch norms do not count.
 
-    In float32: the choice is not to depend on whether a machine has bfloat16.
+    In float32: the choice is not to depend on whether a machine has bfloat16 or TF32.
     """
     net.eval()
     is_right, loss = [], 0.0
     chunks = split_into_chunks(images)
     mismatch = None
     try:
-        for index, x in zip(chunks, images.batches(chunks)):
-            logits, labels = net(x), images.labels[index]
-            is_right.append((logits.argmax(1) == labels).cpu())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        if reads_norms and net.gates is None and len(images) >= FEWEST_IMAGES_FOR_NORMS:
-            mismatch = measure_least_norm_mismatch(net, images)
+        with float32_for(images.device):
+            for index, x in zip(chunks, images.batches(chunks)):
+                logits, labels = net(x), images.labels[index]
+                is_right.append((logits.argmax(1) == labels).cpu())
+                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            if reads_norms and net.gates is None and len(images) >= FEWEST_IMAGES_FOR_NORMS:
+                mismatch = measure_least_norm_mismatch(net, images)
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_gpu_error(error):
             raise
         # Most likely strides and poolings leave nothing of the map.
         return AttemptScore(torch.zeros(len(images), dtype=torch.bool), math.inf, None)
@@ -2028,7 +2041,8 @@ def is_near_guessing(accuracy: float, classes: int) -> bool:
 
 @torch.no_grad()
 def measure_latencies(nets: list, images: Images, batch_size: int) -> list[float]:
-    """Of each net the median seconds of a forward pass of so many images in float32, warm.
+    """Of each net the median seconds of a forward pass of so many images, warm, in float32; on a
+    GPU convolutions may use TF32, as PyTorch does by default.
 
     The nets run in turns, on other images each time, so that a busy moment hits them all.
     """

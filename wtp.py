@@ -523,8 +523,10 @@ class ScreenReporter:
                 f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{accuracy}, "
                 f"{seconds_per_epoch:.1f} s an epoch"
             )
-        # The first short epoch also computes the teacher's outputs, so it would say too much.
-        if self.has_finished_epoch or self.epoch_share > LONG_EPOCH_SHARE:
+        # The first epoch may say too much: a short one also computes the teacher's outputs, and on
+        # a GPU much is prepared in it. In one that takes long that makes little difference.
+        is_long = self.epoch_share > LONG_EPOCH_SHARE and seconds_per_epoch > SECONDS_UNTIL_ESTIMATE
+        if self.has_finished_epoch or is_long:
             self.say_estimate(seconds_per_epoch)
         self.has_finished_epoch = True
 
@@ -1258,7 +1260,7 @@ def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
         raise explain_missing_data_set(user_net, data_dir)
 
     def family(arch):
-        return arch.rstrip("0123456789")
+        return arch.rstrip("0123456789").removeprefix("pre")  # resnet of preresnet20
 
     def likeness(experiment):
         has_same_family = family(experiment.arch) == family(net.arch)
@@ -2125,7 +2127,13 @@ def train(
         ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="pixels of a side that photographs are brought to")
+        int | None,
+        typer.Option(
+            min=1,
+            help="pixels of a side that photographs are brought to; default: 224 for resnet18, 34, "
+            "50 and 101, else 32, for lenet5 28",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="the checkpoint; default: baseline.pt in the run folder")

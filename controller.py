@@ -247,17 +247,16 @@ def split_into_chunks(images: Images) -> tuple[torch.Tensor, ...]:
     return torch.arange(len(images), device=images.device).split(chunk_size_for(images))
 
 
-# ours: maps of more images leave the caches of a CPU, which then takes up to a third longer; fewer
-# than MIN_CHUNK_SIZE leave its cores idle.
-CPU_CHUNK_SIZE = 250
-GPU_CHUNK_SIZE = 2000
-MIN_CHUNK_SIZE = 8
+# ours: of a chunk the most images, and the most pixels. Maps of more leave the caches of a CPU,
+# which then takes up to a third longer; fewer leave its cores idle.
+CPU_CHUNK = (250, 400 * 32 * 32)
+GPU_CHUNK = (2000, 2000 * 32 * 32)
 
 
 def chunk_size_for(images: Images) -> int:
-    """Images of a chunk: of 32 x 32 pixels the numbers above; fewer if larger."""
-    most = GPU_CHUNK_SIZE if images.device.type == "cuda" else CPU_CHUNK_SIZE
-    return max(MIN_CHUNK_SIZE, min(most, most * 32 * 32 // images.size**2))
+    """Images of a chunk, by the numbers above."""
+    most_images, most_pixels = GPU_CHUNK if images.device.type == "cuda" else CPU_CHUNK
+    return max(1, min(most_images, most_pixels // images.size**2))
 
 
 # Mean and standard deviation of the training pixels in [0, 1].
@@ -340,18 +339,20 @@ def load_own_images(
         )
     found = open_image_folder(folder, size, is_gray=name == "mnist")
     if found.need_resizing:
+        count = len(found.paths["test"]) if only_test else found.count
         say(
-            f"{found.count:,} photographs ({found.size_words} pixels) are resized and cropped in "
+            f"{count:,} photographs ({found.size_words} pixels) are resized and cropped in "
             f"their middle to {size} x {size}{size_advice}"
         )
     images_class = Images
     if found.exceeds_memory_limit:
         images_class = ImagesInFiles
-        say(
-            f"{found.count:,} images of {found.size} x {found.size} pixels would take "
-            f"{found.byte_count / 1e9:.1f} GB of memory: they are read from their files in every "
-            "epoch, which is slower"
-        )
+        if not only_test:
+            say(
+                f"{found.count:,} images of {found.size} x {found.size} pixels would take "
+                f"{found.byte_count / 1e9:.1f} GB of memory: they are read from their files in "
+                "every epoch, which is slower"
+            )
     if found.size >= MIN_ZOOMED_SIZE:
         augmentation = {"zooms": True, "flip": augmentation["flip"]}
     statistics = statistics | {"class_names": found.class_names}
@@ -696,15 +697,19 @@ def raise_for_unreadable(errors: dict[str, UserError]) -> None:
 
 
 def measure_image(path: str) -> tuple[int, int]:
-    """(width, height) of an image when it stands upright, without decoding it. Raises UserError."""
+    """(width, height) of an image when it stands upright, as far as its header says, without
+    decoding it. Raises UserError."""
     from PIL.ExifTags import Base
 
     with opened_image(path) as image:
         if image.format == "PNG" and "exif" not in image.info:
             # To look for it behind the pixels, Pillow would decode these.
             return image.size
+        size = image.size
+        if image.format == "TIFF":  # newer versions of Pillow have turned this size already
+            size = image.tag_v2[Base.ImageWidth], image.tag_v2[Base.ImageLength]
         is_rotated = image.getexif().get(Base.Orientation, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if is_rotated else image.size
+        return size[::-1] if is_rotated else size
 
 
 def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tensor:
@@ -1442,14 +1447,15 @@ def is_out_of_memory(error: Exception) -> bool:
         "can't allocate memory",
         "not enough memory",
         "alloc_failed",  # cuBLAS and cuDNN
-        "unable to find an engine",  # cuDNN, where no way to convolve has enough memory
     )
     return any(sign in str(error).lower() for sign in signs)
 
 
 def is_gpu_error(error: Exception) -> bool:
-    """Whether PyTorch reports a fault of the GPU or its libraries, not of a net's shapes."""
-    return any(sign in str(error) for sign in ("CUDA error", "cuDNN error"))
+    """Whether PyTorch reports a fault of the GPU or its libraries, not of a net's shapes. Where
+    cuDNN finds no engine, the memory is full, or cuDNN does not fit the GPU."""
+    signs = ("CUDA error", "cuDNN error", "unable to find an engine")
+    return any(sign in str(error) for sign in signs)
 
 
 # ---- training: what weights do not tell --------------------------------------------------------
@@ -1922,7 +1928,7 @@ def measure_least_norm_mismatch(net: Net, images: Images) -> float | None:
     _, crops = images.draw_epoch(0, 0)
     mismatches = []
     for crops_to_try in [None, crops] if images.is_augmented else [None]:
-        with record_norm_inputs(net) as norm_inputs:
+        with float32_for(images.device), record_norm_inputs(net) as norm_inputs:
             for x in images.batches(chunks, crops_to_try):
                 net(x)
         mismatches.append(measure_norm_mismatch(norm_inputs))
@@ -3045,7 +3051,7 @@ IDENTITY = (
 
 def kind_of_data(description: str) -> str:
     """What a description of images says of a run: the name of a data set, or that they are the
-    user's own. Their folder may have been moved; the fingerprint says whether they are the same."""
+    user's own. Their folder may have been moved: `fingerprint` says whether they are the same."""
     return OWN_IMAGES if str(description).startswith(OWN_IMAGES) else description
 
 
@@ -3256,7 +3262,8 @@ def read_results(
 ) -> dict | None:
     """The results.json of a run folder. Raises UserError where it is not what a run writes."""
     path = Path(folder) / "results.json"
-    if missing_ok and not path.exists():
+    # os.path: Path.exists raises where a folder is not to be read.
+    if missing_ok and not os.path.exists(path):
         return None
     try:
         results = json.loads(path.read_text())
@@ -4030,8 +4037,12 @@ class RowCheckpoints:
             return False  # `add_row` needs them
         identity = self.identify(row_name, net)
         # Earlier versions did not write these.
+        has_fingerprint = "images" in facts
         facts = {key: identity[key] for key in ("images", "normalisation", "source")} | facts
-        if kind_of_data(facts.get("data")) != kind_of_data(identity.pop("data")):
+        data = identity.pop("data")
+        if kind_of_data(facts.get("data")) != kind_of_data(data):
+            return False
+        if not has_fingerprint and facts.get("data") != data:
             return False
         if row_name == "baseline":
             # How it is pruned later does not matter to a baseline.

@@ -501,8 +501,9 @@ class ScreenReporter:
             completed=self.training_epochs_done * len(steps),
         )
         start = time.monotonic()
-        # Before the first step the teacher reads the images of the epoch. The next trainings with
-        # short epochs find its outputs kept, so there that time would say too much.
+        # Before the first step the teacher reads the images of the epoch. Later recoveries find its
+        # outputs kept: after a short epoch its time would say far too much, after a long one the
+        # estimate is an upper bound.
         seconds_of_teacher = 0.0
         if self.epoch_share > LONG_EPOCH_SHARE:
             seconds_of_teacher = start - self.epoch_start
@@ -1809,10 +1810,12 @@ def check_output(
     path: Path,
     *,
     advice: str = KEEP_ADVICE,
+    advice_on_folder: str = KEEP_ADVICE,
     run_folder: Path | None = None,
     may_replace: bool = False,
 ) -> None:
-    """Raise UserError (status 2) unless a new file can be written at `path`.
+    """Raise UserError (status 2) unless a new file can be written at `path`. `advice` says what to
+    do if there is a file already, `advice_on_folder` if nothing can be written in its folder.
 
     Refused are an existing file, unless `may_replace`, and a name that a run gives its own files:
     in `run_folder`, where a run will work, or in any folder with a results.json.
@@ -1837,7 +1840,7 @@ def check_output(
             problem = f"{path.parent} is a file, not a folder"
         raise UserError(f"cannot write {path}: {problem}", 2)
     if not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write {path}: its folder is read-only; {KEEP_ADVICE}", 2)
+        raise UserError(f"cannot write {path}: its folder is read-only; {advice_on_folder}", 2)
 
 
 def check_checkpoint_output(
@@ -1902,7 +1905,7 @@ def deliver(checkpoint: Path, output: Path, *, may_replace: bool) -> None:
             f"{checkpoint} is gone or damaged; --fresh makes it anew, and all rows beside it"
         )
     advice = f"the net is in {checkpoint}; the same command with another --output copies it"
-    check_output(output, advice=advice, may_replace=may_replace)
+    check_output(output, advice=advice, advice_on_folder=advice, may_replace=may_replace)
     write_atomically(
         output,
         lambda temporary: shutil.copyfile(checkpoint, temporary),
@@ -2733,7 +2736,7 @@ def check_export(user_net: UserNet, file: Path, *, is_static: bool, may_replace:
     if is_static and user_net.net.gates is None:
         raise UserError(f"{user_net.path} has no gates: it is plain already, leave out --static", 2)
     if not may_replace or not os.path.lexists(file):
-        check_output(file, advice=FORCE_ADVICE)
+        check_output(file, advice=FORCE_ADVICE, advice_on_folder="name another file")
 
 
 def prepare_export(
@@ -2885,8 +2888,10 @@ def explain(error: Exception) -> tuple[str, int]:
     # Here, not above: models.py imports torch, which may be the module that is missing.
     try:
         from models import UserError
-    except (ImportError, OSError) as import_error:  # as where a library of CUDA is missing
-        reason = " ".join(str(import_error).split())
+    except Exception as import_error:
+        # As where a library of CUDA is missing. What was raised first says most.
+        first_error = error if isinstance(error, ImportError | OSError) else import_error
+        reason = " ".join(str(first_error).split())
         return f"PyTorch cannot be loaded: {reason}; pip install -r requirements.txt", 1
 
     if isinstance(error, UserError):
@@ -2898,10 +2903,13 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "out of memory", 1
     if isinstance(error, RuntimeError):  # as PyTorch's
-        from controller import is_out_of_memory
+        from controller import is_gpu_error, is_out_of_memory
 
         if is_out_of_memory(error):
             return "out of memory", 1
+        if is_gpu_error(error):
+            reason = str(error).partition("\n")[0]
+            return f"the GPU fails: {reason}; its memory may be full; --device cpu needs no GPU", 1
     raise error
 
 

@@ -264,6 +264,20 @@ def test_of_many_unreadable_images_some_are_named(tmp_path):
     assert str(raised.value) == expected + ", ".join(map(str, names))
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
+def test_an_image_is_measured_as_it_is_read(tmp_path, ending):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its orientation: turned by 90 degrees
+    plain, turned = tmp_path / f"plain.{ending}", tmp_path / f"turned.{ending}"
+    image = Image.fromarray(np.zeros((12, 20, 3), np.uint8))
+    image.save(plain)
+    image.save(turned, exif=exif)
+
+    for path, size in ((plain, (20, 12)), (turned, (12, 20))):
+        assert controller.measure_image(str(path)) == size
+        assert controller.read_image(str(path), is_gray=False).shape[:2] == size[::-1]
+
+
 def test_an_image_of_16_bits_is_refused_by_its_header(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(path)
@@ -400,6 +414,18 @@ def test_a_temperature_tells_what_a_sure_teacher_knows_of_the_other_classes():
         for a, b in zip(teacher, student)
     )
     assert distance(other_logits, 4.0) == pytest.approx(16 * kl, rel=1e-3)
+
+
+def test_a_training_that_began_on_a_gpu_goes_on_with_the_cpus_optimizer():
+    net = make_lenet()
+    optimizer = controller.make_optimizer(net, 0.1)
+    optimizer.param_groups[0].update(fused=True, lr=torch.tensor(0.1))
+    step = controller.make_train_step(net, optimizer)
+
+    step.start_epoch()
+    step(torch.randn(4, 1, 28, 28), torch.arange(4), None, 0.05)
+
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["lr"]) == (None, 0.05)
 
 
 def test_the_teacher_runs_once_for_an_epochs_crops_and_stays_as_it_is():

@@ -128,6 +128,16 @@ def test_a_checkpoint_is_pruned_as_the_experiment_of_its_kind_and_data(name, tmp
     assert final.temperature == 4
 
 
+def test_a_preactivated_net_is_trained_as_a_resnet(tmp_path):
+    net = models.build("resnet20")
+    architecture = replace(net.architecture, name="preresnet20", is_preactivated=True)
+    preactivated = models.build_net(architecture, net.widths)
+
+    for each, arch in ((preactivated, "resnet56"), (models.build("vgg11"), "vgg19")):
+        user_net = wtp.UserNet(tmp_path / "a.pt", each, {}, [])
+        assert wtp.find_experiment_for(user_net, tmp_path).arch == arch
+
+
 def test_the_published_schedule_is_the_papers():
     cifar, mnist = settings_of("vgg-cifar10", "published"), settings_of("mnist", "published")
     plan = controller.TrainingPlan
@@ -2380,6 +2390,17 @@ def test_facts_that_say_nothing_usable_are_passed_over(capsys, smoke, tmp_path, 
     assert status == 0, err
 
 
+def test_what_a_gpu_says_is_one_line():
+    error = RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED\nand much more")
+
+    message, status = wtp.explain(error)
+
+    assert message.startswith("the GPU fails: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED; its")
+    assert status == 1
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        wtp.explain(RuntimeError("size mismatch"))
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.")])
 def test_memory_that_ran_out_is_one_line(capsys, monkeypatch, error):
     def fail(*_, **__):
@@ -2493,7 +2514,7 @@ def test_a_pytorch_that_cannot_be_loaded_is_one_line(monkeypatch):
 
     message, status = wtp.explain(OSError("libcublas.so.12: cannot open shared object file"))
 
-    assert message.startswith("PyTorch cannot be loaded: ")
+    assert message.startswith("PyTorch cannot be loaded: libcublas.so.12: cannot open")
     assert status == 1
 
 

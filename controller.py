@@ -403,8 +403,8 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool, say: Calla
             except RuntimeError:  # not there, or not complete
                 check_is_no_image_folder(folder)
                 # On a terminal torchvision shows bars on standard error.
-                errors = sys.stderr if sys.stderr.isatty() else StringIO()
-                with redirect_stdout(StringIO()), redirect_stderr(errors):
+                error_stream = sys.stderr if sys.stderr.isatty() else StringIO()
+                with redirect_stdout(StringIO()), redirect_stderr(error_stream):
                     dataset = dataset_class(folder, train=is_train, download=True)
                 say(f"{name} was not in {folder} and has been downloaded to it")
             pixels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)

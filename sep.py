@@ -12,9 +12,10 @@ A gated layer may have kernels that are always on. The others stand after them i
     always on | group 0 | group 1 | ...
 
 The gate of the layer reads what the layer reads, and chooses one group for each image. The
-always-on kernels and that group are k kernels: k is what the net's structure says of the layer. In
-a batch all kernels are computed, and those not chosen for an image are set to 0. Of a single image
-`tune` computes the chosen ones only. What the paper does not give is marked `ours`.
+always-on kernels and that group are k kernels. k is the layer's number in net.structure; its number
+in net.widths counts all kernels. In a batch all kernels are computed, and those not chosen for an
+image are set to 0. Of a single image `tune` computes the chosen ones only. What the paper does not
+give is marked `ours`.
 """
 
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ class SEGate(nn.Module):
     The paper scores every kernel, and multiplies with the scores. ours: a gate scores groups, and
     multiplies with nothing. Groups begin as copies of the kernels that hard pruning keeps, so at
     first all choices compute the same, and they part in the training. Gates that score single
-    kernels end below hard pruning (RESULTS.md, section 6).
+    kernels ended below hard pruning in one run (RESULTS.md, section 6).
 
     The layer and its norm are not part of the gate: so their weights keep their names.
     """
@@ -97,7 +98,8 @@ class SEGate(nn.Module):
         """`input_count`: how many numbers `squeeze` gives."""
         super().__init__()
         self.size = size
-        # ours: argmax has no gradient, so these weights stay as `fit_gate` sets them.
+        # Random until `add_gates` or a checkpoint fills them. ours: they are never trained, for
+        # argmax has no gradient.
         self.excite = nn.Linear(input_count, size.group_count).requires_grad_(False)
         masks = torch.stack([self.mask_of_group(group) for group in range(size.group_count)])
         # (groups, C). Not in checkpoints, for they follow from `size`.
@@ -165,7 +167,8 @@ def fit_gate(squeezed: torch.Tensor, group_count: int) -> tuple[torch.Tensor, to
     mean = squeezed.mean(0)
     deviation = squeezed.std(0, correction=0)
     # ours: an input that varies 1,000 times less than the most variable one is left out. Else it
-    # would count as much as that one, though it is hardly more than noise.
+    # would count as much as that one, though it is hardly more than noise. An infinite deviation
+    # makes its part of each point 0, and its weight.
     deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
     centres = find_clusters((squeezed - mean) / deviation, group_count)
     # The nearest centre c of a point z has the smallest |z - c|^2, and so the largest
@@ -186,7 +189,7 @@ def find_clusters(points: torch.Tensor, count: int) -> torch.Tensor:
     best_distance, best_centres = torch.inf, None
     for _ in range(CLUSTERING_RESTARTS):
         order = torch.randperm(len(points), generator=generator)
-        # With fewer points than clusters, points serve twice.
+        # With fewer points than clusters, points serve several times.
         start_indices = order[torch.arange(count) % len(points)].to(points.device)
         centres = move_centres(points, points[start_indices])
         distance = torch.cdist(points, centres).min(1).values.square().mean()
@@ -247,7 +250,9 @@ def update_running_statistics(norm, mean, var, value_count) -> None:
     has no variance. mean (C,) and the biased variance `var` (C,) are of value_count (C,) values."""
     norm.num_batches_tracked += 1
     momentum = norm.momentum
-    if momentum is None:  # a cumulative average, as torch.optim.swa_utils.update_bn takes
+    # A cumulative average, as torch.optim.swa_utils.update_bn takes. A channel that no image of the
+    # first batches uses keeps a part of its first values.
+    if momentum is None:
         momentum = 1 / float(norm.num_batches_tracked)
     is_updated = value_count > 1
     unbiased_var = var * value_count / (value_count - 1).clamp_min(1)
@@ -261,7 +266,7 @@ def update_running_statistics(norm, mean, var, value_count) -> None:
 
 def choose_gate_size(width: int, k: int) -> GateSize | None:
     """The gate of a layer that had `width` kernels before pruning, of which k are to work for an
-    image.
+    image. With the gate it may have fewer kernels: what fills no whole group is left out.
 
     If there is room for two groups of k kernels, there are as many groups as have room, at most
     MAX_GROUPS, and no kernel is always on. Else there are two smaller groups, and the kernels that
@@ -318,11 +323,13 @@ def index_of_previous_layer(net: Net, index: int) -> int | None:
 def add_gates(net: Net, gate_sizes, batches) -> Net:
     """Soft pruning (TIP 2021): a gated copy of a plain net that is pruned already.
 
-    Its gated layers are wider than those of `net`, whose widths are the k's: kernels that are not
-    always on come once for each group. At first both nets compute the same. `gate_sizes` holds a
-    GateSize, or None, for each prunable layer. The gates divide the images in `batches`, each
-    (B, C, H, W), normalised, among their groups. Of many images only the first ones count, so
-    shuffle them. The copy is in training mode, and `net` is left in evaluation mode.
+    `gate_sizes` holds a GateSize, or None, for each prunable layer, and its k is the width of that
+    layer in `net`. The gated layer is wider: kernels that are not always on come once for each
+    group. In evaluation mode both nets compute the same at first.
+
+    The gates' clusters are found on the images in `batches`, each (B, C, H, W), normalised. Of many
+    images only the first ones count, so shuffle them. The copy is in training mode, and `net` is
+    left in evaluation mode.
     """
     gated_layers = [
         prunable.layer_name for prunable, size in zip(net.prunable, gate_sizes) if size is not None
@@ -333,7 +340,7 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
         torch.arange(width) if size is None else list_source_kernels(scores, size)
         for width, scores, size in zip(net.widths, importance, gate_sizes)
     ]
-    # It copies a channel as often as its index comes.
+    # remove_channels takes the listed channels; one that is listed several times is copied.
     gated = models.remove_channels(net, source_channels).to(memory_format=torch.channels_last)
     attach_gates(gated, gate_sizes)
     for index, gate in enumerate(gates_of(gated)):
@@ -401,7 +408,7 @@ def collect_squeezed(net: Net, layer_names, batches) -> dict[str, torch.Tensor]:
 
 def prune_softly(net: Net, structure, batches) -> Net:
     """A new net of that structure with all gates that have room: models.prune_channels, then
-    `add_gates`. For tests and measurements: a run trains in between."""
+    `add_gates`. For tests and measurements: a run trains the pruned net before it adds gates."""
     gate_sizes = choose_gate_sizes(net.widths, structure)
     return add_gates(models.prune_channels(net, structure), gate_sizes, batches)
 
@@ -482,7 +489,8 @@ def count_macs(net: Net, structure=None) -> int:
 
     With a `structure`: those that the plain `net` would have, pruned to it, with a gate in every
     layer that has room; a run may put on fewer. Only chosen kernels count and, in the next layer
-    and its gate, only the weights on their channels.
+    and its gate, only the weights on their channels: so `tune` runs it on one image, where a batch
+    computes more.
     """
     if structure is None:
         structure = net.structure
@@ -502,7 +510,7 @@ def count_gate_macs(net: Net, structure, index: int, outputs: int) -> int:
     inputs = net.get_submodule(net.prunable[index].layer_name).weight.shape[1]
     previous = index_of_previous_layer(net, index)
     if previous is not None:
-        # The kernels of the layer before that are not chosen are 0, so they cost nothing here.
+        # The gate reads only the chosen kernels of the layer before.
         inputs = inputs * structure[previous] // net.widths[previous]
     return inputs * outputs
 
@@ -515,11 +523,11 @@ def to_static(net: Net, batches) -> Net:
     """ours: a gated net as a plain small one: of each gated layer the always-on kernels stay, and
     the mean of the groups, where a group counts by how many images choose it.
 
-    The images come in `batches`, each (B, C, H, W), normalised; ValueError if there is none. Groups
-    began as copies of one another, and nets that part from one point can be averaged (Wortsman et
-    al. 2022, "Model soups"). To keep only the group that is chosen most often is worse: it has
-    learnt from its own images alone. The plain net is in training mode, and `net` is left in
-    evaluation mode.
+    The images come in `batches`, each (B, C, H, W), normalised; ValueError if a gated net gets
+    none. Groups began as copies of one another, and nets that part from one point can be averaged
+    (Wortsman et al. 2022, "Model soups"). Each group has learnt from its own images alone, so to
+    keep one of them would lose what the others have learnt. The plain net is in training mode, and
+    `net` is left in evaluation mode.
     """
     usage = measure_usage(net, batches)
     if any(layer_usage is not None and not layer_usage.image_count for layer_usage in usage):
@@ -537,8 +545,9 @@ def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Ten
     """`net` without gates, and with one group of kernels in the prunable layer `index`: the mean of
     the groups that its `gate` chooses from, weighted by share_of_group (groups,).
 
-    The whole net is taken once with each group, and these nets are averaged. All other weights are
-    the same in each of them, so they stay as they are, up to rounding.
+    The whole net is taken once with each group, and these nets are averaged. So the kernels are
+    averaged, their norm, and the weights of the next layer that read them. All other weights are
+    the same in each of these nets, and stay as they are, up to rounding.
     """
     nets, shares = [], []
     for group, share in enumerate(share_of_group.tolist()):
@@ -560,7 +569,8 @@ def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Ten
 
 
 def load(path) -> tuple[Net, dict]:
-    """(net, facts) of a checkpoint or of anybody's state dict, gates included; on the CPU.
+    """(net, facts) of a checkpoint or of anybody's state dict, gates included; on the CPU. The
+    facts are plain values that the checkpoint has beside the weights, as the accuracy or the data.
 
     Raises UserError, naming the file.
     """
@@ -571,8 +581,8 @@ def load(path) -> tuple[Net, dict]:
 def load_checkpoint(path) -> tuple[Net, dict]:
     """(net, what models.read_checkpoint says). Raises UserError, naming the file.
 
-    Of a foreign state dict, which this tool has not written, the net is the likeliest reading;
-    checkpoint["readings"] has all of them.
+    A foreign state dict, which this tool has not written, may be several nets:
+    checkpoint["readings"] has all of them, and the net is the likeliest.
     """
     checkpoint = models.read_checkpoint(path)
     try:
@@ -643,15 +653,19 @@ def read_gate_size(entry, width: int) -> GateSize:
 # ---- fast single images ------------------------------------------------------------------------
 #
 # For one image the start of an operator takes as long as the arithmetic of a small layer. So here
-# layers are no modules, for a module's call costs as much as a small operator.
+# convolutions and linear layers are no modules, for a module's call costs as much as a small
+# operator.
 #
 # A Gathering... holds the weights of a layer or norm. It gathers those of the kernels at work once
-# for each pair of groups, that of the layer before and its own, and keeps them. A ...Runner is a
-# whole prunable layer with its norm and activation, plain or gated. Net.run_prunable calls it, and
-# passes on which group each layer chose.
+# for each group, or pair of groups, that it depends on, and keeps them. A ...Runner is a whole
+# prunable layer with its norm and activation, plain or gated. Net.run_prunable calls it, and passes
+# on which group each layer chose.
+#
+# In shapes, C_in' and C' are the channels at work: without a gate, all.
 
 
-# eq=False: groups are keys of dicts, compared by identity, for == of tensors gives a tensor.
+# eq=False: groups are keys of dicts, so they are compared by identity. The == that dataclass would
+# make compares tensors, which gives no single truth value.
 @dataclass(frozen=True, eq=False)
 class KernelGroup:
     """One of the groups that a gate chooses from."""
@@ -720,7 +734,8 @@ class GatheringLinear(GatheringLayer):
 
 
 class GatheringNorm:
-    """A batch norm after an activation, for inference on one image, of the channels at work."""
+    """A batch norm after an activation or pooling, for inference on one image, of the channels at
+    work. Others are folded into their layers before."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -798,8 +813,8 @@ def return_unchanged(x):
 
 
 def make_single_image_net(net: Net) -> Net:
-    """A copy of `net`, whose batch norms are folded, as it runs on single images: its layers are no
-    modules any more. The weights are shared with `net`."""
+    """A copy of `net` for single images: its convolutions and linear layers are no modules any
+    more. `net` comes from models.fold_batch_norms, and its tensors are shared."""
     # deepcopy takes what it finds in this dict, its memo, for copies that it has made already: so
     # the new net holds the very tensors of `net`.
     shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
@@ -823,7 +838,7 @@ def make_single_image_net(net: Net) -> Net:
     net.layer_runners = []
     for prunable, gate in zip(net.prunable, gates):
         layer = attrgetter(prunable.layer_name)(net)
-        # Norms before the activation are folded into their layers.
+        # norm_name is None where fold_batch_norms has folded the norm.
         norm = GatheringNorm(net.get_submodule(prunable.norm_name)) if prunable.norm_name else None
         if gate is None:
             net.layer_runners.append(PlainRunner(layer, norm, prunable))

@@ -172,8 +172,12 @@ class Images:
         return order.to(self.device), crops
 
     def draw_zooms(self, generator: torch.Generator) -> torch.Tensor:
-        """Of each image a random part, (N, 5): its middle (x, y) and half its width and height, in
-        a square of [-1, 1], and -1 where it is flipped, else 1."""
+        """A random part of each image, (N, 5) float32: x and y of its middle, half its width, half
+        its height, direction.
+
+        Lengths are such that the whole image is the square from -1 to 1 in x and y. The direction
+        is -1 if the part is flipped, else 1.
+        """
         area = torch.empty(len(self)).uniform_(*ZOOM_AREA, generator=generator)
         log_ratio = torch.empty(len(self)).uniform_(-1, 1, generator=generator) * ZOOM_LOG_RATIO
         halves = [(area * log_ratio.exp()).sqrt(), (area * (-log_ratio).exp()).sqrt()]
@@ -235,9 +239,9 @@ def zoom(pixels, parts) -> torch.Tensor:
         return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
-# ours: of a random part of a photograph, the least and the largest share of its area, and the
-# logarithm of its most extreme shape, 3 to 4. torchvision's default goes down to 0.08 of the area,
-# which needs more epochs than these data sets get.
+# ours: the smallest and the largest share of a photograph's area that a random part has, and the
+# logarithm of its largest ratio of sides, 4 : 3. torchvision's default goes down to 0.08 of the
+# area, which needs more epochs than these data sets get.
 ZOOM_AREA = (0.35, 1.0)
 ZOOM_LOG_RATIO = math.log(4 / 3)
 
@@ -247,14 +251,14 @@ def split_into_chunks(images: Images) -> tuple[torch.Tensor, ...]:
     return torch.arange(len(images), device=images.device).split(chunk_size_for(images))
 
 
-# ours: of a chunk the most images, and the most pixels. Maps of more leave the caches of a CPU,
-# which then takes up to a third longer; fewer leave its cores idle.
+# ours: (the most images, the most pixels) of a chunk. With more, the maps do not fit into the
+# caches of a CPU, which then takes up to a third longer. With fewer, some of its cores are idle.
 CPU_CHUNK = (250, 400 * 32 * 32)
 GPU_CHUNK = (2000, 2000 * 32 * 32)
 
 
 def chunk_size_for(images: Images) -> int:
-    """Images of a chunk, by the numbers above."""
+    """How many images a chunk has, by CPU_CHUNK or GPU_CHUNK; at least 1."""
     most_images, most_pixels = GPU_CHUNK if images.device.type == "cuda" else CPU_CHUNK
     return max(1, min(most_images, most_pixels // images.size**2))
 
@@ -490,11 +494,13 @@ def has_images(folder: Path) -> bool:
     return any(name.lower().endswith(IMG_EXTENSIONS) for name in names)
 
 
-# ours: images from this size on are cropped at many sizes in training, smaller ones as CIFAR's.
+# ours: in pixels. Images of at least this size are augmented by crops of many sizes (`zooms`);
+# smaller ones are augmented in the way that is usual for CIFAR (`crop`).
 MIN_ZOOMED_SIZE = 64
-# ours: larger images are taken for photographs, too.
+# ours: in pixels. Larger images count as photographs even if all are squares of one size.
 MAX_SQUARE_SIZE = 256
-# ours: of a photograph's shorter side, in sizes of the net's images; the rest is cropped away.
+# ours: a photograph is resized until its shorter side is this many times the side of the net's
+# images. Then its middle is cropped to the size of the net's images.
 PHOTOGRAPH_MARGIN = 256 / 224
 # ours: a data set with more bytes of pixels is read from its files in every epoch. A run holds the
 # images that it trains with twice: all of them, and again in those that train and those that
@@ -617,21 +623,23 @@ def list_image_files(folder: Path):
             return names, {name: index for index, name in enumerate(names)}
 
     # A symbolic link can lead back to a folder above it. So each real folder counts once in a
-    # class, by the path by which it is met first.
+    # class, under the path that is met first. (class, real folder) -> that path; it is filled
+    # while ImageFolder asks for each file whether to take it.
     first_paths: dict[tuple[str, str], Path] = {}
 
-    def is_visible_image(path: str) -> bool:
+    def accept_image_file(path: str) -> bool:
         parts = Path(path).relative_to(folder).parts
         if not path.lower().endswith(IMG_EXTENSIONS) or any(name[0] == "." for name in parts):
             return False
         parent = Path(path).parent
         first_path = first_paths.setdefault((parts[0], os.path.realpath(parent)), parent)
-        # Of a broken link the user is to hear. A pipe is left out: reading one may never end.
+        # A broken link stays, so that reading it tells the user. A pipe is left out, because
+        # reading it may never end.
         is_file_or_broken_link = os.path.isfile(path) or not os.path.exists(path)
         return first_path == parent and is_file_or_broken_link
 
     try:
-        dataset = VisibleImageFolder(folder, is_valid_file=is_visible_image)
+        dataset = VisibleImageFolder(folder, is_valid_file=accept_image_file)
     except OSError as error:
         advice = ""
         if isinstance(error, FileNotFoundError):
@@ -1039,7 +1047,7 @@ class Teacher:
         self.net = net
         self.images = images
         self.seed = seed
-        self.kept = {}
+        self.kept_probabilities = {}
 
     def probabilities(self, epoch: int, count: int) -> torch.Tensor:
         """(N, classes) float32 for the first `count` images of an epoch, in the images' own order.
@@ -1049,11 +1057,11 @@ class Teacher:
         """
         if not self.images.is_augmented:
             epoch, count = 0, len(self.images)
-        if (epoch, count) in self.kept:
-            return self.kept[epoch, count]
+        if (epoch, count) in self.kept_probabilities:
+            return self.kept_probabilities[epoch, count]
         probabilities = self.compute(epoch, count)
-        if probabilities.nbytes * (len(self.kept) + 1) <= TEACHER_BYTES:
-            self.kept[epoch, count] = probabilities
+        if probabilities.nbytes * (len(self.kept_probabilities) + 1) <= TEACHER_BYTES:
+            self.kept_probabilities[epoch, count] = probabilities
         return probabilities
 
     @torch.no_grad()
@@ -1134,10 +1142,10 @@ class TrainStep:
         return self.update(x, labels, teacher_probs)
 
     def finish_epoch(self) -> None:
-        """Copy the weights back where training uses a padded copy of the net; nothing here."""
+        """Nothing here. A GraphTrainStep copies the weights of its padded net back."""
 
     def update(self, x, labels, teacher_probs, side_stream=None) -> torch.Tensor:
-        """Forward, backward and optimizer, at the optimizer's own rate; the loss.
+        """One step at the learning rate that the optimizer has. Returns the loss, a scalar tensor.
 
         `side_stream`: a SideStreamWeightGrads to compute the weights' gradients with.
         """
@@ -1149,7 +1157,8 @@ class TrainStep:
             loss.backward()
         finally:
             if side_stream:
-                # Also where Ctrl-C comes: a graph cannot be left with work in another stream.
+                # In `finally`, because Ctrl-C may come while a graph is captured: the capture
+                # cannot end while another stream has work that is not joined.
                 side_stream.join()
         if side_stream:
             side_stream.assign_gradients()
@@ -1159,10 +1168,10 @@ class TrainStep:
 
 # ---- training: on a GPU ------------------------------------------------------------------------
 #
-# Everything that training does otherwise on a GPU is in this section; `make_train_step` is its one
-# entry. A narrow net is hundreds of small kernels a step. Captured in one CUDA graph they cost no
-# Python, their weight gradients are computed beside the rest of the backward pass, and widths are
-# padded to multiples of 8.
+# This section has everything that is different in a training on a GPU; `make_train_step` is its one
+# entry. A step of a narrow net runs hundreds of small kernels. Three things make it faster: one
+# CUDA graph runs all kernels without Python, weight gradients are computed in parallel with the
+# rest of the backward pass, and widths are padded to multiples of 8.
 
 
 def make_train_step(net: Net, optimizer, temperature: float | None = None) -> TrainStep:
@@ -1264,8 +1273,9 @@ class SideStreamConv2d(torch.autograd.Function):
             side_stream.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream.stream):
             weight_grad = compute(of_input=False, of_weight=True)[1]
-        # Keep these tensors alive until the side stream has read them: the allocator would reuse
-        # their memory. Autograd gets None for the weight, because it does not wait for our stream.
+        # These tensors are kept until the side stream has read them; otherwise the allocator would
+        # reuse their memory. Autograd does not wait for the side stream, so it gets None as the
+        # gradient of the weight.
         side_stream.pending.append((grad, *ctx.saved_tensors, weight_grad))
         input_grad = None
         if ctx.needs_input_grad[0]:
@@ -1276,9 +1286,10 @@ class SideStreamConv2d(torch.autograd.Function):
 class SideStreamWeightGrads(TorchFunctionMode):
     """A context for a forward pass whose convolutions a GPU trains faster, to the same numbers.
 
-    One kernel casts all their weights to bfloat16, another one the gradients back. These are
-    computed in a second stream, beside the rest of the backward pass, for the kernels of a narrow
-    net leave most of a GPU idle. `join` waits for them, `assign_gradients` gives them to the net.
+    One kernel casts the weights of all convolutions to bfloat16, and one kernel casts their
+    gradients back. The weight gradients are computed in a second stream, in parallel with the rest
+    of the backward pass, because the kernels of a narrow net leave most of a GPU idle. `join` waits
+    for these gradients, `assign_gradients` writes them into the net's parameters.
     """
 
     def __init__(self, net: Net):
@@ -1337,9 +1348,10 @@ def round_up(number: int, multiple: int) -> int:
 def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
     """(net, optimizer) with channels of zeros up to multiples of 8, which a GPU trains faster.
 
-    The added weights stay zero: a channel of zeros contributes nothing and gets no gradient. The
-    arguments themselves are returned where all widths are multiples of 8 already, where the net has
-    gates, which know their kernels by number, or sigmoids, which make something of zeros.
+    The added weights stay zero: a channel of zeros contributes nothing and gets no gradient.
+    The arguments themselves are returned, without padding, in three cases: all widths are multiples
+    of 8 already; the net has gates, because these refer to kernels by their index; the net has
+    sigmoids, because sigmoid(0) is not 0.
     """
     widths = tuple(round_up(width, 8) for width in net.widths)
     has_sigmoids = any(prunable.activation == "sigmoid" for prunable in net.prunable)
@@ -1489,7 +1501,7 @@ def stored_normalisation(net: Net, facts: dict) -> tuple | None:
     for values in (mean, std):
         if not isinstance(values, list) or len(values) != net.channels:
             return None
-        if not all(isinstance(value, float) for value in values):
+        if not all(isinstance(value, float) and math.isfinite(value) for value in values):
             return None
     return (mean, std) if min(std) > 0 else None
 
@@ -1553,9 +1565,9 @@ class KnownNet:
         return self.net
 
 
-# ours: a rare activation has to get so many more images right than a usual one, unless batch norms
-# speak for it. A net that is hardly trained may do a little better with an activation that it was
-# not trained with.
+# ours: the accuracy of a rare activation has to be higher than that of a usual one by at least this
+# share of the images, unless batch norms decide for the rare one. A net that is hardly trained may
+# be a little more accurate with an activation that it was not trained with.
 MIN_HANDICAP = 0.05
 
 
@@ -1572,7 +1584,10 @@ class Attempt:
         return self.reading.architecture.activation in models.RARE_ACTIVATIONS
 
     def handicap(self, image_count: int) -> float:
-        """What is taken off its accuracy on so many images: at least two standard deviations."""
+        """What is subtracted from its accuracy, in [0, 1]; 0 for a usual activation.
+
+        For a rare one at least two standard deviations of an accuracy on `image_count` images.
+        """
         if not self.is_rare:
             return 0.0
         # An accuracy has a standard deviation of at most 0.5 / sqrt(image_count).
@@ -1615,11 +1630,11 @@ class FoundReading:
     net: Net
     normalisation: Normalisation
     accuracy: float  # in [0, 1]
-    image_count: int  # that tell so
+    image_count: int  # on how many images `accuracy` was measured
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
-    # No other attempt of the last round is about as good: its norms match worse, or it is clearly
-    # less accurate. Attempts that compute the same do not count, nor a rare activation beside a
-    # usual one.
+    # Whether no other attempt of the last round is about as good. An attempt is not as good if its
+    # norms match worse or if it is clearly less accurate. Attempts that compute the same as this
+    # one do not count. Nor do rare activations if this one is usual, or usual ones if it is rare.
     is_only_best: bool
 
     @property
@@ -1679,9 +1694,9 @@ def find_reading(
 
 
 def is_as_good(score: AttemptScore, best: AttemptScore, matching: list[AttemptScore]) -> bool:
-    """Whether the images do not tell which of two attempts is right; `matching` is what
-    `find_matching` says of all."""
-    if not math.isfinite(score.loss):  # it may be no net that takes these images
+    """Whether the images leave open which attempt is right: the one with `score` or the one with
+    `best`. `matching` is what `find_matching` returns for the scores of all attempts."""
+    if not math.isfinite(score.loss):  # with this reading the net may not even take these images
         return False
     if (score in matching) != (best in matching):
         return False
@@ -1700,12 +1715,14 @@ def retry_with_rare_activations(
     sample: Images,
     show_progress: Callable,
 ) -> list[tuple[Attempt, AttemptScore]]:
-    """What `choose_attempts` ranked, unless a rare activation won or nothing is accurate. Then a
-    new ranking with rare activations, if that is better.
+    """`ranked`, or a new ranking with rare activations if its best attempt is better.
 
-    Poolings and paddings were ranked under a usual activation, which may have favoured wrong ones.
-    If a rare one won all the same, all readings are ranked anew with that one; if nothing is
-    accurate, with all rare ones.
+    A new ranking is made only if a rare activation has won in `ranked`, or if its best attempt is
+    less accurate than POOR_ACCURACY.
+
+    Poolings and paddings were ranked with a usual activation, which may have favoured wrong ones.
+    If a rare activation won all the same, all readings are ranked again with this activation. If
+    nothing is accurate, all readings are ranked again with all rare activations.
     """
     best, score = ranked[0]
     if not best.is_rare and score.accuracy >= POOR_ACCURACY:
@@ -1810,7 +1827,7 @@ def rank_attempts(
             net = reading.build().to(images.device)
         mean, std = attempt.normalisation.mean, attempt.normalisation.std
         normalised = images.normalised_by(mean, std)
-        scored.append((attempt, score_if_fitting(net, normalised, reads_norms=reads_norms)))
+        scored.append((attempt, score_net(net, normalised, reads_norms=reads_norms)))
     return sort_attempts(scored, len(images))
 
 
@@ -1824,14 +1841,16 @@ def sort_attempts(
 ) -> list[tuple[Attempt, AttemptScore]]:
     """The attempts, the best first, by their scores on so many images.
 
-    Those that `find_matching` finds come first, with usual activations before rare ones. Their
-    accuracies hardly differ, so of them the smaller loss counts. Of all others the accuracy counts;
-    of equal ones the smaller loss. Then the more usual comes first. Losses below LEAST_LOSS count
-    as equal, and where the accuracy is poor the loss says little and does not count.
+    1. First come the attempts that `find_matching` finds: those with usual activations before those
+       with rare ones, then by the smaller loss, because their accuracies hardly differ.
+    2. Then come all others: by the higher accuracy (less `Attempt.handicap`), then by the smaller
+       loss.
+    Among attempts that are still equal, the more usual one comes first. Losses below LEAST_LOSS
+    count as equal. Below an accuracy of POOR_ACCURACY the loss says little and does not count.
     """
     matching = find_matching([score for _, score in scored])
 
-    def order(pair):
+    def sort_key(pair):
         attempt, score = pair
         accuracy = score.accuracy - attempt.handicap(image_count)
         counts_loss = score.accuracy >= POOR_ACCURACY
@@ -1840,24 +1859,24 @@ def sort_attempts(
             return 0, attempt.is_rare, loss, -accuracy, attempt.rank
         return 1, -accuracy, loss, attempt.rank
 
-    return sorted(scored, key=order)
+    return sorted(scored, key=sort_key)
 
 
 # ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
 # In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
 MATCHING_NORMS = 0.05
-# ours: of matching ones, those count as equal whose mismatch is at most so many times the smallest.
-# A relu net had 1.3 times as much as by a leaky relu, by chance. The public ResNet-56 has 0.0004,
-# and by wrong normalisations or shortcuts four times as much or more.
+# ours: matching mismatches count as equal up to this many times the smallest. One net trained with
+# relu had, by chance, 1.3 times the mismatch with relu that it had with leaky relu. The public
+# ResNet-56 has 0.0004, and at least four times that with a wrong normalisation or shortcut.
 EQUAL_MISMATCHES = 1.5
 
 
 def find_matching(scores: list[AttemptScore]) -> list[AttemptScore]:
-    """Of the most accurate score, and those that are not clearly less accurate, the ones whose
-    batch norms match best.
+    """The scores whose batch norms match best, among the most accurate score and those that are not
+    clearly less accurate.
 
-    Empty where no norms match: then they say nothing, for example because weights were averaged
-    after the training and the norms were not.
+    Empty if no norm mismatch is at most MATCHING_NORMS. The norms then say nothing, for example
+    because the weights were averaged after the training and the norms were not.
     """
     most_accurate = max(scores, key=lambda score: score.accuracy)
     accurate = [
@@ -1873,22 +1892,25 @@ def find_matching(scores: list[AttemptScore]) -> list[AttemptScore]:
 
 
 def is_clearly_less_accurate(score: AttemptScore, best: AttemptScore) -> bool:
-    """Whether chance hardly makes such a difference: of the images that only one of the two gets
-    right, `best` has more than two standard deviations more (McNemar's test)."""
+    """Whether `score` is less accurate than `best` by more than chance explains (McNemar's test).
+
+    Only the images that exactly one of the two gets right are counted. `best` must get more of them
+    right than `score`, by more than two standard deviations.
+    """
     only_best = int((best.is_right & ~score.is_right).sum())
     only_score = int((score.is_right & ~best.is_right).sum())
     return only_best - only_score > 2 * (only_best + only_score) ** 0.5
 
 
-# ours: what batch norms read is measured on so many images, or on a quarter of those that are
-# tried: their maps have many places, so few images do.
+# ours: the norm mismatch is measured on this many images, or on a quarter of the images of the
+# round if that is less. Few images are enough, because each map has many positions.
 NORM_IMAGES = 128
-# ours: where fewer images than this are tried, it is not measured.
+# ours: in a round with fewer images than this, the norm mismatch is not measured.
 FEWEST_IMAGES_FOR_NORMS = 80
 
 
 @torch.no_grad()
-def score_if_fitting(net: Net, images: Images, *, reads_norms: bool) -> AttemptScore:
+def score_net(net: Net, images: Images, *, reads_norms: bool) -> AttemptScore:
     """How good a net is on some images; the worst score where it cannot take them. Without
     `reads_norms` its batch norms do not count.
 
@@ -1935,12 +1957,13 @@ def measure_least_norm_mismatch(net: Net, images: Images) -> float | None:
     return min((each for each in mismatches if each is not None), default=None)
 
 
-def take_matching_norm_place(net: Net, images: Images) -> Net:
-    """`net`, or the same with its batch norms after the poolings in place of after the activations
-    or the other way round, whichever matches better what the norms remember.
+def choose_norm_place(net: Net, images: Images) -> Net:
+    """`net`, or a copy whose batch norms stand at the other place: after the poolings if they stood
+    after the activations, and the reverse. The one with the smaller norm mismatch is returned.
 
-    Where no norm has a negative scale both compute the same, but in training they read different
-    maps. Where they do not, or where norms stand before the activations, `net` itself is returned.
+    If no norm has a negative scale, both nets compute the same outputs, but in training their norms
+    have read different maps. `net` itself is returned if the outputs differ, if the norms stand
+    before the activations, or if no norm has learned anything.
     """
     other_place = {
         models.AFTER_ACTIVATION: models.AFTER_POOLING,
@@ -2074,7 +2097,8 @@ def read_clock(device: torch.device) -> float:
 
 
 def measure_training_speed(net: Net, device: torch.device) -> float:
-    """Images per second that `fit` trains `net` at, measured on random images."""
+    """Images per second that `fit` trains `net` at, measured on random images. Spoils `net`, whose
+    batch norms read these images."""
     steps = 64 if device.type == "cuda" else 3
     shape = (BATCH_SIZE * steps, net.size, net.size, net.channels)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -2100,7 +2124,8 @@ def measure_training_speed(net: Net, device: torch.device) -> float:
 #
 # A structure is a tuple with the number of channels that each prunable layer uses for an image. The
 # widths of a net are the channels that its layers have. In a plain net both are the same. A gated
-# layer has the kernels of all its groups, and uses those of one group.
+# layer has always-on kernels and several groups of kernels; for an image it uses the always-on
+# kernels and one group (see sep.py).
 #
 # In this section `widths` are the baseline's, and `reduction_of(structure)` is the share of the
 # baseline's MACs that a structure removes.
@@ -2159,19 +2184,21 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     def reduction_after(count: int) -> float:
         return reduction_of(remove_first(count))
 
-    # Binary search: it takes it that each removal saves MACs. With gates one may cost some, where a
-    # narrower layer gets room for a larger gate. Then it may remove a little too much, and
-    # `fill_up` gives that back.
+    # The binary search assumes that each removal saves MACs. With gates a removal may add some,
+    # because a narrower layer can have room for a larger gate. The search may then remove a few
+    # channels too many, and `give_channels_back` gives these back.
     removed_count = bisect_left(range(len(order)), target, key=reduction_after)
     structure = remove_first(removed_count)
     if reduction_of(structure) < target:
         return structure
     # The last channel may have removed more than was missing: channels of other layers come back.
     layers = dict.fromkeys(reversed(order[:removed_count]))
-    return fill_up(structure, parent, layers, reduction_of, target)
+    return give_channels_back(structure, parent, layers, reduction_of, target)
 
 
-def fill_up(structure, limits, layers: Iterable[int], reduction_of, target: float) -> tuple:
+def give_channels_back(
+    structure, limits, layers: Iterable[int], reduction_of, target: float
+) -> tuple:
     """The structure with channels given back, as long as it removes at least `target`.
 
     Each of the `layers`, in their order, gets as many as it can, at most its number in `limits`.
@@ -2220,8 +2247,8 @@ def narrow_one_layer(structure, widths, reduction_of, target: float) -> tuple[in
     return min(options)[2] if options else None
 
 
-# ours: for a uniform structure to come nearer to its target, a layer may get this share of its
-# channels back, and one more, which rounding took.
+# ours: a layer may get back this share of its channels, and one more channel that rounding took, so
+# that a uniform structure comes nearer to its target.
 UNIFORM_TOLERANCE = 0.03
 # ours: the first structure that removes so much more than the target ends the search for a uniform
 # one, for smaller shares only lead further away.
@@ -2232,10 +2259,13 @@ UNIFORM_MAX_RATIO = 3
 
 
 def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
-    """The structure that keeps nearly the same share of channels in every layer and comes nearest
-    to removing `target`: `widths` themselves where that is nearest. A layer may get up to
-    UNIFORM_TOLERANCE of its channels back. Uneven structures (`is_even`) are taken only where there
-    are no others."""
+    """The structure that keeps nearly the same share of channels in every layer and whose MACs
+    reduction is nearest to `target`.
+
+    It reaches the target, or it is `widths` themselves if these are nearest. Layers may get some
+    channels back (UNIFORM_TOLERANCE). A structure that is not even (`is_even`) is taken only if no
+    even one was found.
+    """
     found = []
     # Layers whose channels cost the most MACs get theirs back first.
     costliest_first = sorted(
@@ -2249,7 +2279,7 @@ def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
             min(width, kept + 1 + int(UNIFORM_TOLERANCE * width))
             for kept, width in zip(structure, widths)
         ]
-        structure = fill_up(structure, limits, costliest_first, reduction_of, target)
+        structure = give_channels_back(structure, limits, costliest_first, reduction_of, target)
         if found and reduction_of(structure) - target > UNIFORM_EXCESS:
             break
         found.append(structure)
@@ -2261,9 +2291,10 @@ def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
 
 
 def is_even(structure, widths) -> bool:
-    """Whether no layer keeps more than UNIFORM_MAX_RATIO times the share of its channels that
-    another keeps. The last channel of a layer has to stay, so its share may be large."""
-    shares = [width / whole for width, whole in zip(structure, widths)]
+    """Whether the largest share of channels that a layer keeps is at most UNIFORM_MAX_RATIO times
+    the smallest. A layer with one channel left may have a larger share, because its last channel
+    has to stay."""
+    shares = [width / full_width for width, full_width in zip(structure, widths)]
     reducible = [share for share, width in zip(shares, structure) if width > 1]
     return max(reducible, default=0) <= UNIFORM_MAX_RATIO * min(shares)
 
@@ -2353,15 +2384,15 @@ class Rounding:
         while self.reduction_of(structure) < self.target:
             reducible = [layer for layer in layers if structure[layer] > self.choices[layer][0]]
             first = min(reducible, key=partial(order, structure))
-            structure = self.step(structure, first, -1)
+            structure = self.move_to_next_choice(structure, first, -1)
         growing = self.layers_that_fit_wider(structure)
         while growing:
             narrowest = min(growing, key=partial(self.relative_width, structure))
-            structure = self.step(structure, narrowest, 1)
+            structure = self.move_to_next_choice(structure, narrowest, 1)
             growing = self.layers_that_fit_wider(structure)
         return structure
 
-    def step(self, structure, layer: int, direction: int) -> tuple[int, ...]:
+    def move_to_next_choice(self, structure, layer: int, direction: int) -> tuple[int, ...]:
         """The structure with one layer at its next wider (1) or narrower (-1) choice."""
         choice = self.choices[layer]
         width = choice[choice.index(structure[layer]) + direction]
@@ -2370,7 +2401,7 @@ class Rounding:
     def distance_per_reduction(self, structure, layer: int) -> float:
         """The distance that one step of this layer adds, per reduction of the MACs that it gains.
         What goes beyond the target is no gain. Negative where the step leads nearer."""
-        narrower = self.step(structure, layer, -1)
+        narrower = self.move_to_next_choice(structure, layer, -1)
         removed = min(self.reduction_of(narrower), self.target) - self.reduction_of(structure)
         # A narrower layer of `sep` may have room for a larger gate, and so cost more.
         if removed <= 0:
@@ -2392,7 +2423,7 @@ class Rounding:
             layer
             for layer, width in enumerate(structure)
             if width < min(self.wanted[layer], self.choices[layer][-1])
-            and self.reduction_of(self.step(structure, layer, 1)) >= self.target
+            and self.reduction_of(self.move_to_next_choice(structure, layer, 1)) >= self.target
         ]
 
 
@@ -2420,9 +2451,10 @@ LAYER_FEATURES = 4  # of each layer, see `layer_features`
 def layer_features(net: Net, structure) -> torch.Tensor:
     """What the LSTM reads, (L, 4): type, size, next layer's type, next layer's size (script).
 
-    The size of a layer is its width over that of the widest prunable layer (ours: the script's raw
-    widths saturate an LSTM); it is above 1 where a block's output is wider. The size of a pooling
-    is the side of its window in pixels, over the same.
+    The size of a layer is its width divided by the width of the widest prunable layer (ours: the
+    script's raw widths saturate an LSTM). The next layer's size is above 1 if that layer is a
+    block's output and wider than all prunable layers. The size of a pooling is the side of its
+    window in pixels, divided by the same width.
     """
     widest = max(net.widths)
     width_of = {p.layer_name: width for p, width in zip(net.prunable, structure)}
@@ -2512,8 +2544,8 @@ class ScoredStructure:
     macs: int
     macs_reduction: float
     reward: float
-    # What the final training minimises, after a trial, on the validation images (see
-    # `try_finalists`). None: it had no trial, or that diverged.
+    # The loss of the final training, measured on the validation images after a trial (see
+    # `try_finalists`). None: the structure had no trial, or its trial diverged.
     trial_loss: float | None = field(default=None, kw_only=True)
 
     def reaches(self, target: float | None) -> bool:
@@ -2641,14 +2673,14 @@ class Search:
         raise NotImplementedError
 
     @property
-    def known(self) -> dict[tuple, ScoredStructure]:
+    def known_scores(self) -> dict[tuple, ScoredStructure]:
         """The baseline and all candidates, by structure."""
         return {self.baseline_score.structure: self.baseline_score} | self.candidates
 
     @property
     def best(self) -> ScoredStructure:
         """What the search would end with now; see `choose_best`."""
-        return choose_best(self.known.values(), self.target)
+        return choose_best(self.known_scores.values(), self.target)
 
     def add_candidate(self, score: Candidate | ScoredStructure) -> None:
         """Keep a scored candidate. A search may propose the baseline, too, which is none."""
@@ -2721,11 +2753,11 @@ class ReinforceSearch(Search):
         self.add_candidate(score)
         if not self.is_random:
             actions = torch.tensor(proposal.actions)
-            advantage = score.reward - self.known[proposal.parent].reward
+            advantage = score.reward - self.known_scores[proposal.parent].reward
             take_reinforce_step(self.optimizer, proposal.logits, actions, advantage)
         self.waiting_parents.remove(proposal.parent)
         if not self.waiting_parents:
-            is_better = max(item.reward for item in self.known.values()) > self.best_reward
+            is_better = max(item.reward for item in self.known_scores.values()) > self.best_reward
             self.idle_epochs = 0 if is_better else self.idle_epochs + 1
             self.finish_lstm_epoch()
 
@@ -2742,7 +2774,7 @@ class ReinforceSearch(Search):
 
     def rank_parents(self) -> list[ScoredStructure]:
         """The nets of the largest rewards, whose children an LSTM epoch tries."""
-        return rank_by_reward(self.known.values(), self.settings.candidates_per_lstm_epoch)
+        return rank_by_reward(self.known_scores.values(), self.settings.candidates_per_lstm_epoch)
 
     def describe_end(self) -> str:
         return f"{self.idle_epochs} of {self.settings.patience} epochs without a larger reward"
@@ -2755,15 +2787,16 @@ class RegressionSearch(Search):
     """ours, for `fast`: the LSTM learns from every candidate so far. The first candidate has the
     same share of every layer. Every other one is the end of a walk from the baseline to the target.
 
-    A *step* of a layer takes `pruning_rate` of its channels. For a structure the LSTM predicts, for
-    each layer, how much accuracy such a step costs, compared with the others: only ratios count. An
-    LSTM epoch is a few walks, at least one of them to a new structure. After each LSTM epoch the
-    LSTM is trained again on all candidates: over all layers, the predicted cost of a step times the
-    number of steps is to be the accuracy that the candidate lost. This assumes that all steps of a
-    layer on the way to a candidate cost the same.
+    A *step* of a layer removes `pruning_rate` of its channels. For each layer of a structure the
+    LSTM predicts how much accuracy such a step costs, compared with the other layers: only ratios
+    count. An LSTM epoch is a few walks, at least one of them to a new structure. After each LSTM
+    epoch the LSTM is trained again on all candidates. For each candidate, the predicted cost of a
+    step times the number of steps, summed over the layers, shall equal the accuracy that the
+    candidate lost. This assumes that all steps of a layer on the way to a candidate cost the same.
 
-    A walk goes in *moves*, each a step of a few layers at once. Layers that save many MACs for
-    little predicted cost are likely to take part, and the likelier the later in the search.
+    A walk consists of *moves*. A move is one step in each of a few layers. Layers that save many
+    MACs for little predicted cost are likely to take part, and this becomes more likely as the
+    search goes on.
 
     A recovery is too short to tell which of the best candidates ends as the best. So the best few
     and the first one, the *finalists*, have a trial when the search is done.
@@ -2776,10 +2809,10 @@ class RegressionSearch(Search):
     # ours: these numbers were chosen on made-up problems (RESULTS.md, section 5).
     policy_lr = 0.003  # of Adam
     adam_steps = 60  # after each LSTM epoch
-    # At the start and at the end of a search. To save twice the MACs for the same predicted cost
-    # multiplies a layer's odds to be pruned in a move by 2^(1 / temperature).
+    # The temperatures at the start and at the end of a search. If a layer saves twice the MACs for
+    # the same predicted cost, its odds to be pruned in a move are 2^(1 / temperature) times those.
     odds_temperatures = (0.5, 0.1)
-    share_of_layers = 0.25  # that a move prunes, about
+    share_of_layers = 0.25  # about the share of the layers that a move prunes
     idle_walks_per_patience = 10  # a walk is cheap where its structure is known already
     finalists_by_reward = 4  # the first candidate is a finalist, too
 
@@ -2838,7 +2871,7 @@ class RegressionSearch(Search):
         # layers come back for that, as long as the target is reached. The last layers come first:
         # in most nets their channels have the fewest MACs.
         last_layers_first = range(len(structure) - 1, -1, -1)
-        return fill_up(
+        return give_channels_back(
             structure, self.net.widths, last_layers_first, self.reduction_of, self.target
         )
 
@@ -2868,9 +2901,9 @@ class RegressionSearch(Search):
         """(L,): the probability that a move prunes each layer, from its width in `structure` to
         that in `smaller`. `macs_saved` (L,) is what that would remove, as a share of the baseline's
         MACs."""
-        by_chance = torch.where(macs_saved > 0, self.share_of_layers, 0.0)
+        chance_probabilities = torch.where(macs_saved > 0, self.share_of_layers, 0.0)
         if self.is_random:
-            return by_chance
+            return chance_probabilities
         # The smallest values keep logarithms finite.
         cost_per_step = self.predict_costs(self.read_layers(structure)).clamp_min(1e-3)
         steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
@@ -2879,13 +2912,17 @@ class RegressionSearch(Search):
         first, last = self.odds_temperatures
         share_done = (len(self.candidates) + 1) / self.settings.max_candidates
         temperature = first * (last / first) ** share_done
-        by_lstm = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
+        lstm_probabilities = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
         # The longer walks have found nothing new, the more chance decides in place of the LSTM.
         share_of_chance = self.idle_walks / self.max_idle_walks
-        return torch.lerp(torch.where(macs_saved > 0, by_lstm, 0.0), by_chance, share_of_chance)
+        return torch.lerp(
+            torch.where(macs_saved > 0, lstm_probabilities, 0.0),
+            chance_probabilities,
+            share_of_chance,
+        )
 
     def record(self, proposal: Proposal, score: ScoredStructure) -> None:
-        is_known = score.structure in self.known
+        is_known = score.structure in self.known_scores
         self.walks += 1
         self.idle_walks = self.idle_walks + 1 if is_known else 0
         self.add_candidate(score)
@@ -2906,10 +2943,10 @@ class RegressionSearch(Search):
         accuracy_lost = self.lost_accuracies(accuracies)
         if not accuracy_lost.any():
             return  # all are as good as the baseline: nothing tells the layers apart
-        # An untrained LSTM predicts softplus(0) = log 2 for a step, so a candidate's cost is about
-        # log 2 times its steps. What was lost is scaled to that mean.
-        mean_loss = accuracy_lost.mean().clamp_min(1e-6)
-        accuracy_lost = accuracy_lost / mean_loss * steps.sum(0).mean() * math.log(2)
+        # An untrained LSTM predicts about softplus(0) = log 2 for each step, so for a candidate
+        # about log 2 times its steps. The lost accuracies are scaled to the mean of these costs.
+        mean_accuracy_lost = accuracy_lost.mean().clamp_min(1e-6)
+        accuracy_lost = accuracy_lost / mean_accuracy_lost * steps.sum(0).mean() * math.log(2)
         variance = accuracy_lost.var(correction=0).clamp_min(1e-3)
         for _ in range(self.adam_steps):
             predicted = (self.predict_costs(features) * steps).sum(0)
@@ -2921,9 +2958,9 @@ class RegressionSearch(Search):
     def lost_accuracies(self, accuracies: torch.Tensor) -> torch.Tensor:
         """How much accuracy each candidate lost, (B,), from validation accuracies (B,).
 
-        How far it is below the best candidate, plus what the best one lost against the baseline.
-        The second part is at least the candidates' standard deviation: where the best one is as
-        good as the baseline, pruning it was still not free.
+        This is how far the candidate is below the best one, plus what the best one lost against the
+        baseline. The second term is at least the standard deviation of the candidates' accuracies:
+        even if the best one is as good as the baseline, pruning has a cost.
         """
         below_best = accuracies.max() - accuracies
         lost_by_best = self.baseline_score.validation_accuracy - accuracies.max()
@@ -2995,10 +3032,11 @@ def make_reduction_of(method: str, net: Net) -> Callable:
 class Goal:
     """The MACs reduction that a row aims at; None: as far as the reward finds worth it.
 
-    `is_required`: the user or the paper asks for it, and a target that the net cannot reach is
-    refused. Otherwise it is the cut of another row, to compare with that. Then a method that cannot
-    reach it goes as far as it can (`lower_goal`). Where only multiples of `round_to` cannot reach
-    it, the structure is rounded to the nearest of them (`round_widths`).
+    `is_required`: the user or the paper asks for this target. It is refused if the net cannot reach
+    it. A target that is not required is the cut of another row, so that rows can be compared. A
+    method that cannot reach such a target goes as far as it can (`lower_goal`). If only multiples
+    of `round_to` cannot reach it, the structure is rounded to the nearest multiples
+    (`round_widths`).
     """
 
     target: float | None
@@ -3050,8 +3088,11 @@ IDENTITY = (
 
 
 def kind_of_data(description: str) -> str:
-    """What a description of images says of a run: the name of a data set, or that they are the
-    user's own. Their folder may have been moved: `fingerprint` says whether they are the same."""
+    """The name of a data set, or OWN_IMAGES for a user's own images in any folder.
+
+    The folder of a user's own images may have been moved, so it does not count. `fingerprint` tells
+    whether the images are the same.
+    """
     return OWN_IMAGES if str(description).startswith(OWN_IMAGES) else description
 
 
@@ -3101,17 +3142,20 @@ class RunFolder:
         self.start_time = time.time()
         self.seconds_before = 0.0
 
-    def checkpoint(self, row: str) -> Path:
+    def checkpoint_path(self, row: str) -> Path:
         return self.path / f"{row}.pt"
 
-    def pool(self, row: str) -> Path:
+    def pool_path(self, row: str) -> Path:
         return self.path / f"{row}-pool"
 
     def progress_path(self, title: str) -> Path:
-        """Where the training of that title keeps how far it is. Titles begin with the row's name,
-        so rows that are made in another order do not lose what others have begun."""
+        """The file that keeps the progress of the training of that title.
+
+        A title begins with the name of its row, so each row has its own file: a row that is made
+        before an unfinished one does not overwrite the progress of the unfinished one.
+        """
         row = title.split(":")[0]
-        return self.pool(row) / "progress.pt"
+        return self.pool_path(row) / "progress.pt"
 
     def claim(self, *, is_fresh: bool) -> None:
         """Make the folder and keep other processes out of it. Raises UserError.
@@ -3148,18 +3192,18 @@ class RunFolder:
             )
 
     def remove_run(self) -> None:
-        rows = [method for method in METHODS if self.checkpoint(method).exists()]
+        rows = [method for method in METHODS if self.checkpoint_path(method).exists()]
         if rows:
             self.say(f"{self.path} starts over, without its rows {', '.join(rows)}")
         for row in ROWS:
             self.remove_pool(row)
-        checkpoint_names = [self.checkpoint(row).name for row in ROWS]
+        checkpoint_names = [self.checkpoint_path(row).name for row in ROWS]
         for name in (*checkpoint_names, *RUN_FILES):
             for path in (self.path / f"{name}.part", self.path / name):
                 path.unlink(missing_ok=True)
 
     def remove_pool(self, row: str) -> None:
-        pool = self.pool(row)
+        pool = self.pool_path(row)
         for path in pool.glob("*.pt*"):  # also what a kill left half written
             path.unlink()
         if pool.is_dir() and not any(pool.iterdir()):
@@ -3182,10 +3226,13 @@ class RunFolder:
         self.save_results()
 
     def remove_unfinished_work(self) -> None:
-        """Remove the pools where results.json is lost. Checkpoints of rows say which run made them;
-        nothing says that of a pool, so it may be another baseline's."""
-        kept = [row for row in ROWS if self.checkpoint(row).exists()]
-        unfinished = [row for row in ROWS if self.pool(row).exists()]
+        """Remove the pools of a folder that has lost its results.json.
+
+        The checkpoint of a row says which run made it, so it stays. A pool does not say that, so it
+        may belong to another baseline.
+        """
+        kept = [row for row in ROWS if self.checkpoint_path(row).exists()]
+        unfinished = [row for row in ROWS if self.pool_path(row).exists()]
         notes = []
         if kept:
             notes.append("rows come from the checkpoints, what the searches tried is gone")
@@ -3410,7 +3457,8 @@ def has_number_per_layer(numbers, layers: list) -> bool:
 
 
 def are_numbers(values) -> bool:
-    return all(isinstance(value, int | float) for value in values)
+    """Whether all are finite numbers."""
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 # ---- the run: its trainer ----------------------------------------------------------------------
@@ -3482,20 +3530,20 @@ def explain_divergence(title: str, epoch_number: int, plan: TrainingPlan) -> str
     )
 
 
-# ours: a trial takes a tenth of the final training's epochs, at most 10: so that on many images
-# several trials together take less than the final training. But in fewer steps than 400 a small net
-# learns nothing that could be compared, so on few images they take longer.
+# ours: a trial takes a tenth of the final training's epochs, at most 10. With many images, several
+# trials together then take less time than the final training. With few images a trial takes more
+# epochs, until it has 400 steps: in fewer a small net learns nothing that could be compared.
 TRIAL_SHARE = 0.1
 MAX_TRIAL_EPOCHS = 10
 MIN_TRIAL_STEPS = 400
 MIN_TRIAL_EPOCHS = 2  # ours: so that a trial of `sep` has one without and one with gates
 
 
-def plan_trial(final: TrainingPlan, images: int) -> TrainingPlan:
-    """The short training that compares nets, on so many images: a part of the final training, as
-    TRIAL_SHARE and the numbers beside it say, and never more epochs than that has."""
+def plan_trial(final: TrainingPlan, image_count: int) -> TrainingPlan:
+    """The plan of a trial: the `final` plan with fewer epochs. TRIAL_SHARE and the numbers beside
+    it give the epochs for so many images; there are never more than in `final`."""
     epochs = min(MAX_TRIAL_EPOCHS, round(TRIAL_SHARE * final.epochs))
-    steps_per_epoch = max(1, images // BATCH_SIZE)
+    steps_per_epoch = max(1, image_count // BATCH_SIZE)
     fewest = max(MIN_TRIAL_EPOCHS, math.ceil(MIN_TRIAL_STEPS / steps_per_epoch))
     return replace(final, epochs=min(max(epochs, fewest), final.epochs))
 
@@ -3538,7 +3586,7 @@ class Trainer:
 
     def load_baseline(self) -> Net:
         """A fresh copy of the baseline."""
-        return self.load(self.folder.checkpoint("baseline"))[0]
+        return self.load(self.folder.checkpoint_path("baseline"))[0]
 
     def train(
         self,
@@ -3710,12 +3758,14 @@ class Trainer:
         *,
         may_diverge: bool = False,
     ) -> TrainedNet:
-        """`train` of a copy of `net`, with its loss on the validation images. Both are kept in a
-        file of the pool, and come from there the next time: on another machine the loss might put
-        another net ahead.
+        """Train a copy of `net` by `train`, and measure its loss on the validation images.
 
-        With `may_diverge` a training that diverges is kept, too: `net` as it was, and no loss. Else
-        it raises DivergenceError.
+        The trained net and the loss are kept in the file `path` of the pool, and are read from
+        there the next time. If the loss were measured again on another machine, another net might
+        have the lowest one.
+
+        With `may_diverge` a training that diverges is kept, too, as `net` without training and with
+        the loss None. Without it a training that diverges raises DivergenceError.
         """
         if not path.exists():
             try:
@@ -3769,12 +3819,12 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     """
     folder = trainer.folder
     search = make_search(trainer, method, target)
-    pool = folder.pool(method)
+    pool = folder.pool_path(method)
     load_search(search, folder)
 
-    def weights_of(structure) -> Path:
+    def weights_path(structure) -> Path:
         if structure == search.baseline_score.structure:
-            return folder.checkpoint("baseline")
+            return folder.checkpoint_path("baseline")
         return pool / f"{structure_name(structure)}.pt"
 
     log_search_state(search, folder)  # also where the search has ended already
@@ -3782,9 +3832,9 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     has_proposed = False
     while (proposal := search.propose()) is not None:
         has_proposed = True
-        score = search.known.get(proposal.structure)
+        score = search.known_scores.get(proposal.structure)
         if score is None:
-            score = make_proposed_candidate(trainer, search, proposal, weights_of)
+            score = make_proposed_candidate(trainer, search, proposal, weights_path)
         lstm_epoch = search.lstm_epoch
         search.record(proposal, score)
         if search.lstm_epoch > lstm_epoch and search.best is not reported_best:
@@ -3793,19 +3843,19 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         save_search(search, folder)
         log_search_state(search, folder)
         folder.save_results()
-        remove_unused_weights(search, pool, weights_of)
+        remove_unused_weights(search, pool, weights_path)
     if has_proposed:
         folder.say(f"{method}: the search has ended; {search.describe_end()}")
     # Trials give the finalists losses, and from there on these decide which one is the best.
-    try_finalists(trainer, search, weights_of)
-    return trainer.load(weights_of(search.best.structure))[0], search.best
+    try_finalists(trainer, search, weights_path)
+    return trainer.load(weights_path(search.best.structure))[0], search.best
 
 
 def make_proposed_candidate(
-    trainer: Trainer, search: Search, proposal: Proposal, weights_of: Callable
+    trainer: Trainer, search: Search, proposal: Proposal, weights_path: Callable
 ) -> Candidate:
     """What a search has proposed, pruned from its parent and recovered; its weights are kept."""
-    parent_net, _ = trainer.load(weights_of(proposal.parent))
+    parent_net, _ = trainer.load(weights_path(proposal.parent))
     net, candidate = trainer.make_candidate(
         search.method,
         parent_net,
@@ -3815,7 +3865,7 @@ def make_proposed_candidate(
         lstm_epoch=search.lstm_epoch,
         number=len(search.candidates) + 1,
     )
-    models.save_checkpoint(weights_of(proposal.structure), net, {})
+    models.save_checkpoint(weights_path(proposal.structure), net, {})
     warn_of_strange_gain(trainer, search, candidate)
     return candidate
 
@@ -3837,27 +3887,28 @@ def warn_of_strange_gain(trainer: Trainer, search: Search, candidate: Candidate)
         )
 
 
-def remove_unused_weights(search: Search, pool: Path, weights_of: Callable) -> None:
+def remove_unused_weights(search: Search, pool: Path, weights_path: Callable) -> None:
     """Remove what neither a later proposal nor a trial nor the result starts from.
 
     progress.pt is of a training that has ended, and goes, too.
     """
-    in_use = {weights_of(structure) for structure in search.structures_in_use()}
+    in_use = {weights_path(structure) for structure in search.structures_in_use()}
     for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
         path.unlink()
 
 
-def try_finalists(trainer: Trainer, search: Search, weights_of: Callable) -> None:
+def try_finalists(trainer: Trainer, search: Search, weights_path: Callable) -> None:
     """ours: a trial for each finalist of a search. Sets the candidate's `trial_loss`, its loss on
     the validation images.
 
-    A trial trains the recovered net some more, on the images that do not validate. Its loss
-    foretells that of the final training. The accuracy after the recovery, which gives the reward,
-    often does not (RESULTS.md, section 5). The net of a trial is not used further, so that the nets
-    of all rows have had the same trainings. A trial that diverges has no loss.
+    A trial trains the recovered net some more, on the images that do not validate. The loss after a
+    trial predicts the loss after the final training. The accuracy after the recovery, which gives
+    the reward, often does not predict it (RESULTS.md, section 5). The net of a trial is not used
+    further, so that the nets of all rows have had the same trainings. After a trial that diverges
+    the loss is None.
     """
     # A search that an earlier version began has removed most weights.
-    finalists = [item for item in search.list_finalists() if weights_of(item.structure).exists()]
+    finalists = [item for item in search.list_finalists() if weights_path(item.structure).exists()]
     if len(finalists) < 2:
         return
     folder = trainer.folder
@@ -3866,12 +3917,12 @@ def try_finalists(trainer: Trainer, search: Search, weights_of: Callable) -> Non
     is_new = False
     for number, finalist in enumerate(finalists, 1):
         name = structure_name(finalist.structure)
-        path = folder.pool(search.method) / f"trial-{name}.pt"
+        path = folder.pool_path(search.method) / f"trial-{name}.pt"
         is_new = is_new or not path.exists()
         trained = trainer.load_or_train(
             path,
             f"{search.method}: trial {number} of {len(finalists)}, {name}",
-            trainer.load(weights_of(finalist.structure))[0],
+            trainer.load(weights_path(finalist.structure))[0],
             images,
             plan,
             range(plan.epochs),
@@ -3905,13 +3956,14 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
 
 
 def title_of(search: Search) -> str:
-    """Rewards depend on the target: a search for another one is another search."""
+    """The title under which a search is saved. It has the target, because rewards depend on the
+    target: a search for another target begins anew."""
     return f"{search.method}, target {search.target}"
 
 
 def load_search(search: Search, folder: RunFolder) -> None:
     """Go on with what `save_search` kept of this search, if it did."""
-    path = folder.pool(search.method) / "search.pt"
+    path = folder.pool_path(search.method) / "search.pt"
     keys = search.state_dict().keys()
     state = models.read_unfinished_work(path, title_of(search), keys)
     if state and not models.find_mismatch(search.policy, state["policy"]):
@@ -3923,7 +3975,7 @@ def load_search(search: Search, folder: RunFolder) -> None:
 
 
 def save_search(search: Search, folder: RunFolder) -> None:
-    path = folder.pool(search.method) / "search.pt"
+    path = folder.pool_path(search.method) / "search.pt"
     models.write_tensors(path, search.state_dict() | {"title": title_of(search)})
 
 
@@ -3980,8 +4032,9 @@ def describe_machine(device: torch.device) -> dict:
 class RowCheckpoints:
     """The checkpoints of a run's rows, each written before its row is added to the results.
 
-    One is taken for a row only if it says that this run made it as that row: another net that came
-    to lie there would make a false row. A baseline may be that of a run with other settings.
+    A checkpoint is used for a row only if its facts say that this run made it as that row. Another
+    net at the same path would give the table a false row. Only the baseline may come from a run
+    with other settings.
     """
 
     def __init__(self, trainer: Trainer, round_to: int | None):
@@ -4003,12 +4056,12 @@ class RowCheckpoints:
             "baseline": self.folder.find_row("baseline"),
             **describe_machine(self.trainer.device),
         }
-        models.save_checkpoint(self.folder.checkpoint(row_name), trained.net, facts)
+        models.save_checkpoint(self.folder.checkpoint_path(row_name), trained.net, facts)
 
     def load(self, row_name: str, architecture=None) -> tuple[Net, dict]:
         """(net, facts) of a row's checkpoint. Raises UserError unless this run made it as that row,
         of that architecture (default: the baseline's)."""
-        path = self.folder.checkpoint(row_name)
+        path = self.folder.checkpoint_path(row_name)
         net, facts = self.trainer.load(path)
         architecture = architecture or self.trainer.baseline.architecture
         if net.architecture != architecture or not self.is_own(row_name, net, facts):
@@ -4022,7 +4075,8 @@ class RowCheckpoints:
         """What the checkpoint of a row says of its run and its net."""
         results = self.folder.results
         keys = ("data", "images", "normalisation", "source", "schedule", "seed", "settings")
-        # As a checkpoint reads them back: lists for tuples.
+        # JSON makes lists of tuples. Results that were read from results.json have lists already,
+        # and the facts have to be equal in both cases.
         facts = json.loads(json.dumps({key: results[key] for key in keys}))
         return facts | {
             "method": row_name,
@@ -4036,8 +4090,8 @@ class RowCheckpoints:
         if not {"validation_accuracy", "seconds", "curve"} <= facts.keys():
             return False  # `add_row` needs them
         identity = self.identify(row_name, net)
-        # Earlier versions did not write these.
         has_fingerprint = "images" in facts
+        # Earlier versions did not write these three facts. One that is missing counts as equal.
         facts = {key: identity[key] for key in ("images", "normalisation", "source")} | facts
         data = identity.pop("data")
         if kind_of_data(facts.get("data")) != kind_of_data(data):
@@ -4063,7 +4117,7 @@ class RowCheckpoints:
     def check_finished_row(self, row_name: str) -> None:
         """Raise UserError where another net lies in the place of a finished row's. One that is gone
         or damaged is only reported."""
-        path = self.folder.checkpoint(row_name)
+        path = self.folder.checkpoint_path(row_name)
         if models.is_intact(path):
             self.load(row_name)  # raises where it is another net's
         else:
@@ -4117,6 +4171,8 @@ def describe_gate_trials(trials: list[dict]) -> str:
     """What the trials of gates came to, in one line for the user."""
     count = best_gate_count(trials)
     text = "gates in the last layers do not help, so none is put on"
+    if all(trial["validation_loss"] is None for trial in trials if trial["gates"]):
+        text = "all trials with gates diverged, so none is put on"
     if count:
         layers = "layer" if count == 1 else f"{count} layers"
         text = f"gates go on the last {layers} of those that have room"
@@ -4144,17 +4200,19 @@ def make_static(gated: Net, images: Images) -> Net:
 class SepRow:
     """How the row of `sep` comes about.
 
-    ours, where the search goes by regression:
-    1. `find_structure`: `lstm`'s search chooses a structure, for a search by `sep` would try the
-       same hard-pruned candidates again. Some more kernels are removed, for gates cost MACs, too.
-    2. `train`: two nets compete. One is of that structure, with gates in its last layers. Its rival
-       has no gates to pay for, and so it may have more kernels: it is `lstm`'s. Short trainings,
-       judged by the validation images, choose between them, and say how many layers have gates.
-    3. The winner gets the final training. If it is `lstm`'s net, and that is trained already, it is
-       taken as it is.
+    ours, if searches go by regression:
+    1. `find_structure`: takes the structure that `lstm`'s search chooses. A search of `sep`'s own
+       would try the same hard-pruned candidates again. Gates cost MACs, too, so some more kernels
+       are removed.
+    2. `train`: two nets compete. One has that structure, with gates in its last layers. Its rival
+       is `lstm`'s net: it pays for no gates, so it may have more kernels. Short trainings are
+       compared on the validation images. They choose between the two nets, and choose how many
+       layers have gates.
+    3. The winner gets the final training. If the winner is `lstm`'s net, and that net has had its
+       final training already, it is taken as it is.
 
-    By the papers' rules `sep` searches by itself. Then, and where widths are rounded, the rival is
-    the same net without gates.
+    By the papers' rules `sep` has a search of its own. In that case, and if widths are rounded
+    (`round_to`), the rival is the same net without gates.
     """
 
     def __init__(self, trainer: Trainer, checkpoints: RowCheckpoints, round_to: int | None):
@@ -4198,7 +4256,7 @@ class SepRow:
         """A structure pruned from the baseline at once, and its recovery. Its MACs are counted as
         of `method`: of `sep` with gates, of `lstm` without."""
         return self.trainer.load_or_make_candidate(
-            self.folder.pool("sep") / f"shared-{structure_name(structure)}.pt",
+            self.folder.pool_path("sep") / f"shared-{structure_name(structure)}.pt",
             method,
             self.trainer.load_baseline(),
             structure,
@@ -4249,12 +4307,14 @@ class SepRow:
         row = self.folder.find_row("lstm")
         if row is None or tuple(row["widths"]) != tuple(structure):
             return False
-        return models.is_intact(self.folder.checkpoint("lstm"))
+        return models.is_intact(self.folder.checkpoint_path("lstm"))
 
     def load_lstm_net(self) -> TrainedNet:
-        """`lstm`'s net for a `sep` without gates. It has the structure and the final training that
-        this net would get, though its recovery may have been another; the seconds are those of its
-        final training."""
+        """`lstm`'s trained net, which is the net of `sep`, too, if no gates are put on.
+
+        It has the structure and the final training that `sep`'s net would get, but its recovery may
+        have been another one. The seconds are only those of `lstm`'s final training.
+        """
         net, facts = self.checkpoints.load("lstm")
         # Where results.json was lost, the search was made anew, and may have taken longer.
         training_seconds = max(0.0, facts["seconds"] - self.folder.search_seconds("lstm"))
@@ -4265,9 +4325,9 @@ class SepRow:
         """ours: the final training in two parts of one schedule. The first trains the pruned net as
         it is; then come the gates that `gate_sizes` names.
 
-        Gates that come at the start leave each group fewer images to learn from, and ended below
-        those that come later, in one run and within chance (RESULTS.md, section 6). The optimizer's
-        momentum begins anew with the gates.
+        If gates come at the start, each group has fewer images to learn from. In one run this gave
+        a lower accuracy than gates that come later, but chance may explain the difference
+        (RESULTS.md, section 6). The optimizer's momentum starts from zero when gates are put on.
         """
         images, plan = self.data.all, self.settings.final
         epochs_before_gates, epochs_with_gates = split_epochs(plan)
@@ -4289,10 +4349,10 @@ class SepRow:
         """Which layers of a pruned net get gates: (the size of each layer's gate, None for no gate;
         seconds spent).
 
-        A choice by the image pays most in the last layers, if at all. So a few short trainings
-        have gates in the last, the last two, four, ... of the layers that lost enough kernels for
-        them, and one trains the `rival_net` without gates. The one with the lowest loss on the
-        validation images wins.
+        To choose kernels by the image helps most in the last layers, if at all. A layer has room
+        for a gate if it lost enough kernels. A few short trainings have gates in the last 1, 2, 4,
+        ... of these layers, and one training is of `rival_net` without gates. The training with the
+        lowest loss on the validation images wins.
         """
         gate_sizes = sep.choose_gate_sizes(self.trainer.baseline.widths, net.structure)
         if not any(gate_sizes):
@@ -4334,7 +4394,7 @@ class SepRow:
     def load_or_train(self, title: str, net: Net, *arguments, **options) -> TrainedNet:
         """`Trainer.load_or_train` with a file in `sep`'s pool, named by title and structure."""
         name = re.sub(r"[:,]? ", "-", title)
-        path = self.folder.pool("sep") / f"{name}-{structure_name(net.structure)}.pt"
+        path = self.folder.pool_path("sep") / f"{name}-{structure_name(net.structure)}.pt"
         return self.trainer.load_or_train(path, title, net, *arguments, **options)
 
     def put_gates_on(self, net: Net, gate_sizes) -> Net:
@@ -4425,7 +4485,7 @@ class Run:
     def make_baseline(self, net: Net, *, is_trained: bool = False) -> Net:
         """The trained baseline: from the folder where it has one, else of `net`, which a user may
         have trained already."""
-        if not self.folder.checkpoint("baseline").exists():
+        if not self.folder.checkpoint_path("baseline").exists():
             if is_trained:
                 trained = TrainedNet(
                     net.to(self.trainer.device), validation_accuracy=None, seconds=0.0
@@ -4458,7 +4518,7 @@ class Run:
             # A process that was killed between `add_row` and `remove_pool` has left it.
             self.folder.remove_pool(method)
             return
-        if not self.folder.checkpoint(method).exists():
+        if not self.folder.checkpoint_path(method).exists():
             if method == "static":
                 trained = self.make_static_net()
             else:
@@ -4492,7 +4552,7 @@ class Run:
         """`sep`'s net made plain, with a recovery where that makes it more accurate on all training
         images. Its validation accuracy is that of `sep`'s candidate, its seconds include those of
         `sep`."""
-        gated, facts = self.trainer.load(self.folder.checkpoint("sep"))
+        gated, facts = self.trainer.load(self.folder.checkpoint_path("sep"))
         accuracy, seconds = facts["validation_accuracy"], facts["seconds"]
         if gated.gates is None:
             self.reporter.say("sep has no gates, so static is the same net")
@@ -4590,7 +4650,9 @@ class Run:
                 structure = tuple(map(max, smaller, final_structure))
             number = len(candidates) + 1
             # Each step counts as an LSTM epoch of its own.
-            path = self.folder.pool("uniform") / f"{number}-{structure_name(final_structure)}.pt"
+            path = (
+                self.folder.pool_path("uniform") / f"{number}-{structure_name(final_structure)}.pt"
+            )
             net, score = self.trainer.load_or_make_candidate(
                 path, "uniform", net, structure, target=target, lstm_epoch=number, number=number
             )
@@ -4623,7 +4685,7 @@ class Run:
         if structure != recovered.score.structure:
             candidates = self.folder.searched_candidates(method)
             net, candidate = trainer.load_or_make_candidate(
-                self.folder.pool(method) / f"rounded-{structure_name(structure)}.pt",
+                self.folder.pool_path(method) / f"rounded-{structure_name(structure)}.pt",
                 method,
                 trainer.load_baseline(),
                 structure,

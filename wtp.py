@@ -1439,7 +1439,7 @@ class ChosenReading:
 
 def choose_reading(user_net: UserNet, train, say) -> ChosenReading:
     """What the facts of a user's net name, else the best of what is tried; `say` tells the user."""
-    from controller import stored_normalisation, take_matching_norm_place
+    from controller import choose_norm_place, stored_normalisation
 
     stored = stored_normalisation(user_net.net, user_net.facts)
     if stored is None or user_net.is_ambiguous:
@@ -1449,7 +1449,7 @@ def choose_reading(user_net: UserNet, train, say) -> ChosenReading:
     if user_net.has_example:
         # Outputs do not show whether late norms stand before or after a pooling.
         images = train.normalised_by(chosen.mean, chosen.std)
-        chosen = replace(chosen, net=take_matching_norm_place(chosen.net, images))
+        chosen = replace(chosen, net=choose_norm_place(chosen.net, images))
     return chosen
 
 
@@ -2231,7 +2231,7 @@ def train_baseline(
     with resumable(reporter):
         run.make_baseline(build_untrained(experiment, run))
     warn_of_guessing(run, reporter)
-    checkpoint = run.folder.checkpoint("baseline")
+    checkpoint = run.folder.checkpoint_path("baseline")
     if output:
         deliver(checkpoint, output, may_replace=options.force)
     finish_run(run)
@@ -2368,7 +2368,7 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     # row, which would need the weights of that search.
     run.folder.remove_pool("lstm")
     # Before anything is printed: standard output may be closed, or on a full disk.
-    deliver(run.folder.checkpoint(row), output, may_replace=options.force)
+    deliver(run.folder.checkpoint_path(row), output, may_replace=options.force)
     finish_run(run)
     print_line(f"wrote {output}")
 

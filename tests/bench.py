@@ -553,7 +553,7 @@ def draw_structures(baseline, cut, count):
     )
     while (proposal := walks.propose()) is not None:
         structure = proposal.structure
-        if structure not in walks.known:
+        if structure not in walks.known_scores:
             yield structure
         score = make_candidate(structure, 0.0, baseline.reduction_of(structure))
         walks.record(proposal, score)

@@ -171,7 +171,7 @@ def test_a_net_that_needs_too_much_memory_is_not_taken_for_one_that_does_not_fit
 
     images = Images(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.zeros(4), mean=(0,), std=(1,))
 
-    score = controller.score_if_fitting(Net("size mismatch"), images, reads_norms=True)
+    score = controller.score_net(Net("size mismatch"), images, reads_norms=True)
     assert (score.accuracy, score.loss, score.norm_mismatch) == (0.0, math.inf, None)
     for message in (
         "CUDA out of memory",
@@ -182,7 +182,7 @@ def test_a_net_that_needs_too_much_memory_is_not_taken_for_one_that_does_not_fit
         "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
     ):
         with pytest.raises(RuntimeError, match=message):
-            controller.score_if_fitting(Net(message), images, reads_norms=True)
+            controller.score_net(Net(message), images, reads_norms=True)
 
 
 @pytest.mark.parametrize("zooms", [False, True])
@@ -472,7 +472,7 @@ def test_a_short_epoch_asks_the_teacher_for_what_it_shows():
     shown = images.draw_epoch(0, 0)[0][:256]
     some, every = teacher.probabilities(0, 256), teacher.probabilities(0, 600)
     assert lengths == [2]
-    assert len(teacher.kept) == 2
+    assert len(teacher.kept_probabilities) == 2
     assert torch.allclose(some[shown], every[shown], atol=0.02)
     assert (some.sum(1) > 0).sum() == 256
     assert (every.sum(1) > 0).all()
@@ -585,7 +585,7 @@ def test_of_equal_accuracies_the_smaller_loss_comes_first_if_it_counts(monkeypat
     measured = iter([(0.9, math.inf), (0.9, 0.7), (0.9, 0.6), (1.0, 0.09), (1.0, 0.01)])
     monkeypatch.setattr(
         controller,
-        "score_if_fitting",
+        "score_net",
         lambda *_, **__: make_score(*next(measured), None),
     )
     normalisations = controller.list_normalisations(make_digits())
@@ -686,11 +686,11 @@ def test_norms_are_read_on_images_as_they_are_and_as_a_training_augments_them():
     with torch.no_grad():
         net.train()(cropped.batch(torch.arange(20), cropped.draw_epoch(0, 0)[1]))
 
-    assert controller.score_if_fitting(net, plain, reads_norms=True).norm_mismatch > 0.01
-    assert controller.score_if_fitting(net, cropped, reads_norms=True).norm_mismatch < 0.001
-    assert controller.score_if_fitting(net, cropped, reads_norms=False).norm_mismatch is None
+    assert controller.score_net(net, plain, reads_norms=True).norm_mismatch > 0.01
+    assert controller.score_net(net, cropped, reads_norms=True).norm_mismatch < 0.001
+    assert controller.score_net(net, cropped, reads_norms=False).norm_mismatch is None
     few = cropped.select(slice(79))
-    assert controller.score_if_fitting(net, few, reads_norms=True).norm_mismatch is None
+    assert controller.score_net(net, few, reads_norms=True).norm_mismatch is None
 
 
 def test_norms_that_have_learned_nothing_do_not_tell():
@@ -787,7 +787,7 @@ def test_norms_tell_whether_they_stand_before_or_after_a_pooling(is_pooled_last)
         example = models.Example(x, net.eval()(x))
     reading = models.find_reading_by_example(net.state_dict(), example)
 
-    found = controller.take_matching_norm_place(reading.build(), images)
+    found = controller.choose_norm_place(reading.build(), images)
 
     place = "after activation" if is_pooled_last else "after pooling"
     assert {each.norm_place for each in found.architecture.convolutions} == {place}
@@ -813,7 +813,7 @@ def test_late_norms_are_judged_by_images_of_all_classes(monkeypatch):
         lambda net, images: labels_read.append(set(images.labels[:128].tolist())),
     )
 
-    controller.take_matching_norm_place(reading.build(), images)
+    controller.choose_norm_place(reading.build(), images)
 
     assert labels_read == [set(range(10))] * 2
 
@@ -1199,14 +1199,18 @@ def test_channels_come_back_layer_by_layer_as_long_as_the_target_is_reached():
     def reduction_of(structure):
         return 1 - (5 * structure[0] + 2 * structure[1] + structure[2]) / 80
 
-    def fill_up(layers):
-        return controller.fill_up((2, 2, 2), (8, 8, 8), layers, reduction_of, 0.7)
+    def give_channels_back(layers):
+        return controller.give_channels_back((2, 2, 2), (8, 8, 8), layers, reduction_of, 0.7)
 
     assert reduction_of((2, 2, 2)) == 0.8  # so that a cost of 8 is free
-    assert fill_up([2, 1, 0]) == (2, 3, 8)
-    assert fill_up([0, 1, 2]) == (3, 3, 3)
-    assert fill_up([1]) == (2, 6, 2)
-    assert controller.fill_up((3, 5, 2), (8, 8, 8), [0, 1, 2], reduction_of, 0.7) == (3, 5, 2)
+    assert give_channels_back([2, 1, 0]) == (2, 3, 8)
+    assert give_channels_back([0, 1, 2]) == (3, 3, 3)
+    assert give_channels_back([1]) == (2, 6, 2)
+    assert controller.give_channels_back((3, 5, 2), (8, 8, 8), [0, 1, 2], reduction_of, 0.7) == (
+        3,
+        5,
+        2,
+    )
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "vgg19"])
@@ -1553,7 +1557,7 @@ class MadeUpProblem:
         proposal = search.propose()
         if proposal is None:
             return False
-        score = search.known.get(proposal.structure) or self.measure(proposal.structure)
+        score = search.known_scores.get(proposal.structure) or self.measure(proposal.structure)
         search.record(proposal, score)
         return True
 

@@ -41,8 +41,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# A filter of the next layer is compensated where it loses a channel that holds more than this share
-# / C_in of its energy (script).
+# When channels are removed, a filter of the next layer is rescaled if one of these channels holds
+# more than COMPENSATED_SHARE / C_in of the filter's energy, its sum of squared weights (script).
 COMPENSATED_SHARE = 0.8
 CHECKPOINT_FORMAT = 3
 # ours: an exported file whose logits differ by more than this share of the largest is refused.
@@ -64,7 +64,8 @@ class UserError(Exception):
 def run_layer(layer, x: torch.Tensor, previous_group=None) -> torch.Tensor:
     """Run a convolution on x (B, C, H, W), or a linear layer on the same or on (B, features).
 
-    `previous_group` is None but in a net of `sep.tune` for single images; see Net.run_prunable.
+    `previous_group` is None except in a net that `sep.tune` has prepared for single images; see
+    Net.run_prunable.
     """
     if not isinstance(layer, nn.Module):
         # A single-image layer of sep.py, which selects its kernels itself.
@@ -86,17 +87,22 @@ def group_by_input_channel(weight: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def select_input_channels(weight: torch.Tensor, channels: int, index) -> torch.Tensor:
-    """The weights of a layer that reads so many `channels`, on those of `index` alone: as many
-    dimensions as before."""
+    """The part of a layer's weights that reads the input channels in `index`.
+
+    `channels` is the number of input channels of the whole layer, and `index` has n entries.
+    A convolution (out, channels, k, k) -> (out, n, k, k). A linear layer that reads p places of
+    each channel (out, channels * p) -> (out, n * p).
+    """
     selected = group_by_input_channel(weight, channels)[:, index]
     return selected.reshape(len(weight), -1, *weight.shape[2:])
 
 
 def is_slow_in_bfloat16(layer: nn.Conv2d, x: torch.Tensor) -> bool:
-    """Whether this is a 3 x 3 convolution of a small map, in bfloat16 training on a CPU.
+    """Whether the layer is a 3 x 3 convolution that oneDNN runs slowly here.
 
-    There oneDNN's convolutions, the gradient of the weights above all, take up to twice as long
-    as one matrix product. In float32 they do not.
+    So it is on maps of at most 4 x 4 places, in bfloat16 training on a CPU: oneDNN's convolution
+    takes up to twice as long as one matrix product, above all for the gradient of the weights. In
+    float32 it does not.
     """
     geometry = (layer.kernel_size, layer.stride, layer.padding)
     is_small = max(x.shape[2:]) <= 4 and geometry == ((3, 3), (1, 1), (1, 1))
@@ -131,7 +137,7 @@ class Pooling:
     padding: int = 0
 
     def map_size(self, size: int) -> int:
-        """The side of the map that is left of one with that side; 0 where it is too small."""
+        """The side of the output map for an input map of side `size`; 0 if no output is left."""
         return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,7 +176,7 @@ class Convolution:
     norm_place: str = BEFORE_ACTIVATION  # one of NORM_PLACES
 
     def map_size(self, size: int) -> int:
-        """The side of the map that it and its pooling leave of one with that side."""
+        """The side of the map after convolution and pooling, for an input map of side `size`."""
         size = max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
         return POOLINGS[self.pooling].map_size(size) if self.pooling else size
 
@@ -200,7 +206,7 @@ class ChainArchitecture:
 
     @property
     def smallest_size(self) -> int:
-        """The smallest side of images, in pixels, of which the convolutions leave anything."""
+        """The smallest side of images, in pixels, for which the convolutions leave a map."""
         size = 1
         while self.map_size(size) < 1:
             size += 1
@@ -213,7 +219,7 @@ class ChainArchitecture:
         return size
 
     def in_words(self) -> str:
-        """What weights do not tell of it, in words for the user."""
+        """For the user, in words: the choices in this architecture that its weights do not show."""
         poolings = [
             f"{convolution.pooling} pooling after convolution {number}"
             for number, convolution in enumerate(self.convolutions, 1)
@@ -284,8 +290,8 @@ class ResNetArchitecture:
     stem_pooling_kernel: int = 3  # of 3 x 3 places (ImageNet's nets), or of 2 x 2
     is_preactivated: bool = False  # batch norms and relus stand before the convolutions
     has_last_norm: bool = False  # after the blocks, of pre-activated nets
-    hidden_widths: tuple[int, ...] = ()  # of linear layers before the last one; they stay whole
-    strided_convolution: int = 0  # which of a block's convolutions has its stride
+    hidden_widths: tuple[int, ...] = ()  # of linear layers before the last one; never pruned
+    strided_convolution: int = 0  # index of the convolution in a block that has the block's stride
     activation: str = "relu"  # one of ACTIVATIONS
     # Option A: how places and channels are brought into shape.
     is_shortcut_averaged: bool = False  # the mean of 2 x 2 places; else every second place
@@ -304,7 +310,7 @@ class ResNetArchitecture:
         return [f"hidden{number}" for number, _ in enumerate(self.hidden_widths, 1)]
 
     def in_words(self) -> str:
-        """What weights do not tell of it, in words for the user."""
+        """For the user, in words: the choices in this architecture that its weights do not show."""
         words = [self.name]
         if self.stem_stride > 1:
             words.append(f"stride {self.stem_stride} in its first convolution")
@@ -328,8 +334,8 @@ class ResNetArchitecture:
             words.append(f"{len(self.hidden_widths) + 1} linear layers")
         return ", ".join([*words, self.activation])
 
-    def split_zeros(self, count: int) -> tuple[int, int]:
-        """Option A: of so many channels of zeros, how many stand before and after the others."""
+    def count_zeros_around(self, count: int) -> tuple[int, int]:
+        """Option A: how many of the `count` channels of zeros stand (before, after) the others."""
         before = 0 if self.has_zeros_behind else count // 2
         return before, count - before
 
@@ -369,12 +375,12 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
     "mish": F.mish,
 }
-# No usual net of the families here has them. controller.find_reading finds them where batch norms
-# tell, or where they do much better. It does not try relu6, selu, hardswish and mish, which only an
-# Example tells.
+# Usual nets of the families here do not have these activations. controller.find_reading chooses one
+# only where the batch norms show it, or where the net is much more accurate with it. It never tries
+# relu6, selu, hardswish and mish; only an Example can show these.
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
-# They fall for some inputs, so max-pooling before them gives something else than after them.
-FALLING_ACTIVATIONS = ("gelu", "silu", "hardswish", "mish")
+# These are not monotone, so max-pooling before such an activation gives another result than after.
+NON_MONOTONE_ACTIVATIONS = ("gelu", "silu", "hardswish", "mish")
 
 
 def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor:
@@ -384,8 +390,11 @@ def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor
 
 
 def finish_layer(y: torch.Tensor, norm, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
-    """The batch norm of a prunable layer (None: it has none, or it is folded into the layer), its
-    activation and pooling, in their order."""
+    """Apply the batch norm, activation and pooling of a prunable layer, in their order.
+
+    y (B, C, H, W) -> (B, C, H', W'), or (B, C) -> (B, C). `norm` is None where the layer has none,
+    or where it is folded into the layer.
+    """
     if norm is None:
         return pool_and_activate(y, prunable, inplace=inplace)
     if prunable.norm_place == AFTER_POOLING:
@@ -405,7 +414,7 @@ def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False
     if not prunable.pooling:
         return activate(y, prunable.activation, inplace=inplace)
     pool = POOLINGS[prunable.pooling]
-    if pool.is_max and prunable.activation not in FALLING_ACTIVATIONS:
+    if pool.is_max and prunable.activation not in NON_MONOTONE_ACTIVATIONS:
         return activate(pool(y), prunable.activation, inplace=inplace)
     return pool(activate(y, prunable.activation, inplace=inplace))
 
@@ -436,21 +445,24 @@ class Net(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """The number of channels of an image."""
         return self.architecture.channels
 
     @property
     def size(self) -> int:
-        """Pixels of an image's side."""
+        """The side of the square images, in pixels."""
         return self.architecture.size
 
     def run_prunable(self, index: int, x: torch.Tensor, previous_group=None):
-        """Run a prunable layer with its norm, activation and pooling: (y, group).
+        """Run a prunable layer with its norm, activation and pooling; returns (y, group).
 
-        x (B, C_in, H, W) -> y (B, C, H', W'); of a linear layer x may be (B, features), and y is
-        (B, C). `group` is None but in a net of `sep.tune` for single images (`layer_runners`).
-        There it is the sep.KernelGroup that this layer's gate has chosen, and y has its channels
-        alone; the next layer takes it as `previous_group`.
+        x (B, C_in, H, W) -> y (B, C, H', W'). Of a linear layer, x may also be (B, features), and
+        y is (B, C).
+
+        `group` is None in all nets but those that `sep.tune` has prepared for single images
+        (`layer_runners`). There `group` is the sep.KernelGroup that this layer's gate has chosen,
+        and y has only the channels of this group. The next layer needs `group` as its
+        `previous_group`.
         """
         if self.layer_runners is not None:
             return self.layer_runners[index](x, previous_group)
@@ -482,10 +494,12 @@ class Net(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def layers_and_norms(self) -> list[tuple[str, str]]:
-        """The names (layer, batch norm) where a norm reads just this layer, so that it can be
-        folded into it. Norms of a pre-activated net that read a sum of blocks are not among
-        them."""
+    def list_foldable_norms(self) -> list[tuple[str, str]]:
+        """The pairs of names (layer, batch norm) where the norm can be folded into the layer.
+
+        This needs a norm that reads the output of this layer alone. Some norms of a pre-activated
+        net read a sum of blocks, and are not listed.
+        """
         raise NotImplementedError
 
 
@@ -510,7 +524,7 @@ class ChainNet(Net):
         return self.architecture.head_size
 
     def make_convolutions(self) -> Iterator[tuple[Convolution, nn.Conv2d, int]]:
-        """Yield (what it is, the module, its width) of each convolution."""
+        """Yield (architecture of the convolution, its module, its width), in their order."""
         inputs = self.channels
         for convolution, width in zip(self.architecture.convolutions, self.widths):
             layer = nn.Conv2d(
@@ -547,10 +561,11 @@ class ChainNet(Net):
         return names
 
     def add_features(self) -> list[tuple[str, str | None]]:
-        """Convolution, batch norm, relu and pooling in torchvision's order; returns the names.
+        """Add convolutions, norms and placeholders, numbered as in torchvision's VGG.
 
-        Only the layers and norms are used, see run_prunable. What stands for the activation and
-        the pooling only keeps torchvision's numbers.
+        The placeholders (nn.Identity) stand for activations and poolings, so that the numbers are
+        torchvision's. They never run: run_prunable runs layers and norms only, and applies the
+        activation and the pooling itself. Returns the names of each layer and of its norm.
         """
         modules, names = [], []
         for convolution, layer, width in self.make_convolutions():
@@ -586,10 +601,12 @@ class ChainNet(Net):
         return names
 
     def switch_architecture(self, architecture: ChainArchitecture) -> None:
-        """Compute another chain with the weights of this one, whose layers, widths, biases and
-        norms have to be the same. Building a net takes longer, and thousands may be tried.
+        """Turn this net into the chain that `architecture` describes; the weights stay.
 
-        The layers keep their names, though in a VGG poolings shift the numbers in them.
+        Both chains must have the same layers, widths, biases and norms. Thousands of chains may be
+        tried, and building a new net for each would take longer.
+
+        The layers keep their names, although the numbers in a VGG's names depend on its poolings.
         """
         self.architecture = architecture
         for convolution, prunable in zip(architecture.convolutions, self.prunable):
@@ -632,12 +649,12 @@ class ChainNet(Net):
             return x.flatten(1)
         if self.architecture.is_averaged:
             return F.adaptive_avg_pool2d(x, self.head_size)  # at VGG's 32 x 32 pixels 1 x 1 already
-        # Behind a gate no shape would tell that the images have another size.
+        # Behind a gate, images of another size may cause no error of shapes. So check here.
         if tuple(x.shape[2:]) != (self.head_size, self.head_size):
             raise RuntimeError(f"this {self.arch} takes images of {self.size} x {self.size} pixels")
         return x
 
-    def layers_and_norms(self) -> list[tuple[str, str]]:
+    def list_foldable_norms(self) -> list[tuple[str, str]]:
         return [
             (prunable.layer_name, prunable.norm_name)
             for prunable in self.prunable
@@ -681,21 +698,22 @@ class ResidualBlock(nn.Module):
         stride = self.spec.stride
         if self.spec.has_convolution:
             if stride > 1 and self.architecture.is_projection_averaged:
-                # Of a map with an odd side the last row and column count alone.
+                # At an odd side the last windows are cut off at the edge. Their mean is that of
+                # the places inside the map.
                 x = F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
             x = getattr(self.downsample, "0")(x)
-            # One by one: sep.py puts layers there that nn.Sequential would not run.
+            # Not self.downsample(x): sep.py may put layers here that nn.Sequential cannot run.
             norm = getattr(self.downsample, "1", None)
             return x if norm is None else norm(x)
         if stride > 1 and self.architecture.is_shortcut_averaged:
             x = F.avg_pool2d(x, stride)
         elif stride > 1:
-            # The same as x[:, :, ::stride, ::stride]. But the gradient of slicing comes in another
-            # memory layout, and all that it is added to gets slower.
+            # The same as x[:, :, ::stride, ::stride]. But slicing gives its gradient another memory
+            # layout, and adding that gradient to others is slower.
             x = F.avg_pool2d(x, 1, stride)
         if not self.padding_channels:
             return x
-        zeros = self.architecture.split_zeros(self.padding_channels)
+        zeros = self.architecture.count_zeros_around(self.padding_channels)
         return F.pad(x, (0, 0, 0, 0, *zeros))
 
 
@@ -789,8 +807,11 @@ class ResNet(Net):
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return activate(x, self.architecture.activation)
 
-    def run_inner(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
-        """All convolutions of a block: its prunable ones from `index` on, then the last."""
+    def run_convolutions(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
+        """All convolutions of a block: the prunable ones, then the last one.
+
+        `index` is the place of the block's first prunable layer in `self.prunable`.
+        """
         previous_group = None
         inner = len(self.architecture.kernels) - 1
         for i in range(inner):
@@ -798,16 +819,16 @@ class ResNet(Net):
         return run_layer(getattr(block, f"conv{inner + 1}"), x, previous_group)
 
     def run_block(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
-        outer = self.run_inner(block, index, x)
+        outer = self.run_convolutions(block, index, x)
         outer = getattr(block, f"bn{len(self.architecture.kernels)}")(outer)
         return self.activate(outer + block.shortcut(x))
 
     def run_preactivated_block(self, block: ResidualBlock, index: int, x: torch.Tensor):
         activated = self.activate(block.bn1(x))
         shortcut = block.shortcut(activated if block.spec.is_shortcut_activated else x)
-        return self.run_inner(block, index, activated) + shortcut
+        return self.run_convolutions(block, index, activated) + shortcut
 
-    def layers_and_norms(self) -> list[tuple[str, str]]:
+    def list_foldable_norms(self) -> list[tuple[str, str]]:
         if self.architecture.is_preactivated:
             names = [(prunable.layer_name, prunable.norm_name) for prunable in self.prunable]
             has_stem_norm = self.architecture.has_stem_norm
@@ -1042,9 +1063,11 @@ def most_important_channels(net: Net, structure) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def compensate(net: Net, kept_channels) -> None:
-    """Scale filters that lose a strong channel so that they keep their energy, in place (script).
+    """Rescale, in place, the filters of the next layers that lose a strong channel (script).
 
-    A filter counts where it loses a channel with more than COMPENSATED_SHARE / C_in of its energy.
+    A lost channel is strong if it holds more than COMPENSATED_SHARE / C_in of the filter's energy,
+    the sum of its squared weights. The rescaled filter has as much energy in its kept channels as
+    it had in all channels. A filter that keeps no energy at all stays as it is.
     `kept_channels` holds, per prunable layer, the indices of the channels that stay.
     """
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
@@ -1062,11 +1085,12 @@ def compensate(net: Net, kept_channels) -> None:
 
 
 def remove_channels(net: Net, kept_channels) -> Net:
-    """A new net with only the channels kept: their indices per prunable layer, in the order that
-    they will have. Gates are left out.
+    """A new net, without gates, that has only the channels in `kept_channels`.
 
-    An index may come several times: then both the channel and the weights that read it are copied,
-    and the next layer counts it as often. sep.py does so where a gate lets one copy alone through.
+    `kept_channels` holds, per prunable layer, the indices of these channels, in the order in which
+    the new net has them. An index may come several times. Then the channel and the weights that
+    read it are copied, and the next layer adds the channel once per copy. sep.py uses this where a
+    gate lets only one of the copies through.
     """
     small = build_like(net, [len(kept) for kept in kept_channels])
     state = net.state_dict()
@@ -1147,7 +1171,7 @@ def count_macs(net: Net, structure=None) -> int:
 
 
 def count_parameters(net: Net) -> int:
-    """The number of weights, those of gates included."""
+    """The number of parameters: weights, biases and those of norms and gates."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
@@ -1160,7 +1184,8 @@ def has_export_ending(path: Path) -> bool:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a user's file is written before it takes its name: beside it, never over another."""
+    """Where a user's file is written before it gets its name: in the same folder, under a name
+    with the process's number, so that it replaces no other file."""
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
@@ -1171,12 +1196,14 @@ def refuse_existing(path: Path, advice: str) -> None:
 
 
 def write_atomically(path: Path, write, temporary: Path | None = None, hint: str = ""):
-    """Make a file by `write(temporary)`; the old one stays until the new one is complete. Returns
-    what `write` returns.
+    """Write a file by `write(temporary)`, and only then give it the name `path`.
 
-    A file of the user's gets `temporary_path(path)` as `temporary`, so that two processes do not
-    share it. The files of a run folder, which one process has, get one fixed name.
-    Raises UserError where that fails, with `hint` at the end of its line.
+    Until then an older file at `path` stays as it is. Returns what `write` returns. Raises
+    UserError where writing fails, with `hint` at the end of its message.
+
+    For a file that the user has named, give `temporary_path(path)` as `temporary`: two processes
+    then write to different files. By default the name is fixed, which is safe in a run folder,
+    because only one process uses it.
     """
     path = Path(path)
     temporary = temporary or path.with_name(path.name + ".part")
@@ -1220,9 +1247,10 @@ def is_intact(path: Path) -> bool:
 
 
 def read_unfinished_work(path: Path, title: str, keys: set[str]) -> dict | None:
-    """What `write_tensors` left at `path` for the work of that `title`; None if nothing.
+    """The content that `write_tensors` saved at `path` for the work called `title`.
 
-    Nor is it read where it lacks one of `keys`: then another version wrote it.
+    None where the file is missing, damaged or of another title. None also where it lacks one of
+    `keys`, because then another version of this tool wrote it.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1243,7 +1271,8 @@ CHECKPOINT_TYPES = {
     "state": dict,
     "facts": dict,
 }
-# Format 1, of before December 2026, knew fewer nets and described them so; `side` is a head_size.
+# Format 1, from before December 2026, knew fewer nets. It has these entries in place of
+# "architecture"; `side` is what is now called head_size.
 OLD_CHECKPOINT_TYPES = {
     "arch": str,
     "classes": int,
@@ -1419,28 +1448,31 @@ def parent_of(name: str) -> str:
 
 
 def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors that a file lists by the alphabet in an order as modules have it, as far as names and
-    shapes tell.
+    """The tensors in the order of the net's modules, as far as names and shapes tell it.
 
-    Modules with numbers in their names stand in the order of these, a norm behind the layer of its
-    number. What reads the images comes first, and linear layers come after the convolutions.
+    This is for files that list their tensors alphabetically.
+
+    Modules with numbers in their names are sorted by these numbers, and a norm comes after the
+    layer with the same number. The module that reads the images comes first. Linear layers come
+    after the convolutions.
     """
     convolutions = [key for key, value in tensors.items() if value.dim() == 4]
-    first_module = None
+    first_prefix = None
     linear_layers, heads = set(), set()
     if convolutions:
-        first_module = find_first_module(convolutions, tensors)
+        first_prefix = find_prefix_of_first_module(convolutions, tensors)
         linear_layers = {
             parent_of(key)
             for key, value in tensors.items()
             if key.endswith("weight") and value.dim() == 2
         }
-        # A batch norm in a sequence with linear layers and no convolutions is of that sequence.
+        # A batch norm belongs to the head if it stands in one sequence with linear layers, and if
+        # this sequence has no convolutions.
         heads = {parent_of(name) for name in linear_layers if "." in name}
         heads -= {parent_of(parent_of(key)) for key in convolutions}
 
     def order(key):
-        is_first = first_module is not None and f"{key}.".startswith(first_module)
+        is_first = first_prefix is not None and f"{key}.".startswith(first_prefix)
         module = parent_of(key)
         return (
             "." in key,  # tensors of the net itself, in no module, come before all modules
@@ -1464,10 +1496,15 @@ def place_by_numbers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple]:
     return place
 
 
-def find_first_module(convolutions: list[str], tensors: dict[str, torch.Tensor]) -> str | None:
-    """How the name of the convolution that reads the images begins, up to the first part in which
-    the names of the `convolutions`' weights differ: "features.", "model.conv1."; None where several
-    convolutions may read the images."""
+def find_prefix_of_first_module(
+    convolutions: list[str], tensors: dict[str, torch.Tensor]
+) -> str | None:
+    """How the names of the tensors begin that belong to the module that reads the images.
+
+    `convolutions` are the names of the convolutions' weights. The beginning goes up to the first
+    part in which these names differ: "features.", "model.conv1.". None where several convolutions
+    may read the images, or none: such a convolution has 1 or 3 input channels.
+    """
     readers = [key for key in convolutions if tensors[key].shape[1] in (1, 3)]
     if len(readers) != 1:
         return None
@@ -1555,8 +1592,8 @@ def read_architecture(values: dict):
 
 
 def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
-    """Load a state dict into `net`, or with `assign` its very tensors. Raises UserError where it
-    does not fit."""
+    """Load a state dict into `net`: copy its values or, with `assign`, make its tensors those of
+    the net. Raises UserError where it does not fit."""
     mismatch = find_mismatch(net, state)
     if mismatch:
         raise UserError(f"its weights do not fit a {net.arch} of the widths they name: {mismatch}")
@@ -1629,17 +1666,17 @@ WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 SHORTCUT_WORDS = re.compile(r"short|down|skip|proj|identity|convdim|residual_conv|resample")
 # Parts of names that no chain has.
 RESIDUAL_WORDS = re.compile(r"\bres\d|residual|shortcut|skip|projection|idconv|downsample")
-# Kernels of a first convolution from which on it usually has a stride, as in ImageNet's nets.
+# From this kernel size on, a first convolution usually has a stride, as in ImageNet's nets.
 STRIDED_KERNEL = 7
-# Kernels of a last convolution from which on it usually sees the whole map.
+# From this kernel size on, a last convolution usually sees the whole map.
 WHOLE_MAP_KERNEL = 7
 
 
 @dataclass(eq=False)
 class Reading:
-    """What a state dict may be: an architecture, and the weights under its names.
+    """One way to read a state dict: an architecture, and the weights under this net's names.
 
-    Readings of one state dict share the tensors of weights.
+    Several readings of one state dict share their weight tensors.
     """
 
     architecture: ChainArchitecture | ResNetArchitecture
@@ -1665,8 +1702,10 @@ class Reading:
 
 
 def change_activation(readings: list[Reading], activation: str) -> list[Reading]:
-    """The readings with that activation in place of their own; of readings that differ in their
-    activation alone, one."""
+    """The readings with `activation` in place of their own.
+
+    Readings that differ only in their activation become one.
+    """
     usual = readings[0].architecture.activation
     kept = [reading for reading in readings if reading.architecture.activation == usual]
     return [reading.with_activation(activation) for reading in kept]
@@ -1713,11 +1752,11 @@ class FoundModule:
 
 
 class UnreadableError(Exception):
-    """Why a state dict is not of some kind of net."""
+    """Why a state dict cannot be read as one particular kind of net."""
 
 
 class UnusualError(UnreadableError):
-    """Why it is not, of a chain that may be read with an Example."""
+    """Why a chain cannot be read from its weights alone; with an Example it may still be read."""
 
 
 # What a state dict of some other net may raise.
@@ -1734,11 +1773,17 @@ READING_ERRORS = (
 
 
 def recognise_state_dict(content, path: Path) -> dict:
-    """A state dict as a checkpoint. `readings` in it are all that it may be, the likeliest first;
-    with an Example in the file (`has_example`) there is only the one that computes it. `facts` have
-    the mean and std of images where the file has them, and `notes` say what was taken from it.
+    """A state dict of any origin, as a checkpoint.
 
-    Raises UserError where it is of no net that this tool knows.
+    The checkpoint has three more entries than one that `save_checkpoint` wrote:
+
+    readings     every Reading that fits, the likeliest first; with an Example in the file only the
+                 one that computes the Example
+    has_example  whether the file has an Example
+    notes        sentences for the user about what was taken from the file
+
+    `facts` has the mean and std of the images where the file has them.
+    Raises UserError where the state dict is of no net that this tool knows.
     """
     example = take_example(content, path)
     normalisation = take_normalisation(content)
@@ -1756,7 +1801,7 @@ def recognise_state_dict(content, path: Path) -> dict:
     except UserError as error:
         if example is not None:
             raise
-        # They may be something else, for example of the accuracy over several trainings.
+        # These may be something else, such as mean and std of an accuracy over several trainings.
         notes.append(f"{error}; so they are ignored")
     if inner:
         facts = combine_normalisations(facts, inner)
@@ -1812,10 +1857,11 @@ def read_first_net(
 EXAMPLE_KEYS = ("inputs", "outputs")
 # A file may say how images are normalised, with an example or without.
 NORMALISATION_KEYS = ("mean", "std")
-# ours: so many of an example's inputs are tried; each gives as many numbers as there are classes.
+# ours: only so many inputs of an example are used. Each has one output per class to compare.
 MAX_EXAMPLE_INPUTS = 4
-# ours: a reading is right up to this difference (`Example.difference_of`), of several the nearest
-# one. Four trained nets had up to 0.006 in float16, which rounds as a GPU's TF32 does.
+# ours: a reading is accepted up to this difference (`Example.difference_of`). If several are
+# accepted, the nearest one is taken. The outputs of four trained nets in float16, which rounds as
+# a GPU's TF32 does, had differences of up to 0.006.
 EXAMPLE_TOLERANCE = 0.02
 # ours: the user is told of a difference from here on.
 STRANGE_DIFFERENCE = 1e-3
@@ -1833,11 +1879,15 @@ class Example:
 
     inputs: torch.Tensor  # (N, C, H, H), float32
     outputs: torch.Tensor  # (N, classes), float32
-    # Of probabilities the least logarithm that their type can hold; None for other outputs.
+    # For probabilities: the logarithm of the smallest positive normal number of their type (or of
+    # float32, if that is larger). Smaller logarithms are raised to it. None for other outputs.
     least_log: float | None = None
 
     def normalised_by(self, normalisation: dict) -> "Example":
-        """The example of the net behind a normalisation (`split_inner_normalisation`)."""
+        """The same example for the net without its own normalisation of inputs.
+
+        `normalisation` holds its mean and std, from `split_inner_normalisation`; {} if it has none.
+        """
         if not normalisation:
             return self
         mean, std = (
@@ -1851,7 +1901,7 @@ class Example:
 
     @property
     def size(self) -> int:
-        """Pixels of an image's side."""
+        """The side of the square images, in pixels."""
         return self.inputs.shape[2]
 
     @property
@@ -1859,10 +1909,13 @@ class Example:
         return self.outputs.shape[1]
 
     def difference_of(self, logits: torch.Tensor) -> float:
-        """How far the logits (M, classes) of the first M inputs are from the example: the root of
-        the mean square, as a share of how far the outputs of different inputs are apart.
+        """How far the logits (M, classes) of the first M inputs are from the example's outputs.
 
-        What is added to all logits of an image does not count, as in a softmax.
+        The root mean square of their differences, divided by the root mean square of how far each
+        input's outputs are from the mean over all inputs. 0 means equal.
+
+        A number that is added to all logits of one image does not count,
+        because softmax ignores it.
         """
         if self.least_log is not None:
             logits = logits.log_softmax(1).clamp(min=self.least_log)
@@ -1872,10 +1925,14 @@ class Example:
         return float((difference.square().mean() / spread.square().mean()).sqrt())
 
     def difference_of_net(self, net: Net, tolerance: float) -> float:
-        """The difference of what a net computes. Where it is above the tolerance, it may be that of
-        the first input alone, which shows most wrong nets and takes less time."""
+        """The difference between what `net` computes and the example's outputs.
+
+        If the first input alone shows that the difference is above `tolerance`, the difference of
+        this input is returned. Most wrong nets are found so, in less time.
+        """
         difference = self.difference_of(net(self.inputs[:1]))
-        # The square difference of one input is at most N times the mean of N.
+        # The squared difference of one input is at most N times the mean over all N inputs. Above
+        # this limit, therefore, the difference over all inputs is above the tolerance, too.
         if difference > tolerance * len(self.inputs) ** 0.5:
             return difference
         return self.difference_of(net(self.inputs))
@@ -1930,7 +1987,12 @@ def make_example(inputs: torch.Tensor, outputs: torch.Tensor) -> Example:
 
 
 def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> None:
-    """Raise UserError where these are no inputs and outputs of a net that tell what it is."""
+    """Raise UserError unless these are a net's inputs and outputs that can identify the net.
+
+    Inputs (N, C, H, H) and outputs (N, classes) have to be finite floating-point numbers, with
+    N >= 2 and classes >= 2. The outputs of different inputs have to differ by more than a constant
+    that is added to all classes.
+    """
     if inputs.dim() != 4 or inputs.shape[2] != inputs.shape[3] or not inputs.is_floating_point():
         raise UserError(
             f"{path}: its inputs, {describe_shape(inputs)} of {inputs.dtype}, are no "
@@ -1972,15 +2034,19 @@ def take_normalisation(content) -> dict:
     is_state_dict = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
     if is_state_dict and all(getattr(value, "ndim", 0) > 2 for value in found.values()):
         return {}  # they are buffers of the net: `split_inner_normalisation` takes them
-    # None says that it is not known. A dict may be a state dict.
+    # A value of None says that the normalisation is not known. A value that is a dict may be the
+    # state dict of a net, so it is no normalisation.
     is_normalisation = any(value is not None for value in found.values())
     has_state_dict = any(isinstance(value, dict) for value in found.values())
     return found if is_normalisation and not has_state_dict else {}
 
 
 def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, list[float]]:
-    """The mean and std of images that `take_normalisation` took, a number for each channel. Raises
-    UserError where they are none."""
+    """The checked mean and std of images with pixels from 0 to 1: one number for each channel.
+
+    `values` is what `take_normalisation` returned. Raises UserError where the mean or the std is
+    missing, has another count of numbers, a number outside 0 to 1, or a std of 0.
+    """
     if len(values) == 1:
         (key,) = values
         (missing,) = set(NORMALISATION_KEYS) - {key}
@@ -2004,11 +2070,12 @@ def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, lis
 
 
 def split_inner_normalisation(state: dict) -> tuple[dict, dict[str, list[float]]]:
-    """(a state dict without the mean and std of a net that normalises its inputs itself; these, a
-    number for each channel, {} where it has none).
+    """Split off the mean and std of a net that normalises its inputs itself.
 
-    They are buffers `mean` and `std`, of the net or of a module in it, of the shape (C, 1, 1) or
-    (1, C, 1, 1), where its first convolution reads C channels.
+    Returns (the state dict without them, {"mean": [...], "std": [...]} with one number for each
+    channel); the latter is {} where the net has none. They are buffers `mean` and `std`, of the net
+    or of a module in it, of the shape (C, 1, 1) or (1, C, 1, 1); the net's first convolution reads
+    C channels. Raises UserError where a std is not above 0.
     """
     kernels = [value for key, value in state.items() if key.endswith("weight") and value.dim() == 4]
     for key, mean in state.items():
@@ -2018,6 +2085,8 @@ def split_inner_normalisation(state: dict) -> tuple[dict, dict[str, list[float]]
             continue
         if mean.dim() < 3 or mean.shape != std.shape or mean.numel() != kernels[0].shape[1]:
             continue
+        if not (std > 0).all():
+            raise UserError(f"its {std_key}, by which it divides its inputs, is not above 0")
         rest = {name: value for name, value in state.items() if name not in (key, std_key)}
         return rest, {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
     return state, {}
@@ -2027,8 +2096,8 @@ def combine_normalisations(outer: dict, inner: dict[str, list[float]]) -> dict[s
     """The mean and std of both: images are normalised by `outer`, if the file names any, and the
     net normalises what it reads by `inner`."""
     if not outer:
-        # A mean above 1 is of pixels from 0 to 255.
-        scale = 1 / 255 if max(inner["mean"]) > 1 else 1.0
+        # A mean or std above 1 is of pixels from 0 to 255.
+        scale = 1 / 255 if max(*inner["mean"], *inner["std"]) > 1 else 1.0
         outer = {"mean": [0.0] * len(inner["mean"]), "std": [scale] * len(inner["mean"])}
     pairs = list(zip(outer["mean"], outer["std"], inner["mean"], inner["std"]))
     return {
@@ -2066,9 +2135,12 @@ def find_reading_by_example(state: dict, example: Example) -> Reading:
 
 @torch.no_grad()
 def find_nearest_reading(readings: list[Reading], example: Example) -> tuple[Reading | None, float]:
-    """(the reading, with any of ACTIVATIONS, that computes the example best; the difference, as
-    `Example.difference_of`). None and infinity where none takes such inputs. Raises UnreadableError
-    where they have other channels or classes."""
+    """Find the reading, with any of ACTIVATIONS, that computes the example best.
+
+    Returns (the reading, its difference as in `Example.difference_of`), or (None, infinity) where
+    no reading takes inputs of the example's size. Raises UnreadableError where the net has another
+    number of channels or classes than the example.
+    """
     architecture = readings[0].architecture  # all of them have as many channels and classes
     channels, classes = architecture.channels, architecture.classes
     if (channels, classes) != (example.channels, example.classes):
@@ -2135,13 +2207,16 @@ def describe_match(reading: Reading, example: Example) -> str:
 # ---- checkpoints: finding the weights in a file
 
 
-# What the files of a run hold that no checkpoint does.
+# Keys in the files of unfinished runs. No checkpoint has all keys of one of these sets.
 UNFINISHED_WORK = ({"title", "curve"}, {"title", "candidates"})
 
 
 def find_state_dicts(content, path: Path) -> Iterator[tuple[dict[str, torch.Tensor], list[str]]]:
-    """Yield each state dict in what torch.load found, averaged ones first: (the weights in float32,
-    their names without wrappers' parts; notes for the user on what is taken). Raises UserError."""
+    """Yield (weights, notes) for each state dict in `content`, averaged ones first.
+
+    `content` is what torch.load returned. The weights are in float32; their names lack the parts
+    that wrappers add. The notes tell the user what is taken. Raises UserError.
+    """
     if isinstance(content, dict) and any(keys <= content.keys() for keys in UNFINISHED_WORK):
         raise UserError(f"{path} is the state of unfinished work, not a checkpoint")
     found = dict(list_state_dicts(content))
@@ -2154,7 +2229,7 @@ def find_state_dicts(content, path: Path) -> Iterator[tuple[dict[str, torch.Tens
     for name in [*averaged, *(name for name in found if name not in averaged)]:
         tensors = found[name]
         for other in found.values():
-            # An average of the parameters alone: the buffers are the net's own.
+            # Some averages hold the parameters only: the net's own buffers complete them.
             if name in averaged and tensors.keys() < other.keys():
                 tensors = other | tensors
         state = convert_tensors(tensors, path)
@@ -2233,13 +2308,16 @@ def apply_masks(state: dict) -> dict:
 
 
 def strip_wrappers(state: dict) -> dict:
-    """The names without parts that wrappers add (`module.`), and without a prefix that those of
-    all weights share.
+    """The state dict under shorter names: without the parts that wrappers add (`module.`), and
+    without a prefix that the names of all weights share.
 
-    Where one prefix is an averaged copy of another, only the copy stays. Tensors without the
-    prefix, such as a loss's, keep their names.
+    Where the weights under one prefix are an averaged copy of those under another one, only the
+    copy stays. Otherwise tensors without the shared prefix, such as a loss's, keep their names.
     """
-    parts = {key: [part for part in key.split(".") if part not in WRAPPER_PARTS] for key in state}
+    parts = {}
+    for key in state:
+        # A tensor whose whole name is a wrapper's keeps it.
+        parts[key] = [part for part in key.split(".") if part not in WRAPPER_PARTS] or [key]
     while (first := find_first_part(state, parts)) is not None:
         has_other_weights = any(
             names[0] != first and state[key].dim() > 1 for key, names in parts.items()
@@ -2254,10 +2332,10 @@ def strip_wrappers(state: dict) -> dict:
 
 
 def find_first_part(state: dict, parts: dict[str, list[str]]) -> str | None:
-    """The first part to strip from the names, whose `parts` are given by key; None where nothing is
-    to be stripped, as of fc.weight.
+    """The first part to strip from the names; None where nothing is to be stripped (fc.weight).
 
-    It is the part with which the names of all weights begin, or that of an averaged copy.
+    `parts` holds the parts of each name by its key in `state`. The part to strip is the first one
+    in the names of all weights, or in those of an averaged copy.
     """
     weight_keys = [key for key in parts if state[key].dim() > 1]
     shapes_of: dict[str, list] = {}  # by first part, the shapes of its weights
@@ -2322,8 +2400,11 @@ def list_modules(state: dict) -> list[FoundModule]:
 
 
 def spread_selections(found: dict[str, FoundModule]) -> None:
-    """Let layers after a channel selection (network slimming) read all channels, those that it
-    leaves out with zeros. A selection is a module with `indexes` (C,) of 0 and 1."""
+    """Let the next layer after a channel selection (network slimming) read all channels.
+
+    Its weights get zeros for the channels that the selection leaves out: (out, kept, ...) ->
+    (out, C, ...). A selection is a module with `indexes` (C,) of 0 and 1. Changes the modules.
+    """
     selection = None
     for module in found.values():
         if set(module.tensors) == {"indexes"}:
@@ -2359,8 +2440,9 @@ def refuse_other_parameters(found: dict[str, FoundModule], modules: list[FoundMo
     """Raise UnreadableError where something between the layers has parameters and is no batch norm:
     another norm, a PReLU, a learned scale.
 
-    Before and after the layers stand counters, the weights of losses and the like, which do no
-    harm. Only PReLUs and norms are refused there, too: they may stand in a list of their own.
+    Before the first layer and after the last one, most parameters are harmless: counters, weights
+    of losses and the like. But PReLUs and norms are refused there, too, because a net may list them
+    apart from its layers.
     """
     names = list(found)
     first, last = names.index(modules[0].name), names.index(modules[-1].name)
@@ -2409,7 +2491,8 @@ def read_modules(modules: list[FoundModule]) -> list[Reading]:
     convolutions = sum(module.is_convolution for module in modules)
     if convolutions >= VGG_CONVOLUTIONS and not all(block.is_sequence for block in blocks):
         return read_residual_net(modules, blocks)
-    # So few convolutions in blocks may be a chain as well, and so may blocks that are sequences.
+    # These blocks may also be a chain: there are few convolutions, or each block is a sequence,
+    # which has no shortcut.
     readings, errors = [], []
     for read in (partial(read_residual_net, groups=blocks), read_chain):
         try:
@@ -2473,8 +2556,8 @@ class NormPlaces:
     """Where the batch norms of a chain are assumed to stand."""
 
     of_convolutions: str = BEFORE_ACTIVATION  # one of NORM_PLACES
-    # Whether norms of linear layers stand after the activation. Where numbers in the names show it,
-    # they count.
+    # Whether the norms of linear layers stand after the activation. This is for norms whose place
+    # the numbers in the names do not show. Where the numbers show it, the numbers decide.
     is_late_in_linear_layers: bool = False
 
 
@@ -2509,8 +2592,12 @@ def read_unusual_chains(state: dict, size: int) -> list[Reading]:
 
 
 def find_chain(modules: list[FoundModule], places: NormPlaces) -> FoundChain:
-    """The chain that these modules are if norms stand so. Changes the modules: norms that stand
-    late in linear layers are folded. Raises UnreadableError."""
+    """Read the modules as a chain whose norms stand where `places` says.
+
+    Changes the modules: convolutions that see a whole map become linear layers, and norms before a
+    linear layer, after its activation or behind the last layer are folded into linear layers.
+    Raises UnreadableError where the modules are no such chain.
+    """
     flatten_head(modules)
     convolutions = [module for module in modules if module.is_convolution]
     linear_layers = [module for module in modules if module.is_linear]
@@ -2544,8 +2631,11 @@ def make_readings(found: FoundChain, architectures: list[ChainArchitecture]) -> 
 
 
 def flatten_head(modules: list[FoundModule]) -> None:
-    """Make linear layers of convolutions that see all of a map, as timm's VGGs have them: one of
-    7 x 7, then some of 1 x 1, which may be the net's last layers."""
+    """Turn convolutions that see a whole map into linear layers, as at the end of timm's VGGs.
+
+    These are one of WHOLE_MAP_KERNEL or larger and the 1 x 1 convolutions after it, which may be
+    the net's last layers. Changes the modules: weights (out, in, k, k) -> (out, in * k * k).
+    """
     convolutions = [module for module in modules if module.is_convolution]
     has_linear_layer = any(module.is_linear for module in modules)
     for index, module in enumerate(convolutions):
@@ -2624,7 +2714,7 @@ def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
     )
 
 
-def sequence_number(module: FoundModule) -> int | None:
+def find_sequence_number(module: FoundModule) -> int | None:
     """The number of a module in its nn.Sequential."""
     last_part = module.name.rpartition(".")[2]
     return int(last_part) if last_part.isdigit() else None
@@ -2632,14 +2722,17 @@ def sequence_number(module: FoundModule) -> int | None:
 
 def are_in_one_sequence(first: FoundModule, second: FoundModule) -> bool:
     parents = {parent_of(module.name) for module in (first, second)}
-    return len(parents) == 1 and None not in (sequence_number(first), sequence_number(second))
+    return len(parents) == 1 and None not in (
+        find_sequence_number(first),
+        find_sequence_number(second),
+    )
 
 
 def is_after_activation(norm: FoundModule, layer: FoundModule) -> bool:
     """Whether numbers leave room for an activation between a layer and its norm."""
     if not are_in_one_sequence(layer, norm):
         return False
-    return sequence_number(norm) - sequence_number(layer) > 1
+    return find_sequence_number(norm) - find_sequence_number(layer) > 1
 
 
 def check_norm_places(convolutions, norm_of: dict[str, FoundModule], place: str) -> None:
@@ -2663,24 +2756,25 @@ def fold_late_norms(linear_layers, norm_of: dict[str, FoundModule], *, folds_all
     """Fold norms that stand after the activation of a linear layer into the next linear layer: the
     scale into its weights, the shift into its bias. Changes the layers and `norm_of` in place.
 
-    Numbers in the names show them. With `folds_all` those norms are meant, too, of which no numbers
-    tell; raises UnreadableError where there are none.
+    Norms that stand there by the numbers in the names are always folded. With `folds_all`, norms
+    whose place no numbers show are folded, too; UnreadableError is raised where there are none of
+    these.
     """
-    is_any_open = False
+    is_any_place_unknown = False
     for layer, after in pairwise(linear_layers):
         norm = norm_of.get(layer.name)
         if norm is None:
             continue
-        is_open = not are_in_one_sequence(layer, norm)
-        is_any_open = is_any_open or is_open
-        if is_after_activation(norm, layer) or (is_open and folds_all):
+        is_place_unknown = not are_in_one_sequence(layer, norm)
+        is_any_place_unknown = is_any_place_unknown or is_place_unknown
+        if is_after_activation(norm, layer) or (is_place_unknown and folds_all):
             fold_norm_into(after, norm)
             del norm_of[layer.name]
-    if folds_all and not is_any_open:
+    if folds_all and not is_any_place_unknown:
         raise UnreadableError("no norm stands behind a linear layer, or numbers tell where")
 
 
-def scale_and_shift_of(norm: FoundModule) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_scale_and_shift(norm: FoundModule) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, shift), each (C,): the norm computes scale * x + shift."""
     tensors = {}
     put_norm(tensors, "norm", norm)
@@ -2695,7 +2789,7 @@ def bias_or_zeros(linear: FoundModule) -> torch.Tensor:
 
 def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
     """Let a linear layer read what the norm before it reads. Gives the layer new tensors."""
-    scale, shift = scale_and_shift_of(norm)
+    scale, shift = compute_scale_and_shift(norm)
     bias = bias_or_zeros(linear)
     linear.tensors = linear.tensors | {
         "weight": linear.weight * scale,
@@ -2705,7 +2799,7 @@ def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
 
 def fold_norm_behind(linear: FoundModule, norm: FoundModule) -> None:
     """Let a linear layer do what the norm right behind it does. Gives the layer new tensors."""
-    scale, shift = scale_and_shift_of(norm)
+    scale, shift = compute_scale_and_shift(norm)
     bias = bias_or_zeros(linear)
     linear.tensors = linear.tensors | {
         "weight": linear.weight * scale[:, None],
@@ -2714,14 +2808,25 @@ def fold_norm_behind(linear: FoundModule, norm: FoundModule) -> None:
 
 
 def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
-    """The batch norm of each layer by its name: the one right after it. Of several norms in a row,
-    one for each of as many layers before them, in order, where their widths agree; else for each
-    the first layer without a norm that has its width. After more layers than norms, numbers in the
-    names count: conv1, conv2, bn1.
+    """Match each batch norm with the layer that it normalises. Returns the norms by layer name.
 
-    A norm before a linear layer is folded into it: where numbers in a sequence say that it stands
-    there, or where no layer has its width and one linear layer has as many inputs. Raises
-    UnreadableError where a norm is left over.
+    In the order of the modules, a run of layers is followed by a run of n norms. The first of these
+    rules that fits pairs them:
+
+    1. There are more than n layers, and every norm has the number of one of them (conv1, conv2,
+       bn1) and its width: by number.
+    2. The last n layers have the widths of the norms, in order: one norm for each.
+    3. The last layer has the width of the first norm: these two are a pair.
+
+    For a norm that is left over, the first of these rules that fits:
+
+    4. A linear layer right behind it in one nn.Sequential has as many inputs: the norm is folded
+       into that layer.
+    5. A layer of its width has no norm and, by the numbers, does not stand behind it: the first
+       such layer gets the norm.
+    6. Exactly one linear layer has as many inputs: the norm is folded into that layer.
+
+    Raises UnreadableError where none fits.
     """
     norm_of = {}
     loose = []
@@ -2766,7 +2871,9 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
 
 def stands_behind(layer: FoundModule, norm: FoundModule) -> bool:
     """Whether numbers in the names say that a layer comes after a norm."""
-    return are_in_one_sequence(layer, norm) and sequence_number(layer) > sequence_number(norm)
+    return are_in_one_sequence(layer, norm) and find_sequence_number(layer) > find_sequence_number(
+        norm
+    )
 
 
 def find_linear_layer_behind(norm: FoundModule, modules: list[FoundModule]) -> FoundModule | None:
@@ -2775,7 +2882,7 @@ def find_linear_layer_behind(norm: FoundModule, modules: list[FoundModule]) -> F
     for layer in linear_layers:
         if layer.inputs != norm.outputs or not are_in_one_sequence(layer, norm):
             continue
-        if sequence_number(layer) - sequence_number(norm) == 1:
+        if find_sequence_number(layer) - find_sequence_number(norm) == 1:
             return layer
     return None
 
@@ -2850,14 +2957,14 @@ def list_chains(found: FoundChain) -> list[ChainArchitecture]:
         averaging = (True,)
     elif found.head_size == 1 and convolutions:
         averaging = (False, True)
-    shapes = product(
+    layouts = product(
         averaging,
         list_poolings(convolutions, found.norm_of),
         [(1,) * len(convolutions)],
         list_paddings(convolutions),
     )
     sizes = GRAY_SIZES if found.channels == 1 else COLOUR_SIZES
-    architectures = list_fitting_chains(found, BEFORE_ACTIVATION, shapes, sizes)
+    architectures = list_fitting_chains(found, BEFORE_ACTIVATION, layouts, sizes)
     architectures.sort(key=lambda architecture: sizes.index(architecture.size))
     architectures = [fit_size_to_head(architecture, sizes) for architecture in architectures]
     with_relu = [name_as_lenet5(architecture) for architecture in architectures]
@@ -2868,16 +2975,17 @@ def list_chains(found: FoundChain) -> list[ChainArchitecture]:
 
 
 def list_fitting_chains(
-    found: FoundChain, norm_place: str, shapes: Iterable[tuple], sizes
+    found: FoundChain, norm_place: str, layouts: Iterable[tuple], sizes
 ) -> list[ChainArchitecture]:
-    """The architectures that fit the weights, and images of one of these sizes.
+    """The architectures that fit the weights and images of one of `sizes`, in pixels.
 
-    `shapes` are (whether the last map is averaged; the pooling, the stride and the padding of each
-    convolution). Raises UnusualError where none fits.
+    Each of `layouts` is (whether the last map is averaged, poolings, strides, paddings); the last
+    three have one value per convolution. The first size that fits is taken. Raises UnusualError
+    where no layout fits.
     """
     convolutions = found.convolutions
     architectures = []
-    for is_averaged, poolings, strides, paddings in shapes:
+    for is_averaged, poolings, strides, paddings in layouts:
         architecture = ChainArchitecture(
             name_chain(convolutions),
             found.linear_layers[-1].outputs,
@@ -2933,10 +3041,11 @@ def fit_size(architecture: ChainArchitecture, sizes) -> ChainArchitecture | None
 
 
 def fit_size_to_head(architecture: ChainArchitecture, sizes) -> ChainArchitecture:
-    """The architecture for the likeliest of these sizes of images, if it averages its last map.
+    """Choose the likeliest of `sizes`, in pixels, for an architecture that averages its last map.
 
-    Then that may have any size. But where the head reads several places, as 7 x 7 in torchvision's
-    VGGs, the likeliest size is the one that leaves just these: 224 pixels.
+    An averaged map may have any side, so any size would do. But where the head reads several
+    places, as 7 x 7 in torchvision's VGGs, the likeliest size is the first one that leaves a map of
+    just these places: 224 pixels. Without such a size the architecture is returned as it is.
     """
     if architecture.is_averaged and architecture.head_size > 1:
         for size in sizes:
@@ -2946,12 +3055,18 @@ def fit_size_to_head(architecture: ChainArchitecture, sizes) -> ChainArchitectur
 
 
 def list_paddings(convolutions) -> list[tuple[int, ...]]:
-    """How convolutions may be padded, a number for each; the likeliest first.
+    """Guesses of the paddings, the likeliest first. A guess has one padding per convolution, in
+    pixels.
 
-    Up to three are padded each its own way: not at all, or so that maps keep their size (`same`).
-    More are all padded alike, or every second one is; the last one may be without in a VGG, or a
-    large one. Last comes `same` with two more pixels around the first convolution: nets made for
-    32 x 32 pixels read MNIST's 28 x 28 so.
+    `same` is the padding that keeps the size of a map; for an even kernel 0 stands in its place.
+
+    - One to three convolutions: all combinations of 0 and `same`.
+    - Four or more, but below VGG_CONVOLUTIONS: all `same`; all 0; a large last kernel 0 and the
+      others `same`; `same` and 0 in turn.
+    - VGGs: all `same`; the last one 0 and the others `same`.
+
+    Last comes in each case: all `same`, with two more pixels around the first convolution. So nets
+    made for 32 x 32 pixels read MNIST's 28 x 28.
     """
     same = [module.kernel // 2 if module.kernel % 2 else 0 for module in convolutions]
     if not convolutions:
@@ -2968,24 +3083,25 @@ def list_paddings(convolutions) -> list[tuple[int, ...]]:
 
 
 def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
-    """What may follow each convolution: "max", "average" (not in a VGG) or nothing; the likeliest
-    first.
+    """Guesses of the poolings, the likeliest first. A guess has one string per convolution: "max",
+    "average" (not in a VGG), or "" for none.
 
-    In small nets most often every convolution is pooled, then at least the last one. All poolings
-    are of one kind; but where all convolutions are pooled, the last pooling may be an average after
-    others that are not.
+    In small nets the likeliest is that every convolution is pooled; next come guesses in which the
+    last one is. All poolings of a guess are of one kind, with one exception: where every
+    convolution is pooled, the last pooling may be "average" after "max" ones.
     """
     count = len(convolutions)
     if count == 0:
         return [()]
-    poolable = may_be_pooled(convolutions, norm_of)
+    poolable = find_poolable(convolutions, norm_of)
     if count >= VGG_CONVOLUTIONS:
         places = [ends for ends in list_stage_ends(convolutions) if all(poolable[i] for i in ends)]
         with_max = [tuple("max" if i in ends else "" for i in range(count)) for ends in places]
         # The last one is often an average over all that is left.
         return [*with_max, *((*poolings[:-1], "") for poolings in with_max)]
     options = [(True, False) if is_poolable else (False,) for is_poolable in poolable]
-    # All pooled, then those with the last one pooled, then those with the more poolings.
+    # First all are pooled, then at least the last one, then the rest. Within each of these, guesses
+    # with more poolings come first.
     choices = sorted(
         product(*options), key=lambda choice: (not all(choice), not choice[-1], -sum(choice))
     )
@@ -2998,19 +3114,20 @@ def list_poolings(convolutions, norm_of) -> list[tuple[str, ...]]:
     return found
 
 
-def may_be_pooled(convolutions, norm_of) -> list[bool]:
-    """Of each convolution whether the numbers of modules leave room for a pooling after it.
+def find_poolable(convolutions, norm_of) -> list[bool]:
+    """For each convolution, whether the numbers in the names leave room for a pooling after it.
 
-    Of two convolutions in one nn.Sequential the numbers between are a norm, an activation, perhaps
-    a pooling. In an nn.ModuleList none are left anywhere, and nothing is known. Raises
-    UnreadableError where two convolutions leave no room for an activation, while others do.
+    The numbers between two convolutions of one nn.Sequential belong to a norm, an activation and
+    perhaps a pooling. In an nn.ModuleList convolutions have consecutive numbers, which say nothing:
+    each may be pooled. Raises UnreadableError where some convolutions leave room for an activation
+    and others do not.
     """
     modules_between = []  # None: not known
     for before, after in pairwise(convolutions):
         if not are_in_one_sequence(before, after):
             modules_between.append(None)
             continue
-        count = sequence_number(after) - sequence_number(before) - 1
+        count = find_sequence_number(after) - find_sequence_number(before) - 1
         norm = norm_of.get(before.name)
         if norm is not None and are_in_one_sequence(before, norm):
             count -= 1
@@ -3031,7 +3148,7 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
     found = []
     # Numbers in one sequence: a pooling leaves a gap.
     if all(are_in_one_sequence(before, after) for before, after in pairwise(convolutions)):
-        numbers = [sequence_number(module) for module in convolutions]
+        numbers = [find_sequence_number(module) for module in convolutions]
         gaps = [after - before for before, after in pairwise(numbers)]
         wide = frozenset(i for i, gap in enumerate(gaps) if gap > min(gaps))
         found.append(wide | {last})
@@ -3067,20 +3184,23 @@ def list_unusual_chains(
     size. Usual ones are among them. Raises UnusualError where none fits."""
     convolutions = found.convolutions
     averaging = (False, True) if convolutions else (False,)
-    shapes = [
+    layouts = [
         (is_averaged, poolings, strides, paddings)
         for is_averaged, (poolings, strides) in product(
             averaging, list_poolings_and_strides(convolutions, found.norm_of)
         )
         for paddings in list_unusual_paddings(convolutions, strides)
     ]
-    return list_fitting_chains(found, places.of_convolutions, shapes, (size,))
+    return list_fitting_chains(found, places.of_convolutions, layouts, (size,))
 
 
 def list_unusual_paddings(convolutions, strides) -> list[tuple[int, ...]]:
-    """As `list_paddings`, and more: such that a stride of 2 halves maps also with even kernels
-    (DCGAN's discriminator), half as much around the first convolution (AlexNet), or only where a
-    convolution has a stride."""
+    """The paddings of `list_paddings`, and three more:
+
+    - a stride of 2 halves the map, with even kernels too (DCGAN's discriminator)
+    - the same with half as much padding around the first convolution (AlexNet)
+    - the first of these only where a convolution has a stride, else 0
+    """
     if not convolutions:
         return [()]
     halving = tuple((module.kernel - 1) // 2 for module in convolutions)
@@ -3095,7 +3215,7 @@ def list_poolings_and_strides(convolutions, norm_of) -> list[tuple[tuple, tuple]
     alike."""
     if not convolutions:
         return [((), ())]
-    poolable = may_be_pooled(convolutions, norm_of)
+    poolable = find_poolable(convolutions, norm_of)
     if len(convolutions) >= VGG_CONVOLUTIONS:
         choices = list_vgg_choices(convolutions, poolable)
     else:
@@ -3108,8 +3228,12 @@ def list_poolings_and_strides(convolutions, norm_of) -> list[tuple[tuple, tuple]
 
 
 def list_vgg_choices(convolutions, poolable) -> Iterator[tuple[tuple, tuple]]:
-    """(whether each convolution is pooled, the stride of each) of a VGG. Poolings end its stages,
-    but for the last one perhaps; or strides of 2 end them, or begin the next ones."""
+    """Yield (whether each convolution is pooled, the stride of each) for a VGG.
+
+    The stages end in one of these ways: each with a pooling; each but the last with a pooling; each
+    with a convolution of stride 2. Or each stage but the first begins with a convolution of
+    stride 2.
+    """
     count = len(convolutions)
     for ends in list_stage_ends(convolutions):
         if all(poolable[i] for i in ends):
@@ -3133,7 +3257,7 @@ def list_small_chain_choices(convolutions, poolable) -> Iterator[tuple[tuple, tu
         yield is_pooled, (first_stride, *[1] * (count - 1))
     if count > MAX_MIXED_CONVOLUTIONS:
         return
-    # All mixtures, but the first convolution alone may have both.
+    # Any mixture, except that only the first convolution may have both a stride and a pooling.
     for is_pooled, strides in product(all_poolings, all_strides):
         if not any(pooled and stride > 1 for pooled, stride in zip(is_pooled[1:], strides[1:])):
             yield is_pooled, strides
@@ -3170,7 +3294,7 @@ class ModuleGroup:
     def is_sequence(self) -> bool:
         """Whether its modules are numbered, as in an nn.Sequential, which has no shortcut."""
         parents = {parent_of(module.name) for module in self.modules}
-        numbers = [sequence_number(module) for module in self.modules]
+        numbers = [find_sequence_number(module) for module in self.modules]
         return parents == {".".join(self.name)} and None not in numbers
 
     def is_named_as_shortcut(self, module: FoundModule) -> bool:
@@ -3180,11 +3304,11 @@ class ModuleGroup:
 
 
 def group_blocks(modules: list[FoundModule]) -> list[ModuleGroup] | None:
-    """The modules of each residual block; None for a chain.
+    """Group the modules into residual blocks; None where they are a chain.
 
-    All names are cut after the same number of parts, the largest first. It is a residual net if the
-    first convolution then is alone under its name, and every other name has two to four
-    convolutions: these names are the blocks.
+    Names are cut to their first `depth` parts; the largest depth is tried first. A depth fits if
+    the first convolution is the only one under its cut name, and there are at least two other cut
+    names, each with two to four convolutions. These cut names are the blocks.
     """
     convolutions = [module for module in modules if module.is_convolution]
     deepest = max(module.name.count(".") for module in modules)
@@ -3237,7 +3361,10 @@ class FoundBlock:
 
 
 def parse_block(group: ModuleGroup, inputs: int) -> FoundBlock:
-    """What is what in a block that reads `inputs` channels. Raises UnreadableError."""
+    """Find the main path, the norms and the shortcut of a block that reads `inputs` channels.
+
+    Raises UnreadableError where its convolutions or norms do not fit together.
+    """
     modules = group.modules
     convolutions = [module for module in modules if module.is_convolution]
     norms = [module for module in modules if module.is_norm]
@@ -3281,10 +3408,12 @@ def parse_block(group: ModuleGroup, inputs: int) -> FoundBlock:
 
 
 def list_shortcuts(group: ModuleGroup, convolutions: list[FoundModule]) -> list[FoundModule | None]:
-    """Which of a block's convolutions may be its shortcut, the likeliest first; None: it has none.
+    """Guesses of which convolution is a block's shortcut, the likeliest first. None stands for a
+    shortcut without a convolution.
 
-    Two convolutions are the main path. Of four, one is most likely the shortcut. Of three, a
-    bottleneck without one is likelier than a basic block with one that has no telling name.
+    Two convolutions are the main path. Of four, one is most likely the shortcut. Of three, one that
+    is named as a shortcut is the likeliest. Next comes None: the block is a bottleneck. Last come
+    1 x 1 convolutions, each as the shortcut of a basic block.
     """
     if len(convolutions) == 2:
         return [None]
@@ -3296,9 +3425,15 @@ def list_shortcuts(group: ModuleGroup, convolutions: list[FoundModule]) -> list[
 
 
 def find_shortcut_norm(group: ModuleGroup, block: FoundBlock) -> FoundModule:
-    """The norm that is alone with the shortcut in a module; else one that is named as a shortcut;
-    else, where all norms stand behind all convolutions, the one of the shortcut's number; else the
-    next one after the shortcut; else the last norm."""
+    """The norm of the convolution in a block's shortcut. The first of these that exists:
+
+    1. a norm in the shortcut's parent module, if no other convolution of the block is in there
+    2. a norm that is named as a shortcut
+    3. if the block lists all its convolutions first, and as many norms as these: the norm at the
+       position that the shortcut has among the convolutions
+    4. the next norm after the shortcut
+    5. the last norm
+    """
     parent = parent_of(block.shortcut.name)
     parents_of_others = {parent_of(module.name) for module in block.convolutions}
     beside = [norm for norm in block.norms if parent_of(norm.name) == parent]
@@ -3324,6 +3459,12 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     linear_layers = [module for module in others if module.is_linear]
     if not linear_layers:
         raise UnreadableError("a residual net without a linear layer at its end")
+    first, last = modules.index(linear_layers[0]), modules.index(linear_layers[-1])
+    for module in modules[first:last]:
+        if module.is_norm and module.name not in in_blocks:
+            raise UnreadableError(
+                f"{module.name} is a batch norm between the last linear layers of a residual net"
+            )
     blocks = []
     inputs = stem.outputs
     for group in groups:
@@ -3457,20 +3598,20 @@ def list_residual_architectures(
     kernels = tuple(module.kernel for module in blocks[0].convolutions)
     pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
     for (
-        beginning,
+        downsampling,
         strided_convolution,
         is_shortcut_averaged,
         has_zeros_behind,
         is_projection_averaged,
     ) in product(
-        list_beginnings(stem),
+        list_early_downsamplings(stem),
         # torchvision's bottlenecks have their stride in the second convolution.
         (1, 0) if len(kernels) == 3 else (0, 1),
         (False, True) if pads else (False,),
         (False, True) if pads else (False,),
         list_averaged_projections(blocks),
     ):
-        first_stride = beginning.first_stride
+        first_stride = downsampling.first_stride
         for stages in list_stages(blocks, names, first_stride, is_preactivated=is_preactivated):
             yield ResNetArchitecture(
                 name_residual_net(blocks, kernels, is_preactivated),
@@ -3481,10 +3622,10 @@ def list_residual_architectures(
                 stages=stages,
                 kernels=kernels,
                 stem_kernel=stem.kernel,
-                stem_stride=beginning.stem_stride,
+                stem_stride=downsampling.stem_stride,
                 has_stem_norm=has_stem_norm,
-                has_stem_pooling=beginning.pooling_kernel > 0,
-                stem_pooling_kernel=beginning.pooling_kernel or 3,
+                has_stem_pooling=downsampling.pooling_kernel > 0,
+                stem_pooling_kernel=downsampling.pooling_kernel or 3,
                 is_preactivated=is_preactivated,
                 has_last_norm=has_last_norm,
                 hidden_widths=tuple(linear_widths[:-1]),
@@ -3496,7 +3637,7 @@ def list_residual_architectures(
 
 
 @dataclass(frozen=True)
-class Beginning:
+class EarlyDownsampling:
     """Where the first part of a residual net makes the map smaller."""
 
     stem_stride: int = 1
@@ -3504,26 +3645,31 @@ class Beginning:
     first_stride: int = 1  # of the first block
 
 
-def list_beginnings(stem: FoundModule) -> list[Beginning]:
+def list_early_downsamplings(stem: FoundModule) -> list[EarlyDownsampling]:
     """The usual ones, the likeliest first: ImageNet's for a large kernel, else CIFAR's."""
-    unpooled, pooled = Beginning(), Beginning(pooling_kernel=3)
-    strided, strided_and_pooled = Beginning(2), Beginning(2, pooling_kernel=3)
+    unpooled, pooled = EarlyDownsampling(), EarlyDownsampling(pooling_kernel=3)
+    strided, strided_and_pooled = EarlyDownsampling(2), EarlyDownsampling(2, pooling_kernel=3)
     if stem.kernel >= STRIDED_KERNEL:
-        return [strided_and_pooled, strided, Beginning(2, pooling_kernel=2)]
+        return [strided_and_pooled, strided, EarlyDownsampling(2, pooling_kernel=2)]
     return [
         unpooled,
         pooled,
         strided,
         strided_and_pooled,
-        Beginning(pooling_kernel=2),
-        Beginning(first_stride=2),
+        EarlyDownsampling(pooling_kernel=2),
+        EarlyDownsampling(first_stride=2),
     ]
 
 
 def list_averaged_projections(blocks: list[FoundBlock]) -> tuple[bool, ...]:
-    """Whether convolutions in shortcuts may read averages, the likelier first: where one is in an
-    nn.Sequential and not the first module there, an average may be."""
-    numbers = [sequence_number(block.shortcut) for block in blocks if block.shortcut is not None]
+    """Guesses of whether the convolutions in shortcuts read averaged maps, the likelier first.
+
+    An average pooling may stand before a convolution that is not the first module of its
+    nn.Sequential. Without such a convolution the only guess is False.
+    """
+    numbers = [
+        find_sequence_number(block.shortcut) for block in blocks if block.shortcut is not None
+    ]
     return (True, False) if any(numbers) else (False,)
 
 
@@ -3534,8 +3680,11 @@ def list_stages(
     *,
     is_preactivated: bool,
 ) -> list[tuple]:
-    """How blocks may be grouped into stages, where the first block has `first_stride`, and which
-    shortcuts of pre-activated ones begin after the first norm and relu."""
+    """Guesses of the stages, each as ResNetArchitecture.stages, without duplicates.
+
+    Guessed are the blocks that begin a stage and, in a pre-activated net, the shortcuts that begin
+    after the first norm and relu. The net's first block has stride `first_stride`.
+    """
     return list(
         dict.fromkeys(
             group_into_stages(blocks, starts, activated, first_stride)
@@ -3607,10 +3756,12 @@ def translate_residual_state(
 ) -> dict[str, torch.Tensor]:
     """The tensors under our names, without the biases of convolutions.
 
-    Where a norm reads a convolution, the bias is subtracted from the norm's running mean. In a
-    pre-activated net the last convolution of a block has no such norm: its bias goes into the sum
-    that all later blocks read. `missing_bias` (C,) is what this sum lacks so far. Each norm that
-    reads the sum has it subtracted from its running mean.
+    Our convolutions have no bias. Where a norm reads a convolution, the convolution's bias is
+    subtracted from the norm's running mean. In a pre-activated net no norm reads the last
+    convolution of a block directly: its bias would go into the sum that all later blocks read.
+    `missing_bias` (C,) is what this sum lacks so far. It is subtracted from the running mean of
+    each norm that reads the sum. Without a last norm it goes into the bias of the first linear
+    layer.
     """
     state = {}
     put_layer(state, "conv1", stem, "bn1", stem_norm)
@@ -3623,7 +3774,7 @@ def translate_residual_state(
     for name, block, found_block in zip(block_names, chain(*architecture.stages), blocks):
         if architecture.is_preactivated:
             put_preactivated_block(state, name, found_block, missing_bias)
-            missing_bias = next_missing_bias(architecture, block, found_block, missing_bias)
+            missing_bias = compute_missing_bias(architecture, block, found_block, missing_bias)
         else:
             put_block(state, name, found_block)
     if last_norm is not None:
@@ -3650,8 +3801,12 @@ def put_block(state: dict, name: str, block: FoundBlock) -> None:
 
 
 def put_preactivated_block(state: dict, name: str, block: FoundBlock, missing_bias) -> None:
-    """`missing_bias` (C,): see translate_residual_state; of what the block reads."""
-    # Of what each norm reads.
+    """Put the tensors of a pre-activated block into `state`, under our names.
+
+    `missing_bias` (C,) is what the block's input lacks; see translate_residual_state. Raises
+    UnreadableError where the shortcut has a batch norm.
+    """
+    # What the input of each norm lacks, (width of the norm,) or None.
     missing = [missing_bias, *(convolution.bias for convolution in block.convolutions[:-1])]
     for number, (convolution, norm, bias) in enumerate(
         zip(block.convolutions, block.norms, missing), 1
@@ -3666,7 +3821,7 @@ def put_preactivated_block(state: dict, name: str, block: FoundBlock, missing_bi
         state[f"{name}.downsample.0.weight"] = block.shortcut.weight
 
 
-def next_missing_bias(
+def compute_missing_bias(
     architecture: ResNetArchitecture,
     block: Block,
     found_block: FoundBlock,
@@ -3681,7 +3836,7 @@ def next_missing_bias(
         if shortcut.bias is not None:
             missing_bias = missing_bias + shortcut.bias
     else:
-        zeros = architecture.split_zeros(found_block.outputs - found_block.inputs)
+        zeros = architecture.count_zeros_around(found_block.outputs - found_block.inputs)
         missing_bias = F.pad(missing_bias, zeros)
     bias = found_block.convolutions[-1].bias
     return missing_bias if bias is None else missing_bias + bias
@@ -3714,10 +3869,10 @@ class NormalisedNet(nn.Module):
 
 @torch.no_grad()
 def fold_batch_norms(net: Net) -> Net:
-    """A copy of `net` for inference, with the batch norms of `layers_and_norms` folded into their
+    """A copy of `net` for inference: the batch norms of `list_foldable_norms` are folded into their
     layers."""
     net = deepcopy(net).eval()
-    pairs = net.layers_and_norms()
+    pairs = net.list_foldable_norms()
     for layer_name, norm_name in pairs:
         layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
@@ -3743,7 +3898,8 @@ def check_image_size(net: Net, size: int) -> None:
 
 
 def prepare_for_export(net: Net, mean, std) -> NormalisedNet:
-    """`net` itself, on the CPU for inference, with its normalisation."""
+    """`net` with its normalisation. `net` itself is moved to the CPU and made ready for inference:
+    evaluation mode, channels-last, no gradients."""
     net = net.cpu().to(memory_format=torch.channels_last)
     return NormalisedNet(net, mean, std).eval().requires_grad_(False)
 

@@ -74,14 +74,15 @@ class Experiment:
     crop: int = 4  # pixels (script)
     flip: bool = True  # (script)
     train_images: int = 50_000
-    # The cut to reach, the published one; None: as far as the published reward goes.
+    # The published cut, which is to be reached: a share of the MACs, in (0, 1). None: the papers'
+    # reward decides how much is removed.
     target: float | None = None
     recovery_epochs: int = 30  # of a candidate (paper)
     final_epochs: int = 250  # of the final training (paper)
     baseline_epochs: int = 200  # ours: no source gives the baseline's training
     baseline_lr: float = 0.1  # ours
-    # ours: final trainings in one cycle (RESULTS.md, section 5). The short one: epochs and peak
-    # rate. The long one has `final_epochs`: its peak rate.
+    # ours: the final trainings in one cycle (RESULTS.md, section 5). The short one has the epochs
+    # and the peak rate below. The long one has `final_epochs` and the peak rate below.
     short_final_epochs: int = 20
     short_final_lr: float = 0.005
     long_final_lr: float = 0.02
@@ -141,9 +142,10 @@ class Schedule:
     # several epochs, on many images a part of one.
     recovery_steps: int | None = None
     final_epochs: int | None = None
-    max_images: int | None = None  # that train; as many test
-    # ours: where there are fewer images than the experiment's, trainings have at least so many
-    # steps; a recovery only where `recovery_steps` does not say how many it has.
+    # At most so many images train or validate, and at most so many test. None: all.
+    max_images: int | None = None
+    # ours: a training on fewer images than the experiment has is lengthened to at least so many
+    # steps (0: never). A recovery is lengthened only where `recovery_steps` is None.
     fewest_baseline_steps: int = 2000
     fewest_final_steps: int = 1000
     fewest_recovery_steps: int = 200
@@ -202,7 +204,8 @@ def build_net(experiment: Experiment, *, classes: int | None = None, size: int |
 
 
 def epochs_for_steps(steps: int, images: int) -> int:
-    """How many epochs come nearest to so many steps, on the images that do not validate."""
+    """The number of epochs, at least 1, that comes nearest to `steps` training steps. `images` also
+    counts those that validate, which take no part in training."""
     from controller import BATCH_SIZE, VALIDATION_SHARE
 
     return max(1, round(steps * BATCH_SIZE / ((1 - VALIDATION_SHARE) * images)))
@@ -211,8 +214,8 @@ def epochs_for_steps(steps: int, images: int) -> int:
 def lengthen_for_few_images(
     experiment: Experiment, images: int, epochs: int, fewest_steps: int
 ) -> int:
-    """`epochs`, or as many as have `fewest_steps` steps, where there are fewer images than the
-    experiment's."""
+    """`epochs`, or more where `images` are fewer than the experiment's: then enough for at least
+    `fewest_steps` steps. With `fewest_steps` 0 it is always `epochs`."""
     from controller import BATCH_SIZE, VALIDATION_SHARE
 
     if images >= experiment.train_images or not fewest_steps:
@@ -273,10 +276,11 @@ def settings_for(
     final_epochs: int | None = None,
     train_images: int | None = None,
 ):
-    """The numbers of a run: the experiment's, where the schedule does not say otherwise.
+    """The numbers of a run: the schedule's, or the experiment's where the schedule has none.
 
-    The user's own are `pruning_rate` and both numbers of epochs, and how many images there are to
-    train.
+    `pruning_rate`, `baseline_epochs` and `final_epochs` are the user's own, and go first.
+    `train_images` is the number of the run's images that train or validate; None: all of the
+    experiment's.
     """
     from controller import Settings
 
@@ -296,8 +300,8 @@ def settings_for(
     )
 
 
-# ours: under the papers' rules, rewards grow for about so many LSTM epochs, and `uniform` takes
-# about so many steps.
+# ours: about how long searches by the papers' rules are: LSTM epochs until the rewards stop
+# growing, and pruning steps until `uniform` has reached its cut.
 EXPECTED_LSTM_EPOCHS = 10
 EXPECTED_UNIFORM_STEPS = 10
 
@@ -342,13 +346,13 @@ def estimate_search(settings, method: str, finished_methods, images: int) -> flo
         is_one_step = settings.searches_by_regression(settings.target)
         return recovery if is_one_step else EXPECTED_UNIFORM_STEPS * recovery
     if method == "sep" and settings.max_candidates is not None:
-        # It takes the structure that `lstm` found, or searches as `lstm` would. Then it recovers
-        # that structure, and one that pays for gates.
+        # `sep` takes the structure that `lstm` found, or searches for one as `lstm` does. Then it
+        # recovers two nets: one of that structure, and a smaller one that leaves MACs for gates.
         search = 0
         if "lstm" not in finished_methods:
             search = estimate_search(settings, "lstm", finished_methods, images)
         return search + 2 * recovery
-    # Without a target, a finished row says the cut.
+    # Without a target, a search aims at the cut of the row that was made first, if there is one.
     has_cut = settings.target is not None or bool(finished_methods)
     if settings.max_candidates is not None and has_cut:
         return settings.max_candidates * recovery + estimate_trials(settings, images)
@@ -424,9 +428,9 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-# Seconds of an epoch until a run says how long it may take.
+# Once an epoch has taken so many seconds, a run says how long it may take, also before its end.
 SECONDS_UNTIL_ESTIMATE = 10
-# From this share of an epoch on, a training says how long the others take.
+# An epoch counts as long if it has more than this share of the steps of a full epoch.
 LONG_EPOCH_SHARE = 0.9
 
 
@@ -439,11 +443,11 @@ class ScreenReporter:
 
         self.console = make_console(is_stderr=True)
         self.has_bars = can_show_bars(self.console)
-        # Of the whole run, in epochs that show all training images; and the steps of such an epoch.
+        # A full epoch shows all images that train. The whole run may take so many full epochs.
         self.planned_epochs = 0.0
-        self.steps_per_epoch = 1
-        # The training under way may have shorter epochs, as a recovery has: their share of such an
-        # epoch.
+        self.steps_per_epoch = 1  # of a full epoch
+        # The steps of one epoch of the current training, as a share of those of a full epoch. It is
+        # below 1 where a training has shorter epochs, as a recovery may have.
         self.epoch_share = 1.0
         self.has_finished_epoch = False
         self.has_estimated = False
@@ -501,8 +505,9 @@ class ScreenReporter:
             completed=self.training_epochs_done * len(steps),
         )
         start = time.monotonic()
-        # Before the first step the teacher reads the images of the epoch. Later recoveries find its
-        # outputs kept: after a short epoch its time would say far too much, after a long one the
+        # Before the first step of an epoch the teacher computes its outputs for the epoch's images.
+        # They are kept, so later recoveries do not wait for them. In a short epoch this time would
+        # make the estimate far too large, so it is left out. In a long epoch it counts, and the
         # estimate is an upper bound.
         seconds_of_teacher = 0.0
         if self.epoch_share > LONG_EPOCH_SHARE:
@@ -524,15 +529,17 @@ class ScreenReporter:
                 f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{accuracy}, "
                 f"{seconds_per_epoch:.1f} s an epoch"
             )
-        # The first epoch may say too much: a short one also computes the teacher's outputs, and on
-        # a GPU much is prepared in it. In one that takes long that makes little difference.
+        # In the first epoch the teacher computes its outputs, too, and a GPU is prepared. If the
+        # epoch is short, this makes it far slower than the others, so no estimate is made from it.
+        # If it is long, this makes little difference.
         is_long = self.epoch_share > LONG_EPOCH_SHARE and seconds_per_epoch > SECONDS_UNTIL_ESTIMATE
         if self.has_finished_epoch or is_long:
             self.say_estimate(seconds_per_epoch)
         self.has_finished_epoch = True
 
     def say_estimate(self, seconds: float) -> None:
-        """Say once how long the run may take, by what an epoch takes."""
+        """Say how long the whole run may take, but only once. `seconds` is the time of one epoch of
+        the current training."""
         if self.has_estimated:
             return
         self.has_estimated = True
@@ -576,7 +583,7 @@ def show_results(results: dict) -> None:
 
 
 def describe_run(results: dict) -> str:
-    """What a result carries wherever it is shown."""
+    """The run that a table or a picture shows: experiment, schedule, data, seed and device."""
     return (
         f"{results['experiment']}, {results['schedule']} schedule, data {results['data']} "
         f"({results['test_images']:,} test images), seed {results['seed']}, {results['device']}"
@@ -672,8 +679,8 @@ def describe_pruned_layers(results: dict, method: str) -> str:
         measure = "how often it pruned each layer"
         shares = [candidate["actions"] for candidate in candidates]
     else:
-        # Such a candidate took many steps and has lost something in nearly every layer, so how
-        # much it lost says more.
+        # A candidate of a search by regression took many steps, so nearly every layer has lost
+        # channels. How often a layer was pruned says little, then; how much it lost says more.
         measure = "mean share removed of each layer"
         shares = [
             [1 - width / before for width, before in zip(candidate["structure"], baseline_widths)]
@@ -783,10 +790,10 @@ def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
     results = replace_unwritable(results)
     panels = list_panels(results, replace_unwritable(usage))
     with matplotlib.rc_context(PICTURE_STYLE):
-        lines = max(1, -(-len(panels) // 2))  # two panels a line
-        figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * lines), layout="constrained")
+        panel_rows = max(1, -(-len(panels) // 2))  # two panels a row
+        figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * panel_rows), layout="constrained")
         figure.suptitle(describe_run(results), parse_math=False)
-        all_axes = figure.subplots(lines, 2, squeeze=False).flatten()
+        all_axes = figure.subplots(panel_rows, 2, squeeze=False).flatten()
         for draw, axes in zip(panels, all_axes):
             draw(axes)
         for axes in all_axes[len(panels) :]:
@@ -859,7 +866,8 @@ def label_layers(axis, layers: list[str]) -> None:
 
 
 def draw_candidates(axes, results: dict, method: str) -> None:
-    """Every candidate's validation accuracy against its cut; in order where all cut alike."""
+    """The validation accuracy (%) of each candidate against its cut (% of the MACs). If all cuts
+    lie within 2 points, against the order in which the candidates were tried."""
     candidates = results["search"][method]["candidates"]
     cuts = [100 * candidate["macs_reduction"] for candidate in candidates]
     accuracies = [100 * candidate["validation_accuracy"] for candidate in candidates]
@@ -936,8 +944,8 @@ def draw_curves(axes, results: dict, column: int, *, unit: float) -> None:
     axes.legend()
 
 
-def place_of_kernel(shares_by_class) -> tuple:
-    """What orders the kernels of a gated layer in a picture."""
+def kernel_sort_key(shares_by_class) -> tuple:
+    """The key that sorts the kernels of a gated layer in a picture: see `draw_usage`."""
     largest = max(shares_by_class)
     return min(shares_by_class) < 1, shares_by_class.index(largest), -largest
 
@@ -949,14 +957,14 @@ def draw_usage(axes, classes: list[str], layer: str, shares: list[list[float]]) 
     the others by the class that uses them most.
     """
     kernels = [shares_by_class for shares_by_class in zip(*shares) if any(shares_by_class)]
-    kernels.sort(key=place_of_kernel)
-    serve_some = sum(min(shares_by_class) < 1 for shares_by_class in kernels)
+    kernels.sort(key=kernel_sort_key)
+    varying_count = sum(min(shares_by_class) < 1 for shares_by_class in kernels)
     image = axes.imshow(
         list(zip(*kernels)), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
     )
     axes.figure.colorbar(image, ax=axes, label="share of images")
     axes.set(xlabel="kernels in use, ordered by the class that uses them most", ylabel="class")
-    title = f"sep, {layer}: {serve_some} of {len(shares[0])} kernels vary by image"
+    title = f"sep, {layer}: {varying_count} of {len(shares[0])} kernels vary by image"
     axes.set_title(title, parse_math=False)
     label_layers(axes.yaxis, classes)
 
@@ -1027,9 +1035,9 @@ Activation = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="of a net from elsewhere, for its weights do not tell it: relu, tanh, sigmoid, elu, "
-        "gelu, silu, relu6, selu, hardswish, mish, or leaky_relu_ and its slope, 0.01, 0.1 or 0.2; "
-        "default: what the tool finds",
+        help="the activation of a net from elsewhere, for its weights do not tell it: relu, tanh, "
+        "sigmoid, elu, gelu, silu, relu6, selu, hardswish, mish, leaky_relu_0.01, leaky_relu_0.1 "
+        "or leaky_relu_0.2; default: what the tool finds",
         show_default=False,
     ),
 ]
@@ -1131,7 +1139,8 @@ class UserNet:
     has_example: bool = False  # then the only reading is the right one
     photograph_size: int | None = None  # pixels; the user's --size
     activation: str | None = None  # the user's --activation
-    # In [0, 1], of the chosen reading on the images that chose it; None where no image had to.
+    # The accuracy, in [0, 1], of the chosen reading on the images that were used to choose it.
+    # None: no images were needed for that.
     accuracy: float | None = None
 
     @property
@@ -1237,8 +1246,12 @@ def find_experiment(name: str) -> Experiment:
 
 
 def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
-    """The experiment whose data a net is for: what its checkpoint says, else the data set with its
-    input and classes; of several the one of its kind. Raises UserError."""
+    """The experiment whose data set and augmentation a net is used with.
+
+    Its images have as many channels and classes as the net. If `data_dir` is the user's own data
+    set, the classes may differ. Of several experiments the one whose data set the checkpoint names
+    is taken, else one with a net of the same family. Raises UserError where there is none.
+    """
     from controller import OWN_IMAGES, is_image_folder
     from models import UserError
 
@@ -1351,7 +1364,7 @@ def load_experiment_images(
 
 
 def say_where_size_is_unused(size: int | None, images, say) -> None:
-    """Say so where the user's --size is not that of the images."""
+    """Tell the user that --size is not used where the images have another size."""
     if size not in (None, images.size):
         say(
             "--size is for photographs; these images are read as they are, "
@@ -1382,8 +1395,11 @@ def load_images_and_choose_reading(
 
 
 def load_test_images(user_net: UserNet, experiment: Experiment, data_dir: Path, device, say):
-    """(test images, what they are), as `load_images_and_choose_reading` has them. Training images
-    are read only where something of the net has to be found out by them."""
+    """(test images, what they are), on the device and normalised for a user's net.
+
+    The training images are read, too, but only where they are needed to find out how the net is
+    read or its images are normalised. Raises UserError.
+    """
     from controller import stored_normalisation
 
     stored = stored_normalisation(user_net.net, user_net.facts)
@@ -1429,7 +1445,7 @@ def load_images_for_net(
 
 @dataclass(frozen=True)
 class ChosenReading:
-    """How a user's net is read, and the images that it reads are normalised."""
+    """How a user's net is read, and how its images are normalised."""
 
     net: object  # models.Net
     mean: tuple
@@ -1438,7 +1454,8 @@ class ChosenReading:
 
 
 def choose_reading(user_net: UserNet, train, say) -> ChosenReading:
-    """What the facts of a user's net name, else the best of what is tried; `say` tells the user."""
+    """How a user's net is read and its images are normalised: as the file says, else as fits the
+    training images best. `say(line)` tells the user what is tried and found."""
     from controller import choose_norm_place, stored_normalisation
 
     stored = stored_normalisation(user_net.net, user_net.facts)
@@ -1459,8 +1476,8 @@ READING_SEED = 0
 
 
 def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> ChosenReading:
-    """The best of all readings of a user's net, normalised as its file has `stored`, or else as
-    serves it best."""
+    """The reading of a user's net that fits the training images best. The images are normalised by
+    `stored`, the (mean, std) in the file; None: in each usual way, of which the best is taken."""
     from controller import KnownNet, Normalisation, find_reading
 
     normalisation = None
@@ -1486,12 +1503,15 @@ def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> ChosenR
 def describe_unknowns(user_net: UserNet, *, has_normalisation: bool) -> str:
     """What the file does not tell, so that it has to be tried."""
     if not user_net.is_ambiguous:
-        return "the checkpoint does not say how images were normalised; so it tries what is usual"
+        return (
+            "the checkpoint does not say how images were normalised; so the tool tries what is "
+            "usual"
+        )
     unknown = "how images were normalised, nor all of the net"
     if has_normalisation:
         unknown = "all of the net"
     return (
-        f"the weights alone do not tell {unknown}; so it tries what is usual on some of the "
+        f"the weights alone do not tell {unknown}; so the tool tries what is usual on some of the "
         "training images"
     )
 
@@ -1814,11 +1834,12 @@ def check_output(
     run_folder: Path | None = None,
     may_replace: bool = False,
 ) -> None:
-    """Raise UserError (status 2) unless a new file can be written at `path`. `advice` says what to
-    do if there is a file already, `advice_on_folder` if nothing can be written in its folder.
+    """Raise UserError (status 2) unless a new file can be written at `path`.
 
-    Refused are an existing file, unless `may_replace`, and a name that a run gives its own files:
-    in `run_folder`, where a run will work, or in any folder with a results.json.
+    An existing file is refused, unless `may_replace`. So is a name that a run gives its own files,
+    if `path` is in `run_folder`, where a run will work, or in any folder with a results.json. The
+    message ends with `advice` if a file exists already, with `advice_on_folder` if the folder is
+    read-only.
     """
     from controller import ROWS, RUN_FILES
     from models import UserError, refuse_existing
@@ -1865,10 +1886,12 @@ def check_checkpoint_output(
 def is_delivered(
     folder: Path, row: str, output: Path, options: RunOptions, *, source: str | None, data: str
 ) -> bool:
-    """Whether the row of a run is finished, and `output` is a copy of its net.
+    """Whether this command was completed before: the row is finished, and `output` is a copy of its
+    net.
 
-    `source` describes the user's net, `data` the images that the command would read. `open_run`
-    finds out whether it is the same run in all other ways.
+    `source` describes the user's net; None where the run trains its own. `data` describes the
+    images that the command would read. Only these two are compared with the run in the folder;
+    `open_run` raises UserError if it is another run in any other way.
     """
     import filecmp
 
@@ -2120,7 +2143,7 @@ def measure_durations(device) -> dict[str, list[float]]:
 @app.command()
 def train(
     experiment: Annotated[
-        str, typer.Argument(help="whose net and images; with --arch whose images")
+        str, typer.Argument(help="where net and images come from; with --arch the images only")
     ] = "",
     arch: Annotated[
         str | None,
@@ -2144,7 +2167,8 @@ def train(
     schedule: Annotated[
         ScheduleName,
         typer.Option(
-            help="published, full: 200 epochs, of mnist and digits 20; fast: 20; smoke: a test"
+            help="200 epochs with published or full, but 20 for mnist, digits and lenet5; 20 with "
+            "fast; smoke: a test"
         ),
     ] = ScheduleName.published,
     epochs: Annotated[
@@ -2200,7 +2224,7 @@ def choose_training(
     run_name = name
     if arch:
         run_name = f"{arch}-{experiment.data}" if name else arch
-        # Where that is an experiment, too, as resnet56-cifar10, the numbers are that one's.
+        # If `run_name` is an experiment itself, as resnet56-cifar10, the numbers are that one's.
         experiment = EXPERIMENTS.get(run_name, replace(experiment, arch=arch))
     if size is not None or (arch in LARGE_RESNETS and is_image_folder(data_dir)):
         experiment = replace(experiment, size=size or LARGE_SIZE)
@@ -2278,7 +2302,7 @@ def prune(
     ] = False,
 ):
     """A smaller net from your own checkpoint."""
-    row = row_to_prune(method, is_static=static, target=target)
+    row = choose_method(method, is_static=static, target=target)
     user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, user_net.facts)
     if schedule is None:
@@ -2299,7 +2323,7 @@ def prune(
     prune_user_net(user_net, row, target, options, output)
 
 
-def row_to_prune(methods, *, is_static: bool, target: float | None) -> str:
+def choose_method(methods, *, is_static: bool, target: float | None) -> str:
     """The row that `prune` makes. Raises UserError (status 2) where the options do not agree."""
     from models import UserError
 
@@ -2350,8 +2374,8 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
         return
     if target is None and options.schedule == "published":
         reporter.say(
-            "without --target the papers' schedule runs, as far as its reward rises; with one, as "
-            "--target 0.5, the default is the quicker schedule fast"
+            "without --target the papers' schedule runs, as far as its reward rises; with a "
+            "target, as --target 0.5, the default is the quicker schedule fast"
         )
     announce(run, reporter, list_rows_to_make([row]))
     with resumable(reporter):
@@ -2494,9 +2518,10 @@ def build_untrained_baseline(user_net: UserNet, device):
 
 
 def known_baseline(facts: dict, baseline_net, test_images: int, description: str) -> dict:
-    """What a pruned net's facts say of its baseline, and how many bytes its weights take.
+    """What the facts of a pruned net say of its baseline; with a `baseline_net` also how many bytes
+    the baseline's weights take.
 
-    Without its test accuracy where that was measured on other images; the user is told so.
+    A test accuracy that was measured on other images is left out, and the user is told so.
     """
     baseline = dict(facts.get("baseline") or {})
     has_same_images = (facts.get("data"), facts.get("test_images")) == (description, test_images)
@@ -2688,8 +2713,8 @@ def export(
 
     user_net = load_user_net(ckpt, activation=activation)
     if user_net.readings:
-        # To find out how a foreign net is read, images may have to be read. Then photographs are
-        # brought to this size, too.
+        # The reading of a foreign net may have to be found on images. If these are photographs,
+        # they are brought to the size of the exported net.
         user_net.photograph_size = size
     data_dir = find_data_dir(data_dir, user_net.facts)
     check_export(user_net, file, is_static=static, may_replace=force)
@@ -2742,7 +2767,8 @@ def check_export(user_net: UserNet, file: Path, *, is_static: bool, may_replace:
 def prepare_export(
     user_net: UserNet, data_dir: Path, device: str, size: int | None, *, is_static: bool
 ):
-    """(net, mean, std) to export; images are read only where these are not known without."""
+    """(net, mean, std) to export. Images are read only for the recovery of a static net, or where
+    the file does not tell all three. Raises UserError."""
     from controller import stored_normalisation
     from models import UserError, check_image_size
 
@@ -2800,9 +2826,9 @@ def make_static_for_export(gated, train):
         pass
     before = measure_accuracy(plain, train)
     after = measure_accuracy(recovered, train)
-    left_out = "" if after > before else ", so it is left out"
+    left_out = "" if after > before else "; so the recovery is left out"
     print_line(
-        f"of the training images right: {gated_accuracy:.2%} with gates, {before:.2%} without, "
+        f"accuracy on the training images: {gated_accuracy:.2%} with gates, {before:.2%} without, "
         f"{after:.2%} after {steps} steps of recovery{left_out}"
     )
     return recovered if after > before else plain
@@ -2826,8 +2852,8 @@ def stop(number, frame):
         # One is enough: the next would cut the farewell short.
         signal.signal(stop_signal, signal.SIG_IGN)
     while frame:
-        # Where something is still imported, nothing is lost yet, and C++ code may stand in between
-        # that knows no exception.
+        # During an import nothing can be lost yet, so the process ends at once. An exception might
+        # have to pass through C++ code that cannot handle it.
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             exit_at_once(number, frame)
         frame = frame.f_back
@@ -2860,7 +2886,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def expand_home(argument: str) -> str:
-    """An argument with the user's home in place of its ~. In --out=~/runs shells leave that."""
+    """Replace the ~ in an argument like --out=~/runs by the user's home; shells leave it there."""
     option, equals, value = argument.partition("=")
     if option.startswith("--") and value.startswith("~"):
         return f"{option}{equals}{os.path.expanduser(value)}"
@@ -2868,8 +2894,8 @@ def expand_home(argument: str) -> str:
 
 
 def print_last_line(text: str) -> None:
-    """On standard error. Where nobody reads that any more, as `tee` after Ctrl-C, the exit status
-    still tells."""
+    """Print to standard error. If nobody reads that any more, as when Ctrl-C has ended `tee`, the
+    text is lost, and only the exit status tells what happened."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

@@ -725,7 +725,35 @@ def test_a_net_that_normalises_itself_may_read_normalised_images():
     of_both = models.combine_normalisations({"mean": [0.5], "std": [0.1]}, inner)
 
     assert by_pixels == {"mean": [pytest.approx(0.5)], "std": [pytest.approx(0.2)]}
+    divided_alone = models.combine_normalisations({}, {"mean": [0.0], "std": [255.0]})
+    assert divided_alone == {"mean": [0.0], "std": [pytest.approx(1.0)]}
     assert of_both == {"mean": [pytest.approx(13.25)], "std": [pytest.approx(5.1)]}
+
+
+def test_a_net_that_divides_its_inputs_by_0_is_refused(tmp_path):
+    buffers = {"mean": torch.zeros(3, 1, 1), "std": torch.tensor([0.2, 0.0, 0.2])[:, None, None]}
+    torch.save(buffers | make_lively_net("resnet8")[0].state_dict(), tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match="its std, by which it divides its inputs, is not above 0"):
+        sep.load(tmp_path / "a.pt")
+
+
+def test_a_tensor_with_the_name_of_a_wrapper_is_no_traceback(tmp_path):
+    net, x = make_lively_net("resnet8")
+    torch.save(net.state_dict() | {"module": torch.tensor(3)}, tmp_path / "a.pt")
+
+    assert torch.equal(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x))
+
+
+def test_a_batch_norm_between_the_last_linear_layers_of_a_resnet_is_refused(tmp_path):
+    state = make_lively_net("resnet8")[0].state_dict()
+    head = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+    body = {key: value for key, value in state.items() if not key.startswith("linear.")}
+    named_head = {f"fc.{key}": value for key, value in head.state_dict().items()}
+    torch.save(body | named_head, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match=r"fc\.1 is a batch norm between the last linear layers"):
+        sep.load(tmp_path / "a.pt")
 
 
 def test_of_several_dicts_the_largest_says_why_none_is_read(tmp_path):

@@ -1842,7 +1842,8 @@ def sort_attempts(
     """The attempts, the best first, by their scores on so many images.
 
     1. First come the attempts that `find_matching` finds: those with usual activations before those
-       with rare ones, then by the smaller loss, because their accuracies hardly differ.
+       with rare ones, then by the smaller loss, because their accuracies hardly differ, then by
+       the higher accuracy.
     2. Then come all others: by the higher accuracy (less `Attempt.handicap`), then by the smaller
        loss.
     Among attempts that are still equal, the more usual one comes first. Losses below LEAST_LOSS
@@ -3336,7 +3337,7 @@ def read_usage(folder: Path, say: Callable) -> dict | None:
         usage = json.loads(path.read_text())
         if is_usage_by_class(usage):
             return usage
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, OverflowError):
         pass
     say(
         f"{path} is damaged; the pictures of what the gates choose are left out, and only a run "
@@ -3384,7 +3385,8 @@ def follows_results_schema(results: dict) -> bool:
                 for side in (sides["before"], sides["after"])
             )
         )
-    except (ValueError, AttributeError, KeyError, TypeError):  # of something of another type
+    # Of something of another type, or of a number that is too large.
+    except (ValueError, AttributeError, KeyError, TypeError, OverflowError):
         return False
 
 

@@ -2075,7 +2075,7 @@ def split_inner_normalisation(state: dict) -> tuple[dict, dict[str, list[float]]
     Returns (the state dict without them, {"mean": [...], "std": [...]} with one number for each
     channel); the latter is {} where the net has none. They are buffers `mean` and `std`, of the net
     or of a module in it, of the shape (C, 1, 1) or (1, C, 1, 1); the net's first convolution reads
-    C channels. Raises UserError where a std is not above 0.
+    C channels. Raises UnreadableError where they are not finite, or a std is not above 0.
     """
     kernels = [value for key, value in state.items() if key.endswith("weight") and value.dim() == 4]
     for key, mean in state.items():
@@ -2085,8 +2085,10 @@ def split_inner_normalisation(state: dict) -> tuple[dict, dict[str, list[float]]
             continue
         if mean.dim() < 3 or mean.shape != std.shape or mean.numel() != kernels[0].shape[1]:
             continue
-        if not (std > 0).all():
-            raise UserError(f"its {std_key}, by which it divides its inputs, is not above 0")
+        if not (std > 0).all() or not (mean.isfinite() & std.isfinite()).all():
+            raise UnreadableError(
+                f"its {std_key}, by which it divides its inputs, is not above 0, or not finite"
+            )
         rest = {name: value for name, value in state.items() if name not in (key, std_key)}
         return rest, {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
     return state, {}
@@ -3459,11 +3461,13 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     linear_layers = [module for module in others if module.is_linear]
     if not linear_layers:
         raise UnreadableError("a residual net without a linear layer at its end")
+    # As far as the order of the modules shows it.
     first, last = modules.index(linear_layers[0]), modules.index(linear_layers[-1])
     for module in modules[first:last]:
         if module.is_norm and module.name not in in_blocks:
             raise UnreadableError(
-                f"{module.name} is a batch norm between the last linear layers of a residual net"
+                f"{module.name} is a batch norm between the last linear layers of a residual net, "
+                "by the order in the file"
             )
     blocks = []
     inputs = stem.outputs

@@ -2167,8 +2167,8 @@ def train(
     schedule: Annotated[
         ScheduleName,
         typer.Option(
-            help="200 epochs with published or full, but 20 for mnist, digits and lenet5; 20 with "
-            "fast; smoke: a test"
+            help="200 epochs with published or full, but 20 for mnist, digits and, without an "
+            "experiment, lenet5; 20 with fast; smoke: a test"
         ),
     ] = ScheduleName.published,
     epochs: Annotated[

@@ -308,16 +308,20 @@ def load_data(
         )
         return train, test, describe_data(name, folder)
 
-    def load_part(*, is_train: bool, **augmentation) -> Images:
-        if name == "digits":
-            count = 6000 if is_train else 2000
-            pixels, labels = draw_digits(count, seed_for("digits", count))
-            return Images(pixels, labels, **statistics)  # neither cropped nor flipped
-        pixels, labels = load_from_torchvision(name, folder, is_train=is_train, say=say)
-        return Images(pixels, labels, **statistics, **augmentation)
+    if name == "digits":
+        augmentation = {}
 
-    train = None if only_test else load_part(is_train=True, **augmentation)
-    return train, load_part(is_train=False), name
+    def read_part(*, is_train: bool):
+        """(pixels, labels) of the training or the test images."""
+        if name != "digits":
+            return load_from_torchvision(name, folder, is_train=is_train, say=say)
+        count = 6000 if is_train else 2000
+        return draw_digits(count, seed_for("digits", count))
+
+    train = None
+    if not only_test:
+        train = Images(*read_part(is_train=True), **statistics, **augmentation)
+    return train, Images(*read_part(is_train=False), **statistics), name
 
 
 def load_own_images(
@@ -1131,14 +1135,15 @@ class TrainStep:
         self.net = net
         self.optimizer = optimizer
         self.temperature = temperature
+        # A training that began on a GPU may have left it on; a GraphTrainStep turns it on again.
+        optimizer.param_groups[0]["fused"] = None
 
     def start_epoch(self) -> None:
         self.net.train()
 
     def __call__(self, x, labels, teacher_probs, lr: float) -> torch.Tensor:
         """Train on x (B, C, H, W), labels (B,), teacher_probs (B, classes) or None; the loss."""
-        # A training that began on a GPU has left `fused` on.
-        self.optimizer.param_groups[0].update(lr=lr, fused=None)
+        self.optimizer.param_groups[0]["lr"] = lr
         return self.update(x, labels, teacher_probs)
 
     def finish_epoch(self) -> None:
@@ -4095,10 +4100,10 @@ class RowCheckpoints:
         has_fingerprint = "images" in facts
         # Earlier versions did not write these three facts. One that is missing counts as equal.
         facts = {key: identity[key] for key in ("images", "normalisation", "source")} | facts
-        data = identity.pop("data")
-        if kind_of_data(facts.get("data")) != kind_of_data(data):
-            return False
-        if not has_fingerprint and facts.get("data") != data:
+        data, own_data = facts.get("data"), identity.pop("data")
+        if has_fingerprint:  # then the folder of the user's own images does not count
+            data, own_data = kind_of_data(data), kind_of_data(own_data)
+        if data != own_data:
             return False
         if row_name == "baseline":
             # How it is pruned later does not matter to a baseline.

@@ -1332,8 +1332,9 @@ def select_device(name: str):
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs are the current device's
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"device '{name}' cannot be used here; {advice} ({reason})", 2) from error
+        raise UserError(
+            f"device '{name}' cannot be used here; {advice} ({first_line_of(error)})", 2
+        ) from error
     return device
 
 
@@ -2902,6 +2903,11 @@ def print_last_line(text: str) -> None:
         sys.stderr = None  # else Python fails to flush it at its end, and changes the exit status
 
 
+def first_line_of(error: Exception) -> str:
+    """PyTorch's messages about a GPU go on with general advice."""
+    return str(error).partition("\n")[0]
+
+
 def explain(error: Exception) -> tuple[str, int]:
     """(one line, exit status) for what a user can cause; any other error is raised again."""
     if hasattr(error, "format_message"):  # Typer's own: a wrong call
@@ -2934,7 +2940,7 @@ def explain(error: Exception) -> tuple[str, int]:
         if is_out_of_memory(error):
             return "out of memory", 1
         if is_gpu_error(error):
-            reason = str(error).partition("\n")[0]
+            reason = first_line_of(error)
             return f"the GPU fails: {reason}; its memory may be full; --device cpu needs no GPU", 1
     raise error
 

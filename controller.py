@@ -399,11 +399,7 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool, say: Calla
     downloaded, and `say` tells the user. Raises UserError."""
     from torchvision import datasets
 
-    dataset_class = {
-        "mnist": datasets.MNIST,
-        "cifar10": datasets.CIFAR10,
-        "cifar100": datasets.CIFAR100,
-    }[name]
+    dataset_class = getattr(datasets, name.upper())
     try:
         with removing_new_folders(folder):
             try:
@@ -709,19 +705,12 @@ def raise_for_unreadable(errors: dict[str, UserError]) -> None:
 
 
 def measure_image(path: str) -> tuple[int, int]:
-    """(width, height) of an image when it stands upright, as far as its header says, without
-    decoding it. Raises UserError."""
-    from PIL.ExifTags import Base
+    """(width, height) of an image as its file says, without decoding it. Raises UserError.
 
+    A photograph may have been taken with the camera turned. Then `read_image` exchanges the two.
+    """
     with opened_image(path) as image:
-        if image.format == "PNG" and "exif" not in image.info:
-            # To look for it behind the pixels, Pillow would decode these.
-            return image.size
-        size = image.size
-        if image.format == "TIFF":  # newer versions of Pillow have turned this size already
-            size = image.tag_v2[Base.ImageWidth], image.tag_v2[Base.ImageLength]
-        is_rotated = image.getexif().get(Base.Orientation, 1) in (5, 6, 7, 8)
-        return size[::-1] if is_rotated else size
+        return image.size
 
 
 def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tensor:
@@ -1656,13 +1645,15 @@ MIN_TRIED_IMAGES = 400
 def find_reading(
     readings: list,
     train: Images,
-    seed: int,
     *,
     normalisation: Normalisation | None = None,
     tries_activations=False,
     show_progress=lambda attempts: attempts,
 ) -> FoundReading:
     """The reading and the normalisation that fit a foreign net best, as `sort_attempts` says.
+
+    They are tried on the same images whatever the seed of a run: so `prune` takes the very net that
+    `evaluate` has shown.
 
     `readings` are models.Readings, the likeliest first, or one KnownNet. Each is tried with the
     `normalisation`, or where it is not known with each of `list_normalisations`, in rounds; with
@@ -1672,7 +1663,7 @@ def find_reading(
     normalisations = list_normalisations(train) if normalisation is None else [normalisation]
     # Shuffled, for files in folders come class by class.
     count = max(MIN_TRIED_IMAGES, int(VALIDATION_SHARE * len(train)))
-    sample = train.select(shuffle_for_split(train, seed)[:count])
+    sample = train.select(shuffle_for_split(train, seed=0)[:count])
     ranked = choose_attempts(
         readings, normalisations, sample, show_progress, tries_activations=tries_activations
     )
@@ -1782,10 +1773,7 @@ def choose_attempts(
     if len(normalisations) > 1 and len(readings) * len(normalisations) > max_attempts:
         readings = shortlist_readings(readings, normalisations[0], sample, show_progress)
     attempts = list_attempts(readings, normalisations)
-    # Norms take too much time for all attempts.
-    ranked = rank_attempts(
-        attempts, sample, first_round.max_images, show_progress, reads_norms=False
-    )
+    ranked = rank_attempts(attempts, sample, first_round.max_images, show_progress)
     attempts = [attempt for attempt, _ in ranked[: first_round.survivors]]
     if tries_activations:
         best_of_readings = {}
@@ -1806,7 +1794,7 @@ def shortlist_readings(
     `list_attempts` numbers attempts by their order."""
     attempts = list_attempts(readings, [normalisation])
     max_images = ATTEMPT_ROUNDS[0].max_images
-    ranked = rank_attempts(attempts, sample, max_images, show_progress, reads_norms=False)
+    ranked = rank_attempts(attempts, sample, max_images, show_progress)
     shortlist = [attempt for attempt, _ in ranked[:MAX_SHORTLIST]]
     shortlist.sort(key=lambda attempt: attempt.rank)
     return [attempt.reading for attempt in shortlist]
@@ -1817,8 +1805,6 @@ def rank_attempts(
     sample: Images,
     max_images: int | None,
     show_progress: Callable,
-    *,
-    reads_norms: bool = True,
 ) -> list[tuple[Attempt, AttemptScore]]:
     """(attempt, score) of each, on the first `max_images` images (None: all), the best first."""
     images = sample.select(slice(max_images))
@@ -1832,7 +1818,7 @@ def rank_attempts(
             net = reading.build().to(images.device)
         mean, std = attempt.normalisation.mean, attempt.normalisation.std
         normalised = images.normalised_by(mean, std)
-        scored.append((attempt, score_net(net, normalised, reads_norms=reads_norms)))
+        scored.append((attempt, score_net(net, normalised)))
     return sort_attempts(scored, len(images))
 
 
@@ -1911,14 +1897,14 @@ def is_clearly_less_accurate(score: AttemptScore, best: AttemptScore) -> bool:
 # ours: the norm mismatch is measured on this many images, or on a quarter of the images of the
 # round if that is less. Few images are enough, because each map has many positions.
 NORM_IMAGES = 128
-# ours: in a round with fewer images than this, the norm mismatch is not measured.
+# ours: in a round with fewer images than this, the norm mismatch is not measured. So it is not
+# measured in the first round, where that would take too much time: there are too many attempts.
 FEWEST_IMAGES_FOR_NORMS = 80
 
 
 @torch.no_grad()
-def score_net(net: Net, images: Images, *, reads_norms: bool) -> AttemptScore:
-    """How good a net is on some images; the worst score where it cannot take them. Without
-    `reads_norms` its batch norms do not count.
+def score_net(net: Net, images: Images) -> AttemptScore:
+    """How good a net is on some images; the worst score where it cannot take them.
 
     In float32: the choice is not to depend on whether a machine has bfloat16 or TF32.
     """
@@ -1932,7 +1918,7 @@ def score_net(net: Net, images: Images, *, reads_norms: bool) -> AttemptScore:
                 logits, labels = net(x), images.labels[index]
                 is_right.append((logits.argmax(1) == labels).cpu())
                 loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            if reads_norms and net.gates is None and len(images) >= FEWEST_IMAGES_FOR_NORMS:
+            if net.gates is None and len(images) >= FEWEST_IMAGES_FOR_NORMS:
                 mismatch = measure_least_norm_mismatch(net, images)
     except RuntimeError as error:
         if is_out_of_memory(error) or is_gpu_error(error):
@@ -3074,9 +3060,9 @@ class Reporter:
 
 # The rows of results.json; each has a checkpoint ROW.pt.
 ROWS = ("baseline", *METHODS)
-# The other files of a run; an earlier version had a progress.pt here. results.json is removed last:
-# without it an interrupted removal could not tell whose files are left.
-RUN_FILES = ("progress.pt", "report.svg", "sep-usage.json", "results.json")
+# The other files of a run. results.json is removed last: without it an interrupted removal could
+# not tell whose files are left.
+RUN_FILES = ("report.svg", "sep-usage.json", "results.json")
 # What must be equal where a run goes on (see `identity_of`).
 IDENTITY = (
     "experiment",
@@ -3220,6 +3206,8 @@ class RunFolder:
 
         Raises UserError where it is another run's, or not what a run writes.
         """
+        # As JSON reads it back: lists for tuples.
+        description = json.loads(json.dumps(description))
         results = read_results(self.path, missing_ok=True)
         if results is None:
             self.remove_unfinished_work()
@@ -3251,8 +3239,7 @@ class RunFolder:
 
     def check_identity(self, results: dict, description: dict) -> None:
         """Raise UserError (status 2) where `results` are of a run with another description."""
-        # As JSON reads it back: lists for tuples.
-        expected = identity_of(json.loads(json.dumps(description)))
+        expected = identity_of(description)
         found = identity_of(results)
         different = [key for key in IDENTITY if found[key] != expected[key]]
         if "source" in different:
@@ -3914,8 +3901,7 @@ def try_finalists(trainer: Trainer, search: Search, weights_path: Callable) -> N
     further, so that the nets of all rows have had the same trainings. After a trial that diverges
     the loss is None.
     """
-    # A search that an earlier version began has removed most weights.
-    finalists = [item for item in search.list_finalists() if weights_path(item.structure).exists()]
+    finalists = search.list_finalists()
     if len(finalists) < 2:
         return
     folder = trainer.folder
@@ -4082,10 +4068,7 @@ class RowCheckpoints:
         """What the checkpoint of a row says of its run and its net."""
         results = self.folder.results
         keys = ("data", "images", "normalisation", "source", "schedule", "seed", "settings")
-        # JSON makes lists of tuples. Results that were read from results.json have lists already,
-        # and the facts have to be equal in both cases.
-        facts = json.loads(json.dumps({key: results[key] for key in keys}))
-        return facts | {
+        return {key: results[key] for key in keys} | {
             "method": row_name,
             "round_to": self.round_to or 1,
             "macs": sep.count_macs(net),
@@ -4094,16 +4077,11 @@ class RowCheckpoints:
 
     def is_own(self, row_name: str, net: Net, facts: dict) -> bool:
         """Whether facts are those that this run wrote for that row."""
-        if not {"validation_accuracy", "seconds", "curve"} <= facts.keys():
+        if not {"validation_accuracy", "seconds", "curve", "device", "versions"} <= facts.keys():
             return False  # `add_row` needs them
         identity = self.identify(row_name, net)
-        has_fingerprint = "images" in facts
-        # Earlier versions did not write these three facts. One that is missing counts as equal.
-        facts = {key: identity[key] for key in ("images", "normalisation", "source")} | facts
-        data, own_data = facts.get("data"), identity.pop("data")
-        if has_fingerprint:  # then the folder of the user's own images does not count
-            data, own_data = kind_of_data(data), kind_of_data(own_data)
-        if data != own_data:
+        # The folder of a user's own images does not count, but the fingerprint in `images` does.
+        if kind_of_data(facts.get("data")) != kind_of_data(identity.pop("data")):
             return False
         if row_name == "baseline":
             # How it is pruned later does not matter to a baseline.
@@ -4249,15 +4227,12 @@ class SepRow:
 
     def find_lstm_structure(self, target: float) -> tuple[int, ...]:
         """The structure that `lstm`'s search chooses; it may have to search first."""
-        candidates = []
-        if self.folder.find_row("lstm"):
-            # The pool of a finished row is gone: the choice is made again from results.json.
-            candidates = self.folder.searched_candidates("lstm")
-        if not candidates:
+        row = self.folder.find_row("lstm")
+        if row is None:
             return run_search(self.trainer, "lstm", target)[1].structure
-        lstm_target = self.folder.results["search"]["lstm"]["target"]
-        baseline_score = self.trainer.score_baseline(lstm_target)
-        return choose_best([baseline_score, *candidates], lstm_target).structure
+        if "lstm" in self.folder.results["rounded"]:
+            row = self.folder.results["rounded"]["lstm"]["before"]
+        return tuple(row["widths"])
 
     def recover(self, structure, method: str, target: float) -> tuple[Net, Candidate]:
         """A structure pruned from the baseline at once, and its recovery. Its MACs are counted as
@@ -4591,9 +4566,8 @@ class Run:
             "widths": list(net.structure),
             "seconds": facts["seconds"],
             # A run may go on elsewhere: these are of the process that ended the row's training.
-            # Older checkpoints do not say it.
-            "device": facts.get("device", self.results["device"]),
-            "versions": facts.get("versions", self.results["versions"]),
+            "device": facts["device"],
+            "versions": facts["versions"],
         }
         if net.gates is not None:
             self.folder.save_usage(measure_usage_by_class(net, self.data.test))

@@ -1785,10 +1785,11 @@ def recognise_state_dict(content, path: Path) -> dict:
     `facts` has the mean and std of the images where the file has them.
     Raises UserError where the state dict is of no net that this tool knows.
     """
-    example = take_example(content, path)
-    normalisation = take_normalisation(content)
+    entries = content if isinstance(content, dict) else {}
+    example = take_example(entries, path)
+    normalisation = take_normalisation(entries)
     rest = content
-    if isinstance(content, dict):
+    if entries:
         taken_keys = set(normalisation)
         if example is not None:
             taken_keys |= set(EXAMPLE_KEYS)
@@ -1949,11 +1950,9 @@ ADVICE_ON_EXAMPLES = (
 )
 
 
-def take_example(content, path: Path) -> Example | None:
+def take_example(content: dict, path: Path) -> Example | None:
     """The example in the content of a file; None where there is none. Raises UserError where it
     tells nothing."""
-    if not isinstance(content, dict):
-        return None
     values = [content.get(key) for key in EXAMPLE_KEYS]
     are_arrays = [hasattr(value, "__array__") for value in values]  # tensors, or numpy's arrays
     if not any(are_arrays):
@@ -2023,10 +2022,8 @@ def check_example(inputs: torch.Tensor, outputs: torch.Tensor, path: Path) -> No
 ADVICE_ON_NORMALISATION = "leave out mean and std if you do not know them"
 
 
-def take_normalisation(content) -> dict:
+def take_normalisation(content: dict) -> dict:
     """The mean and std in the content of a file, as they are; {} where it has none."""
-    if not isinstance(content, dict):
-        return {}
     found = {key: content[key] for key in NORMALISATION_KEYS if key in content}
     others = [
         value for key, value in content.items() if key not in EXAMPLE_KEYS and key not in found
@@ -2553,20 +2550,10 @@ class FoundChain:
     head_size: int  # the side of the map that the first linear layer reads
 
 
-@dataclass(frozen=True)
-class NormPlaces:
-    """Where the batch norms of a chain are assumed to stand."""
-
-    of_convolutions: str = BEFORE_ACTIVATION  # one of NORM_PLACES
-    # Whether the norms of linear layers stand after the activation. This is for norms whose place
-    # the numbers in the names do not show. Where the numbers show it, the numbers decide.
-    is_late_in_linear_layers: bool = False
-
-
 def read_chain(modules: list[FoundModule]) -> list[Reading]:
     """The readings of a chain of convolutions and linear layers, but for unusual ones. Raises
     UnreadableError."""
-    found = find_chain(modules, NormPlaces())
+    found = find_chain(modules)
     check_first_kernel(found.convolutions)
     return make_readings(found, list_chains(found))
 
@@ -2580,11 +2567,11 @@ def read_unusual_chains(state: dict, size: int) -> list[Reading]:
     """
     readings, first_error = [], None
     for place, is_late in product(NORM_PLACES, (False, True)):
-        places = NormPlaces(place, is_late)
         try:
             # New modules each time: to read them changes them.
-            found = find_chain(list_modules(state), places)
-            readings += make_readings(found, list_unusual_chains(found, places, size))
+            modules = list_modules(state)
+            found = find_chain(modules, norm_place=place, has_late_linear_norms=is_late)
+            readings += make_readings(found, list_unusual_chains(found, place, size))
         except READING_ERRORS as error:
             first_error = first_error or error
     if not readings:
@@ -2593,8 +2580,17 @@ def read_unusual_chains(state: dict, size: int) -> list[Reading]:
     return readings
 
 
-def find_chain(modules: list[FoundModule], places: NormPlaces) -> FoundChain:
-    """Read the modules as a chain whose norms stand where `places` says.
+def find_chain(
+    modules: list[FoundModule],
+    *,
+    norm_place: str = BEFORE_ACTIVATION,
+    has_late_linear_norms: bool = False,
+) -> FoundChain:
+    """Read the modules as a chain whose convolutions have their norms at `norm_place`, one of
+    NORM_PLACES.
+
+    With `has_late_linear_norms` the norms of linear layers stand after the activation. This is for
+    norms whose place the numbers in the names do not show. Where they show it, they decide.
 
     Changes the modules: convolutions that see a whole map become linear layers, and norms before a
     linear layer, after its activation or behind the last layer are folded into linear layers.
@@ -2609,9 +2605,9 @@ def find_chain(modules: list[FoundModule], places: NormPlaces) -> FoundChain:
     if last_norm is not None:
         if is_after_activation(last_norm, linear_layers[-1]):
             raise UnreadableError(f"{last_norm.name} stands after an activation of the last layer")
-        fold_norm_behind(linear_layers[-1], last_norm)
-    check_norm_places(convolutions, norm_of, places.of_convolutions)
-    fold_late_norms(linear_layers, norm_of, folds_all=places.is_late_in_linear_layers)
+        fold_norm(last_norm, linear_layers[-1], is_norm_first=False)
+    check_norm_places(convolutions, norm_of, norm_place)
+    fold_late_norms(linear_layers, norm_of, folds_all=has_late_linear_norms)
     channels, head_size = find_inputs(convolutions, linear_layers)
     return FoundChain(convolutions, linear_layers, norm_of, channels, head_size)
 
@@ -2722,19 +2718,19 @@ def find_sequence_number(module: FoundModule) -> int | None:
     return int(last_part) if last_part.isdigit() else None
 
 
-def are_in_one_sequence(first: FoundModule, second: FoundModule) -> bool:
-    parents = {parent_of(module.name) for module in (first, second)}
-    return len(parents) == 1 and None not in (
-        find_sequence_number(first),
-        find_sequence_number(second),
-    )
+def steps_between(first: FoundModule, second: FoundModule) -> int | None:
+    """How far `second` stands behind `first` in one nn.Sequential, by the numbers in their names:
+    1 if it is the next module. None where the names do not say it."""
+    numbers = find_sequence_number(first), find_sequence_number(second)
+    if parent_of(first.name) != parent_of(second.name) or None in numbers:
+        return None
+    return numbers[1] - numbers[0]
 
 
 def is_after_activation(norm: FoundModule, layer: FoundModule) -> bool:
     """Whether numbers leave room for an activation between a layer and its norm."""
-    if not are_in_one_sequence(layer, norm):
-        return False
-    return find_sequence_number(norm) - find_sequence_number(layer) > 1
+    steps = steps_between(layer, norm)
+    return steps is not None and steps > 1
 
 
 def check_norm_places(convolutions, norm_of: dict[str, FoundModule], place: str) -> None:
@@ -2746,7 +2742,7 @@ def check_norm_places(convolutions, norm_of: dict[str, FoundModule], place: str)
         raise UnreadableError("no norm stands behind a convolution")
     for layer in with_norm:
         norm = norm_of[layer.name]
-        if not are_in_one_sequence(layer, norm):
+        if steps_between(layer, norm) is None:
             continue
         if is_after_activation(norm, layer) and not is_late:
             raise UnusualError(f"{norm.name} stands after an activation, not before it")
@@ -2767,10 +2763,10 @@ def fold_late_norms(linear_layers, norm_of: dict[str, FoundModule], *, folds_all
         norm = norm_of.get(layer.name)
         if norm is None:
             continue
-        is_place_unknown = not are_in_one_sequence(layer, norm)
+        is_place_unknown = steps_between(layer, norm) is None
         is_any_place_unknown = is_any_place_unknown or is_place_unknown
         if is_after_activation(norm, layer) or (is_place_unknown and folds_all):
-            fold_norm_into(after, norm)
+            fold_norm(norm, after, is_norm_first=True)
             del norm_of[layer.name]
     if folds_all and not is_any_place_unknown:
         raise UnreadableError("no norm stands behind a linear layer, or numbers tell where")
@@ -2785,28 +2781,16 @@ def compute_scale_and_shift(norm: FoundModule) -> tuple[torch.Tensor, torch.Tens
     return scale, tensors["norm.bias"] - scale * tensors["norm.running_mean"]
 
 
-def bias_or_zeros(linear: FoundModule) -> torch.Tensor:
-    return torch.zeros(linear.outputs) if linear.bias is None else linear.bias
-
-
-def fold_norm_into(linear: FoundModule, norm: FoundModule) -> None:
-    """Let a linear layer read what the norm before it reads. Gives the layer new tensors."""
+def fold_norm(norm: FoundModule, linear: FoundModule, *, is_norm_first: bool) -> None:
+    """Let a linear layer do what a norm right before it does, or one right behind it. Gives the
+    layer new tensors."""
     scale, shift = compute_scale_and_shift(norm)
-    bias = bias_or_zeros(linear)
-    linear.tensors = linear.tensors | {
-        "weight": linear.weight * scale,
-        "bias": bias + linear.weight @ shift,
-    }
-
-
-def fold_norm_behind(linear: FoundModule, norm: FoundModule) -> None:
-    """Let a linear layer do what the norm right behind it does. Gives the layer new tensors."""
-    scale, shift = compute_scale_and_shift(norm)
-    bias = bias_or_zeros(linear)
-    linear.tensors = linear.tensors | {
-        "weight": linear.weight * scale[:, None],
-        "bias": bias * scale + shift,
-    }
+    bias = torch.zeros(linear.outputs) if linear.bias is None else linear.bias
+    if is_norm_first:
+        new = {"weight": linear.weight * scale, "bias": bias + linear.weight @ shift}
+    else:
+        new = {"weight": linear.weight * scale[:, None], "bias": bias * scale + shift}
+    linear.tensors = linear.tensors | new
 
 
 def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
@@ -2849,7 +2833,7 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
     for norm in loose:
         reader = find_linear_layer_behind(norm, modules)
         if reader is not None:
-            fold_norm_into(reader, norm)
+            fold_norm(norm, reader, is_norm_first=True)
             continue
         without_norm = [
             layer
@@ -2865,7 +2849,7 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
         if without_norm:
             norm_of[without_norm[0].name] = norm
         elif len(readers) == 1:
-            fold_norm_into(readers[0], norm)
+            fold_norm(norm, readers[0], is_norm_first=True)
         else:
             raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
     return norm_of
@@ -2873,18 +2857,15 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
 
 def stands_behind(layer: FoundModule, norm: FoundModule) -> bool:
     """Whether numbers in the names say that a layer comes after a norm."""
-    return are_in_one_sequence(layer, norm) and find_sequence_number(layer) > find_sequence_number(
-        norm
-    )
+    steps = steps_between(norm, layer)
+    return steps is not None and steps > 0
 
 
 def find_linear_layer_behind(norm: FoundModule, modules: list[FoundModule]) -> FoundModule | None:
     """The linear layer right behind a norm in a sequence, if it reads as many numbers."""
-    linear_layers = [layer for layer in modules if layer.is_linear]
-    for layer in linear_layers:
-        if layer.inputs != norm.outputs or not are_in_one_sequence(layer, norm):
-            continue
-        if find_sequence_number(layer) - find_sequence_number(norm) == 1:
+    for layer in modules:
+        is_right_behind = steps_between(norm, layer) == 1
+        if layer.is_linear and is_right_behind and layer.inputs == norm.outputs:
             return layer
     return None
 
@@ -3126,12 +3107,13 @@ def find_poolable(convolutions, norm_of) -> list[bool]:
     """
     modules_between = []  # None: not known
     for before, after in pairwise(convolutions):
-        if not are_in_one_sequence(before, after):
+        steps = steps_between(before, after)
+        if steps is None:
             modules_between.append(None)
             continue
-        count = find_sequence_number(after) - find_sequence_number(before) - 1
+        count = steps - 1
         norm = norm_of.get(before.name)
-        if norm is not None and are_in_one_sequence(before, norm):
+        if norm is not None and steps_between(before, norm) is not None:
             count -= 1
         modules_between.append(count)
     is_sequential = any(modules_between)
@@ -3149,9 +3131,8 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
     last = count - 1
     found = []
     # Numbers in one sequence: a pooling leaves a gap.
-    if all(are_in_one_sequence(before, after) for before, after in pairwise(convolutions)):
-        numbers = [find_sequence_number(module) for module in convolutions]
-        gaps = [after - before for before, after in pairwise(numbers)]
+    gaps = [steps_between(before, after) for before, after in pairwise(convolutions)]
+    if None not in gaps:
         wide = frozenset(i for i, gap in enumerate(gaps) if gap > min(gaps))
         found.append(wide | {last})
     # A stage to each parent, or to each first number: conv1_1, block1.conv1.
@@ -3179,9 +3160,7 @@ ALEXNET_KERNEL = 8
 MAX_MIXED_CONVOLUTIONS = 4
 
 
-def list_unusual_chains(
-    found: FoundChain, places: NormPlaces, size: int
-) -> list[ChainArchitecture]:
+def list_unusual_chains(found: FoundChain, norm_place: str, size: int) -> list[ChainArchitecture]:
     """The architectures of a chain that may have strides and any of POOLINGS, for images of that
     size. Usual ones are among them. Raises UnusualError where none fits."""
     convolutions = found.convolutions
@@ -3193,7 +3172,7 @@ def list_unusual_chains(
         )
         for paddings in list_unusual_paddings(convolutions, strides)
     ]
-    return list_fitting_chains(found, places.of_convolutions, layouts, (size,))
+    return list_fitting_chains(found, norm_place, layouts, (size,))
 
 
 def list_unusual_paddings(convolutions, strides) -> list[tuple[int, ...]]:
@@ -3481,10 +3460,7 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
         )
     for before, after in pairwise(linear_layers):
         if after.inputs != before.outputs:
-            raise UnreadableError(
-                f"{after.name} reads {after.inputs} numbers and {before.name}, before it, puts out "
-                f"{before.outputs}"
-            )
+            raise UnreadableError(explain_break(before, after, [stem]))
     kernels = {tuple(module.kernel for module in block.convolutions) for block in blocks}
     if len(kernels) != 1:
         kinds = " and of ".join(" x ".join(map(str, kind)) for kind in sorted(kernels))
@@ -3523,7 +3499,7 @@ def read_with_norm_order(
     if last_norm is not None and not is_preactivated:
         # Likelier the norm stands between the average and the first linear layer.
         layer_with_norm = replace(linear_layers[0])
-        fold_norm_into(layer_with_norm, last_norm)
+        fold_norm(last_norm, layer_with_norm, is_norm_first=True)
         ends.insert(0, (None, [layer_with_norm, *linear_layers[1:]]))
     readings = []
     for norm_before_average, layers in ends:
@@ -3588,6 +3564,20 @@ def place_outer_norms(norms, stem, is_preactivated: bool, outputs: int):
     return stem_norm, last_norm
 
 
+# The usual ways in which the first part of a residual net makes the map smaller, the likeliest
+# first: the stride of the first convolution, the kernel of the pooling after it (0: there is none)
+# and the stride of the first block.
+STARTS_WITH_LARGE_KERNEL = ((2, 3, 1), (2, 0, 1), (2, 2, 1))  # ImageNet's
+STARTS_WITH_SMALL_KERNEL = (  # CIFAR's
+    (1, 0, 1),
+    (1, 3, 1),
+    (2, 0, 1),
+    (2, 3, 1),
+    (1, 2, 1),
+    (1, 0, 2),
+)
+
+
 def list_residual_architectures(
     stem,
     blocks: list[FoundBlock],
@@ -3599,37 +3589,37 @@ def list_residual_architectures(
     has_last_norm: bool,
 ) -> Iterator[ResNetArchitecture]:
     """The architectures that fit, the likeliest first."""
+    has_large_kernel = stem.kernel >= STRIDED_KERNEL
     kernels = tuple(module.kernel for module in blocks[0].convolutions)
     pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
     for (
-        downsampling,
+        (stem_stride, pooling_kernel, first_stride),
         strided_convolution,
         is_shortcut_averaged,
         has_zeros_behind,
         is_projection_averaged,
     ) in product(
-        list_early_downsamplings(stem),
+        STARTS_WITH_LARGE_KERNEL if has_large_kernel else STARTS_WITH_SMALL_KERNEL,
         # torchvision's bottlenecks have their stride in the second convolution.
         (1, 0) if len(kernels) == 3 else (0, 1),
         (False, True) if pads else (False,),
         (False, True) if pads else (False,),
         list_averaged_projections(blocks),
     ):
-        first_stride = downsampling.first_stride
         for stages in list_stages(blocks, names, first_stride, is_preactivated=is_preactivated):
             yield ResNetArchitecture(
                 name_residual_net(blocks, kernels, is_preactivated),
                 linear_widths[-1],
                 stem.inputs,
-                224 if stem.kernel >= STRIDED_KERNEL else 32,
+                224 if has_large_kernel else 32,
                 stem_width=stem.outputs,
                 stages=stages,
                 kernels=kernels,
                 stem_kernel=stem.kernel,
-                stem_stride=downsampling.stem_stride,
+                stem_stride=stem_stride,
                 has_stem_norm=has_stem_norm,
-                has_stem_pooling=downsampling.pooling_kernel > 0,
-                stem_pooling_kernel=downsampling.pooling_kernel or 3,
+                has_stem_pooling=pooling_kernel > 0,
+                stem_pooling_kernel=pooling_kernel or 3,
                 is_preactivated=is_preactivated,
                 has_last_norm=has_last_norm,
                 hidden_widths=tuple(linear_widths[:-1]),
@@ -3638,31 +3628,6 @@ def list_residual_architectures(
                 has_zeros_behind=has_zeros_behind,
                 is_projection_averaged=is_projection_averaged,
             )
-
-
-@dataclass(frozen=True)
-class EarlyDownsampling:
-    """Where the first part of a residual net makes the map smaller."""
-
-    stem_stride: int = 1
-    pooling_kernel: int = 0  # of the pooling after the first convolution; 0: there is none
-    first_stride: int = 1  # of the first block
-
-
-def list_early_downsamplings(stem: FoundModule) -> list[EarlyDownsampling]:
-    """The usual ones, the likeliest first: ImageNet's for a large kernel, else CIFAR's."""
-    unpooled, pooled = EarlyDownsampling(), EarlyDownsampling(pooling_kernel=3)
-    strided, strided_and_pooled = EarlyDownsampling(2), EarlyDownsampling(2, pooling_kernel=3)
-    if stem.kernel >= STRIDED_KERNEL:
-        return [strided_and_pooled, strided, EarlyDownsampling(2, pooling_kernel=2)]
-    return [
-        unpooled,
-        pooled,
-        strided,
-        strided_and_pooled,
-        EarlyDownsampling(pooling_kernel=2),
-        EarlyDownsampling(first_stride=2),
-    ]
 
 
 def list_averaged_projections(blocks: list[FoundBlock]) -> tuple[bool, ...]:

@@ -657,9 +657,9 @@ def read_gate_size(entry, width: int) -> GateSize:
 # operator.
 #
 # A Gathering... holds the weights of a layer or norm. It gathers those of the kernels at work once
-# for each group, or pair of groups, that it depends on, and keeps them. A ...Runner is a whole
-# prunable layer with its norm and activation, plain or gated. Net.run_prunable calls it, and passes
-# on which group each layer chose.
+# for each group, or pair of groups, that it depends on, and keeps them. A LayerRunner is a whole
+# prunable layer with its norm and activation, a GatedRunner is one with a gate. Net.run_prunable
+# calls them, and passes on which group each layer chose.
 #
 # In shapes, C_in' and C' are the channels at work: without a gate, all.
 
@@ -751,8 +751,9 @@ class GatheringNorm:
         return y * scale + shift
 
 
-class PlainRunner:
-    """A prunable layer without a gate, on one image."""
+class LayerRunner:
+    """A prunable layer with its norm and activation, on one image. It has no gate: all kernels
+    run."""
 
     def __init__(self, layer: GatheringLayer, norm: GatheringNorm | None, prunable: PrunableLayer):
         self.layer = layer
@@ -762,23 +763,20 @@ class PlainRunner:
     def __call__(self, x, previous: KernelGroup | None):
         """As Net.run_prunable: x (1, C_in', H, W) -> (y (1, C', H', W'), the group that was chosen
         or None). `previous` is the group that the layer before chose."""
-        y = self.layer(x, previous)
-        return models.finish_layer(y, self.norm, self.prunable, inplace=True), None
+        chosen = self.choose_group(x, previous)
+        norm = None if self.norm is None else partial(self.norm, own=chosen)
+        y = self.layer(x, previous, chosen)
+        return models.finish_layer(y, norm, self.prunable, inplace=True), chosen
+
+    def choose_group(self, x, previous: KernelGroup | None) -> KernelGroup | None:
+        return None
 
 
-class GatedRunner:
+class GatedRunner(LayerRunner):
     """A prunable layer with its gate, on one image: it runs only the chosen kernels."""
 
-    def __init__(
-        self,
-        layer: GatheringLayer,
-        norm: GatheringNorm | None,
-        prunable: PrunableLayer,
-        gate: SEGate,
-    ):
-        self.layer = layer
-        self.norm = norm
-        self.prunable = prunable
+    def __init__(self, layer, norm, prunable, gate: SEGate):
+        super().__init__(layer, norm, prunable)
         self.kernel_groups = [
             KernelGroup(gate.channels_of_group(group), gate.size.width)
             for group in range(gate.size.group_count)
@@ -788,15 +786,10 @@ class GatedRunner:
         # Group of the layer before -> the part of gate_weight that reads its channels.
         self.gathered_weights = {None: self.gate_weight}
 
-    def __call__(self, x, previous: KernelGroup | None):
-        """As Net.run_prunable: x (1, C_in', H, W) -> (y (1, C', H', W'), the group that was chosen
-        or None). `previous` is the group that the layer before chose."""
+    def choose_group(self, x, previous: KernelGroup | None) -> KernelGroup:
         squeezed = squeeze(x, is_linear=self.layer.is_linear)[0].to(self.gate_bias.dtype)
         scores = torch.addmv(self.gate_bias, self.gather_gate_weight(previous), squeezed)
-        chosen = self.kernel_groups[int(scores.argmax())]
-        norm = None if self.norm is None else partial(self.norm, own=chosen)
-        y = self.layer(x, previous, chosen)
-        return models.finish_layer(y, norm, self.prunable, inplace=True), chosen
+        return self.kernel_groups[int(scores.argmax())]
 
     def gather_gate_weight(self, previous: KernelGroup | None) -> torch.Tensor:
         """The gate's weight (groups, inputs') on the channels at work."""
@@ -841,7 +834,7 @@ def make_single_image_net(net: Net) -> Net:
         # norm_name is None where fold_batch_norms has folded the norm.
         norm = GatheringNorm(net.get_submodule(prunable.norm_name)) if prunable.norm_name else None
         if gate is None:
-            net.layer_runners.append(PlainRunner(layer, norm, prunable))
+            net.layer_runners.append(LayerRunner(layer, norm, prunable))
         else:
             net.layer_runners.append(GatedRunner(layer, norm, prunable, gate))
     return net

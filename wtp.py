@@ -662,7 +662,7 @@ def describe_search(results: dict, method: str, *, has_ended: bool) -> str:
     line = f"{method} tried {len(candidates)} candidates"
     if not has_ended:
         line += " so far"
-    finalists = sum(candidate.get("trial_loss") is not None for candidate in candidates)
+    finalists = sum(candidate["trial_loss"] is not None for candidate in candidates)
     if finalists:
         line += f", {finalists} of them also in trials"
     if len(results["layers"]) > FEW_LAYERS:
@@ -878,7 +878,7 @@ def draw_candidates(axes, results: dict, method: str) -> None:
     finalists = [
         (place, accuracy)
         for place, accuracy, candidate in zip(places, accuracies, candidates)
-        if candidate.get("trial_loss") is not None
+        if candidate["trial_loss"] is not None
     ]
     if finalists:
         axes.plot(*zip(*finalists), "x", color="#000000", markersize=5, label="in a trial, too")
@@ -1471,11 +1471,6 @@ def choose_reading(user_net: UserNet, train, say) -> ChosenReading:
     return chosen
 
 
-# The readings of a net are tried on images that this seed draws, whatever the run's own: so `prune`
-# takes the very net that `evaluate` has shown.
-READING_SEED = 0
-
-
 def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> ChosenReading:
     """The reading of a user's net that fits the training images best. The images are normalised by
     `stored`, the (mean, std) in the file; None: in each usual way, of which the best is taken."""
@@ -1489,7 +1484,6 @@ def try_readings(user_net: UserNet, train, stored: tuple | None, say) -> ChosenR
     found = find_reading(
         user_net.readings or [KnownNet(user_net.net)],
         train,
-        READING_SEED,
         normalisation=normalisation,
         tries_activations=user_net.is_ambiguous and user_net.activation is None,
         show_progress=show_attempts,
@@ -2578,41 +2572,28 @@ def compare_latencies(net, baseline_net, images) -> tuple[dict, dict]:
 
 def evaluation_table(title: str, own: dict, baseline: dict):
     """A line per measure; beside the baseline's, where it is known."""
-
-    def percent(value):
-        return f"{value:.2%}"
-
-    def millions(value):
-        return f"{value / 1e6:.3f} M"
-
-    def count(value):
-        return f"{value:,}"
-
-    def milliseconds(value):
-        return f"{value * 1e3:.2f} ms"
-
-    lines = (
-        ("test accuracy", "test_accuracy", percent),
-        ("MACs", "macs", millions),
-        ("parameters", "params", count),
-        ("bytes of the weights", "bytes", count),
-        ("latency, batch 1", "latency_1", milliseconds),
-        ("latency, batch 1, tuned", "latency_1_tuned", milliseconds),
-        ("latency, batch 128", "latency_128", milliseconds),
+    lines = (  # name, key, factor of the unit that is shown, format
+        ("test accuracy", "test_accuracy", 1, "{:.2%}"),
+        ("MACs", "macs", 1e-6, "{:.3f} M"),
+        ("parameters", "params", 1, "{:,}"),
+        ("bytes of the weights", "bytes", 1, "{:,}"),
+        ("latency, batch 1", "latency_1", 1e3, "{:.2f} ms"),
+        ("latency, batch 1, tuned", "latency_1_tuned", 1e3, "{:.2f} ms"),
+        ("latency, batch 128", "latency_128", 1e3, "{:.2f} ms"),
     )
     columns = ("", "baseline", "this net", "ratio") if baseline else ("", "this net")
     table = make_table(title, columns)
-    for name, key, format_value in lines:
+    for name, key, factor, pattern in lines:
         if key not in own:
             continue
         value, known = own[key], baseline.get(key)
+        shown_value = pattern.format(factor * value)
         if not baseline:
-            table.add_row(name, format_value(value))
+            table.add_row(name, shown_value)
         elif known:
-            ratio = f"{value / known:.3f}"
-            table.add_row(name, format_value(known), format_value(value), ratio)
+            table.add_row(name, pattern.format(factor * known), shown_value, f"{value / known:.3f}")
         else:
-            table.add_row(name, "", format_value(value), "")
+            table.add_row(name, "", shown_value, "")
     return table
 
 

@@ -1636,7 +1636,7 @@ def judge_reading(net, images, x, expected):
     found = models.recognise_state_dict(net.state_dict(), Path("net.pt"))["readings"]
     fitting = [reading.for_size(images.size) for reading in found]
     fitting = [reading for reading in fitting if reading is not None]
-    best = controller.find_reading(fitting, images, 0, tries_activations=True)
+    best = controller.find_reading(fitting, images, tries_activations=True)
     normalisation = best.normalisation
     own = images.normalised_by(normalisation.mean, normalisation.std).batch(torch.arange(len(x)))
     with torch.no_grad():

@@ -1863,7 +1863,7 @@ def test_a_foreign_net_is_read_with_the_statistics_that_serve_it_best(smoke, tmp
     images = controller.load_data("digits", tmp_path)[0]
 
     known = controller.KnownNet(foreign)
-    found = controller.find_reading([known], images, 0)
+    found = controller.find_reading([known], images)
 
     assert found.normalisation.name == "mean and std 0.5"
     assert found.accuracy > 0.9

@@ -540,7 +540,7 @@ class OwnImages:
         resized_to = self.size if self.need_resizing else None
         pixels = PixelsInFiles(self.paths[part], self.size, resized_to, self.is_gray)
         if not self.exceeds_memory_limit:
-            pixels = pixels[torch.arange(len(labels))]
+            pixels = pixels.read_all()
         return pixels, labels
 
 
@@ -731,6 +731,15 @@ def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tenso
 MAX_READERS = 16  # ours: threads that read image files
 
 
+def count_readers() -> int:
+    """How many threads read image files.
+
+    Threads, not the processes of a DataLoader: decoding and resizing leave Python's lock to others,
+    and a stop signal finds no processes to wait for.
+    """
+    return min(MAX_READERS, torch.get_num_threads())
+
+
 class PixelsInFiles:
     """Stands in for a uint8 tensor (N, H, W, C) of pixels that would fill the memory.
 
@@ -750,14 +759,34 @@ class PixelsInFiles:
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         """The pixels of the images `index` (B,), uint8 (B, H, W, C). Raises UserError."""
-        pixels = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
+        paths = [self.paths[number] for number in index.tolist()]
+        return self.stack(paths, map(self.read_or_explain, paths))
+
+    def read_all(self) -> torch.Tensor:
+        """The pixels of all images, read by several threads. Raises UserError."""
+        pool = ThreadPoolExecutor(count_readers())
+        try:
+            return self.stack(self.paths, pool.map(self.read_or_explain, self.paths))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def read_or_explain(self, path) -> torch.Tensor | UserError:
+        """The pixels (H, W, C) of a file, or the error of one that cannot be read."""
+        try:
+            return read_image(path, self.is_gray, self.resized_to)
+        except UserError as error:
+            return error
+
+    def stack(self, paths, images: Iterable[torch.Tensor | UserError]) -> torch.Tensor:
+        """The images of these files, in one tensor (B, H, W, C). Raises UserError where some cannot
+        be read."""
+        pixels = torch.empty((len(paths), *self.shape[1:]), dtype=torch.uint8)
         errors = {}
-        for place, number in enumerate(index.tolist()):
-            path = self.paths[number]
-            try:
-                pixels[place] = read_image(path, self.is_gray, self.resized_to)
-            except UserError as error:
-                errors[path] = error
+        for place, image in enumerate(images):
+            if isinstance(image, UserError):
+                errors[paths[place]] = image
+            else:
+                pixels[place] = image
         raise_for_unreadable(errors)
         return pixels.to(self.device)
 
@@ -780,16 +809,11 @@ class ImagesInFiles(Images):
         return self.replace(self.pixels.select(index), self.labels[index])
 
     def load_into_memory(self) -> Images:
-        every = torch.arange(len(self), device=self.device)
-        return self.make_like(Images, self.pixels[every], self.labels)
+        return self.make_like(Images, self.pixels.read_all(), self.labels)
 
     def batches(self, chunks, crops=None) -> Iterator[torch.Tensor]:
-        """Yield the `batch` of each of the `chunks`; threads read the next ones meanwhile.
-
-        Threads, not the processes of a DataLoader: decoding and resizing leave Python's lock to
-        others, and a stop signal finds no processes to wait for.
-        """
-        readers = min(MAX_READERS, torch.get_num_threads())
+        """Yield the `batch` of each of the `chunks`; threads read the next ones meanwhile."""
+        readers = count_readers()
         pool = ThreadPoolExecutor(readers)
         files = self.pixels.to("cpu")
         pending = deque()

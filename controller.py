@@ -610,45 +610,64 @@ def describe_sizes(sizes: Counter, examples: dict) -> str:
     )
 
 
-def list_image_files(folder: Path):
-    """(paths, labels, class names) of folder/CLASS/images, without what is hidden (`.name`)."""
-    from torchvision.datasets import ImageFolder
+def list_image_files(folder: Path) -> tuple[list[str], list[int], list[str]]:
+    """(paths, labels, class names) of folder/CLASS/images, without what is hidden (`.name`).
+
+    Classes and images come in the order of torchvision's ImageFolder. Raises UserError where there
+    is no class, or a class has no images.
+    """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    class VisibleImageFolder(ImageFolder):
-        def find_classes(self, directory):
-            names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
-            if not names:
-                raise FileNotFoundError("it has no folder of a class")
-            return names, {name: index for index, name in enumerate(names)}
-
-    # A symbolic link can lead back to a folder above it. So each real folder counts once in a
-    # class, under the path that is met first. (class, real folder) -> that path; it is filled
-    # while ImageFolder asks for each file whether to take it.
-    first_paths: dict[tuple[str, str], Path] = {}
-
-    def accept_image_file(path: str) -> bool:
-        parts = Path(path).relative_to(folder).parts
-        if not path.lower().endswith(IMG_EXTENSIONS) or any(name[0] == "." for name in parts):
-            return False
-        parent = Path(path).parent
-        first_path = first_paths.setdefault((parts[0], os.path.realpath(parent)), parent)
-        # A broken link stays, so that reading it tells the user. A pipe is left out, because
-        # reading it may never end.
-        is_file_or_broken_link = os.path.isfile(path) or not os.path.exists(path)
-        return first_path == parent and is_file_or_broken_link
-
     try:
-        dataset = VisibleImageFolder(folder, is_valid_file=accept_image_file)
+        class_names = sorted(
+            entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
+        )
     except OSError as error:
-        advice = ""
-        if isinstance(error, FileNotFoundError):
-            endings = ", ".join(IMG_EXTENSIONS)
-            advice = f"; a folder for each class holds its images ({endings})"
-        reason = shorten(str(error), 200, placeholder=" ...").rstrip(".")
-        raise UserError(f"{folder}: {reason}{advice}") from error
-    paths = [path for path, _ in dataset.samples]
-    return paths, dataset.targets, dataset.classes
+        raise UserError(f"{folder}: {error.strerror}") from error
+    paths, labels, empty_classes = [], [], []
+    for label, name in enumerate(class_names):
+        images = [
+            path
+            for path in list_visible_files(folder / name)
+            if path.lower().endswith(IMG_EXTENSIONS)
+        ]
+        if not images:
+            empty_classes.append(name)
+        paths += images
+        labels += [label] * len(images)
+    if empty_classes or not class_names:
+        found = "it has no folder of a class"
+        if empty_classes:
+            found = f"there are no images for {shorten(', '.join(empty_classes), 150)}"
+        raise UserError(
+            f"{folder}: {found}; a folder for each class holds its images "
+            f"({', '.join(IMG_EXTENSIONS)})"
+        )
+    return paths, labels, class_names
+
+
+def list_visible_files(folder: Path) -> list[str]:
+    """All files below a folder, in the order of their folders, without what is hidden.
+
+    Links to folders are followed. One can lead back to a folder above it, so each real folder
+    counts once, under the path that is met first.
+    """
+    files_of, real_folders = {}, set()
+    for path, subfolders, names in os.walk(folder, followlinks=True):
+        real_path = os.path.realpath(path)
+        if real_path in real_folders:
+            subfolders.clear()  # os.walk goes into those that are left in this list
+            continue
+        real_folders.add(real_path)
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        files_of[path] = [os.path.join(path, name) for name in sorted(names) if name[0] != "."]
+    return [file for path in sorted(files_of) for file in files_of[path] if not is_special(file)]
+
+
+def is_special(path: str) -> bool:
+    """Whether a path is neither a file nor a broken link. To read a pipe may never end; to read a
+    broken link tells the user."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 LONG_MODES = ("I", "F")  # of PIL: 16 or 32 bits a channel

@@ -1689,7 +1689,9 @@ def test_pipes_and_links_back_in_an_image_folder_do_no_harm(tmp_path):
     save_pictures(tmp_path, classes=2, count=3)
     os.mkfifo(tmp_path / "train/class0/x.png")
     (tmp_path / "train/class0/again").symlink_to(tmp_path / "train/class0")
-    (tmp_path / "train/class1/above").symlink_to(tmp_path / "train")
+    # Two links that lead back: a walk that follows them would take each way through them.
+    for name in ("above", "above too"):
+        (tmp_path / "train/class1" / name).symlink_to(tmp_path / "train")
 
     paths, _, _ = controller.list_image_files(tmp_path / "train")
 

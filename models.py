@@ -42,7 +42,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 # When channels are removed, a filter of the next layer is rescaled if one of these channels holds
-# more than COMPENSATED_SHARE / C_in of the filter's energy, its sum of squared weights (script).
+# more than COMPENSATED_SHARE / C_in of the filter's energy, its sum of squared weights. (0.8 is the
+# script's; docs/differences.md says what it does otherwise.)
 COMPENSATED_SHARE = 0.8
 CHECKPOINT_FORMAT = 3
 # ours: an exported file whose logits differ by more than this share of the largest is refused.
@@ -1063,7 +1064,8 @@ def most_important_channels(net: Net, structure) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def compensate(net: Net, kept_channels) -> None:
-    """Rescale, in place, the filters of the next layers that lose a strong channel (script).
+    """Rescale, in place, the filters of the next layers that lose a strong channel (after the
+    script; docs/differences.md says what is ours).
 
     A lost channel is strong if it holds more than COMPENSATED_SHARE / C_in of the filter's energy,
     the sum of its squared weights. The rescaled filter has as much energy in its kept channels as

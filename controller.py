@@ -726,7 +726,7 @@ def raise_for_unreadable(errors: dict[str, UserError]) -> None:
 def measure_image(path: str) -> tuple[int, int]:
     """(width, height) of an image as its file says, without decoding it. Raises UserError.
 
-    A photograph may have been taken with the camera turned. Then `read_image` exchanges the two.
+    If the camera was turned, `read_image` may exchange the two.
     """
     with opened_image(path) as image:
         return image.size
@@ -748,6 +748,7 @@ def read_image(path: str, is_gray: bool, size: int | None = None) -> torch.Tenso
 # ---- images: more than the memory holds --------------------------------------------------------
 
 MAX_READERS = 16  # ours: threads that read image files
+IMAGES_OF_A_READER = 32  # ours: in a block of images that are read into memory
 
 
 def count_readers() -> int:
@@ -783,9 +784,14 @@ class PixelsInFiles:
 
     def read_all(self) -> torch.Tensor:
         """The pixels of all images, read by several threads. Raises UserError."""
-        pool = ThreadPoolExecutor(count_readers())
+        readers = count_readers()
+        pool = ThreadPoolExecutor(readers)
+        # Block by block, so that few images wait to be put into their places.
+        size = IMAGES_OF_A_READER * readers
+        blocks = (self.paths[start : start + size] for start in range(0, len(self.paths), size))
+        images = (pool.map(self.read_or_explain, block) for block in blocks)
         try:
-            return self.stack(self.paths, pool.map(self.read_or_explain, self.paths))
+            return self.stack(self.paths, chain.from_iterable(images))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -3467,6 +3473,7 @@ def is_valid_search(log: dict, layers: list) -> bool:
     return (
         isinstance(log["rule"], str)
         and (log["target"] is None or are_numbers([log["target"]]))
+        and all("trial_loss" in values for values in log["candidates"])
         and all(has_number_per_layer(candidate.structure, layers) for candidate in candidates)
         and all(has_number_per_layer(candidate.actions, layers) for candidate in candidates)
         and all(
@@ -4270,11 +4277,12 @@ class SepRow:
 
     def find_lstm_structure(self, target: float) -> tuple[int, ...]:
         """The structure that `lstm`'s search chooses; it may have to search first."""
+        results = self.folder.results
         row = self.folder.find_row("lstm")
-        if row is None:
+        if row is None or "lstm" not in results["search"]:  # the search goes on, or was lost
             return run_search(self.trainer, "lstm", target)[1].structure
-        if "lstm" in self.folder.results["rounded"]:
-            row = self.folder.results["rounded"]["lstm"]["before"]
+        if "lstm" in results["rounded"]:
+            row = results["rounded"]["lstm"]["before"]
         return tuple(row["widths"])
 
     def recover(self, structure, method: str, target: float) -> tuple[Net, Candidate]:

@@ -2572,26 +2572,26 @@ def compare_latencies(net, baseline_net, images) -> tuple[dict, dict]:
 
 def evaluation_table(title: str, own: dict, baseline: dict):
     """A line per measure; beside the baseline's, where it is known."""
-    lines = (  # name, key, factor of the unit that is shown, format
+    lines = (  # name, key, unit, format
         ("test accuracy", "test_accuracy", 1, "{:.2%}"),
-        ("MACs", "macs", 1e-6, "{:.3f} M"),
-        ("parameters", "params", 1, "{:,}"),
-        ("bytes of the weights", "bytes", 1, "{:,}"),
-        ("latency, batch 1", "latency_1", 1e3, "{:.2f} ms"),
-        ("latency, batch 1, tuned", "latency_1_tuned", 1e3, "{:.2f} ms"),
-        ("latency, batch 128", "latency_128", 1e3, "{:.2f} ms"),
+        ("MACs", "macs", 1e6, "{:.3f} M"),
+        ("parameters", "params", 1, "{:,.0f}"),
+        ("bytes of the weights", "bytes", 1, "{:,.0f}"),
+        ("latency, batch 1", "latency_1", 1e-3, "{:.2f} ms"),
+        ("latency, batch 1, tuned", "latency_1_tuned", 1e-3, "{:.2f} ms"),
+        ("latency, batch 128", "latency_128", 1e-3, "{:.2f} ms"),
     )
     columns = ("", "baseline", "this net", "ratio") if baseline else ("", "this net")
     table = make_table(title, columns)
-    for name, key, factor, pattern in lines:
+    for name, key, unit, pattern in lines:
         if key not in own:
             continue
         value, known = own[key], baseline.get(key)
-        shown_value = pattern.format(factor * value)
+        shown_value = pattern.format(value / unit)
         if not baseline:
             table.add_row(name, shown_value)
         elif known:
-            table.add_row(name, pattern.format(factor * known), shown_value, f"{value / known:.3f}")
+            table.add_row(name, pattern.format(known / unit), shown_value, f"{value / known:.3f}")
         else:
             table.add_row(name, "", shown_value, "")
     return table

@@ -1429,6 +1429,7 @@ EDITS = {
     "a word for a trial": lambda results: results["search"]["lstm"]["candidates"][0].update(
         trial_loss=""
     ),
+    "no trial": lambda results: results["search"]["lstm"]["candidates"][0].pop("trial_loss"),
     "a word for gates": lambda results: results["search"]["sep"].update(
         gate_trials=[{"gates": "x"}]
     ),

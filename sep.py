@@ -1,4 +1,5 @@
-"""Soft pruning (SEP, IEEE TIP 2021): gates that choose kernels, image by image. In this order:
+"""Soft pruning (squeeze-excitation pruning, SEP; IEEE TIP 2021): gates that
+choose kernels, image by image. In this order:
 
 the gate              a choice among groups of kernels; its clusters; batch norm of chosen kernels
 gated nets            where gates have room, putting them on, what they choose, what they cost;
@@ -14,8 +15,8 @@ A gated layer may have kernels that are always on. The others stand after them i
 The gate of the layer reads what the layer reads, and chooses one group for each image. The
 always-on kernels and that group are k kernels. k is the layer's number in net.structure; its number
 in net.widths counts all kernels. In a batch all kernels are computed, and those not chosen for an
-image are set to 0. Of a single image `tune` computes the chosen ones only. What the paper does not
-give is marked `ours`.
+image are set to 0. Of a single image `tune` computes the chosen ones only. Kernels and the channels
+that they put out have the same indices. What the paper does not give is marked `ours`.
 """
 
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 import models
 from models import Net, PrunableLayer, UserError
 
-# ours: the most groups of a layer. Each group learns from the images that choose it alone: with
+# ours: the most groups of a layer. Each group learns only from the images that choose it: with
 # more groups these would be too few.
 MAX_GROUPS = 8
 # ours: a layer gets no gate where more than this share of its k kernels would be always on: the
@@ -41,10 +42,13 @@ MAX_ALWAYS_ON_SHARE = 0.75
 # ones are kept. After some twenty iterations they move little.
 CLUSTERING_RESTARTS = 4
 CLUSTERING_ITERATIONS = 25
-# ours: k-means reads no more numbers (images times inputs) than this, for with thousands of inputs
-# it would take long; but never fewer images than MIN_CLUSTERED_IMAGES.
+# ours: k-means reads at most MAX_CLUSTERED_NUMBERS / inputs images, for with thousands of inputs it
+# would take long; but at least MIN_CLUSTERED_IMAGES, where there are so many.
 MAX_CLUSTERED_NUMBERS = 5_000_000
 MIN_CLUSTERED_IMAGES = 500
+# ours: an input whose deviation is less than this share of the largest one is left out of the
+# clustering. Else it would count as much as that one, though it is hardly more than noise.
+MIN_DEVIATION_SHARE = 1e-3
 
 
 # ---- the gate ----------------------------------------------------------------------------------
@@ -83,12 +87,12 @@ class GateSize:
 
 
 class SEGate(nn.Module):
-    """Runs a layer by its always-on kernels and one of its groups of kernels, chosen for each image
-    (TIP 2021).
+    """Chooses a group of kernels for each image, runs the layer with its norm, activation and
+    pooling, and sets to 0 what is not chosen (TIP 2021).
 
     The paper scores every kernel, and multiplies with the scores. ours: a gate scores groups, and
     multiplies with nothing. Groups begin as copies of the kernels that hard pruning keeps, so at
-    first all choices compute the same, and they part in the training. Gates that score single
+    first all choices compute the same, and they diverge in the training. Gates that score single
     kernels ended below hard pruning in one run (RESULTS.md, section 6).
 
     The layer and its norm are not part of the gate: so their weights keep their names.
@@ -98,8 +102,9 @@ class SEGate(nn.Module):
         """`input_count`: how many numbers `squeeze` gives."""
         super().__init__()
         self.size = size
-        # Random until `add_gates` or a checkpoint fills them. ours: they are never trained, for
-        # argmax has no gradient.
+        # Its name is that of squeeze-and-excitation; here it gives a score for each group. Its
+        # weights are random until `add_gates` or a checkpoint fills them. ours: they are never
+        # trained, for argmax has no gradient.
         self.excite = nn.Linear(input_count, size.group_count).requires_grad_(False)
         masks = torch.stack([self.mask_of_group(group) for group in range(size.group_count)])
         # (groups, C). Not in checkpoints, for they follow from `size`.
@@ -141,17 +146,18 @@ class SEGate(nn.Module):
         mask = self.masks.index_select(0, chosen_groups)  # (B, C)
         masked_norm = None if norm is None else partial(masked_batch_norm, mask=mask, norm=norm)
         y = models.finish_layer(models.run_layer(layer, x), masked_norm, prunable)
-        # Masked after norm and activation, because these turn 0 into other values.
-        ones = [1] * (y.dim() - 2)
-        return y * mask.reshape(*mask.shape, *ones).to(y.dtype)
+        # Masked at the end, because a norm or an activation may turn 0 into another value.
+        if y.dim() == 4:
+            mask = mask[:, :, None, None]
+        return y * mask.to(y.dtype)
 
 
 # ---- the gate: its clusters --------------------------------------------------------------------
 
 
-def count_clustered_images(inputs: int) -> int:
+def max_clustered_images(input_count: int) -> int:
     """The most images that k-means reads for a gate with so many inputs."""
-    return max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // inputs)
+    return max(MIN_CLUSTERED_IMAGES, MAX_CLUSTERED_NUMBERS // input_count)
 
 
 @torch.no_grad()
@@ -160,16 +166,16 @@ def fit_gate(squeezed: torch.Tensor, group_count: int) -> tuple[torch.Tensor, to
     the nearest of its clusters.
 
     squeezed (N, inputs) is what the gate reads of N images; it takes the first
-    `count_clustered_images` of them. K-means finds the clusters after every input is standardised.
+    `max_clustered_images` of them. K-means finds the clusters after every input is standardised.
     """
-    image_count = count_clustered_images(squeezed.shape[1])
-    squeezed = squeezed[:image_count].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    squeezed = squeezed[: max_clustered_images(squeezed.shape[1])].double()
+    # A trial may be diverging: its numbers must not stop the run here.
+    squeezed = squeezed.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     mean = squeezed.mean(0)
     deviation = squeezed.std(0, correction=0)
-    # ours: an input that varies 1,000 times less than the most variable one is left out. Else it
-    # would count as much as that one, though it is hardly more than noise. An infinite deviation
-    # makes its part of each point 0, and its weight.
-    deviation = torch.where(deviation > 1e-3 * deviation.max(), deviation, torch.inf)
+    is_kept = deviation > MIN_DEVIATION_SHARE * deviation.max()
+    # Divided by infinity, an input that is left out is 0 in every point, and its weight is 0.
+    deviation = torch.where(is_kept, deviation, torch.inf)
     centres = find_clusters((squeezed - mean) / deviation, group_count)
     # The nearest centre c of a point z has the smallest |z - c|^2, and so the largest
     # 2 c z - |c|^2. With (squeezed - mean) / deviation as z, this is linear in `squeezed`:
@@ -214,10 +220,11 @@ def move_centres(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
 
 
 def masked_batch_norm(y, mask, norm) -> torch.Tensor:
-    """Batch norm whose statistics count only the images that use a channel.
+    """Batch norm whose statistics count, in training, only the images that use a channel.
 
-    y (B, C, H, W) or (B, C); mask (B, C) float32, 1 where an image uses a channel, else 0. Entries
-    with 0 count nowhere, but they are not 0 afterwards: the caller masks them.
+    y (B, C, H, W) or (B, C); mask (B, C) float32, 1 where an image uses a channel, else 0. Channels
+    that an image does not use are normalised, too: the caller sets them to 0. In evaluation mode
+    the mask has no effect.
     """
     if not norm.training:
         return norm(y)
@@ -250,40 +257,42 @@ def update_running_statistics(norm, mean, var, value_count) -> None:
     has no variance. mean (C,) and the biased variance `var` (C,) are of value_count (C,) values."""
     norm.num_batches_tracked += 1
     momentum = norm.momentum
-    # A cumulative average, as torch.optim.swa_utils.update_bn takes. A channel that no image of the
-    # first batches uses keeps a part of its first values.
+    # None means the mean over all batches so far, as in nn.BatchNorm. (A channel that the first
+    # batches do not use keeps a share of its initial values.)
     if momentum is None:
         momentum = 1 / float(norm.num_batches_tracked)
     is_updated = value_count > 1
     unbiased_var = var * value_count / (value_count - 1).clamp_min(1)
-    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
-        moved = running.lerp(new.to(running.dtype), momentum)
-        running.copy_(torch.where(is_updated, moved, running))
+    for running, of_batch in ((norm.running_mean, mean), (norm.running_var, unbiased_var)):
+        updated = running.lerp(of_batch.to(running.dtype), momentum)
+        running.copy_(torch.where(is_updated, updated, running))
 
 
 # ---- gated nets --------------------------------------------------------------------------------
 
 
-def choose_gate_size(width: int, k: int) -> GateSize | None:
-    """The gate of a layer that had `width` kernels before pruning, of which k are to work for an
-    image. With the gate it may have fewer kernels: what fills no whole group is left out.
+def choose_gate_size(baseline_width: int, k: int) -> GateSize | None:
+    """The gate of a layer that had `baseline_width` kernels before pruning, of which k are to work
+    for an image. With the gate it has no more kernels than that, and fewer if they do not divide
+    into whole groups.
 
     If there is room for two groups of k kernels, there are as many groups as have room, at most
-    MAX_GROUPS, and no kernel is always on. Else there are two smaller groups, and the kernels that
-    these lack of k are always on. None if those are more than MAX_ALWAYS_ON_SHARE of k.
+    MAX_GROUPS, and no kernel is always on. Else there are two smaller groups, and the rest of the k
+    kernels is always on. None if that rest is more than MAX_ALWAYS_ON_SHARE of k.
     """
-    group_count = min(MAX_GROUPS, width // k)
+    group_count = min(MAX_GROUPS, baseline_width // k)
     if group_count >= 2:
         return GateSize(0, k, group_count)
-    always_on_count = 2 * k - width  # as always_on_count + 2 (k - always_on_count) = width
+    # baseline_width = always_on_count + 2 * group_size, and k = always_on_count + group_size.
+    always_on_count = 2 * k - baseline_width
     if always_on_count > MAX_ALWAYS_ON_SHARE * k:
         return None
     return GateSize(always_on_count, k - always_on_count, 2)
 
 
-def choose_gate_sizes(widths, structure) -> list[GateSize | None]:
-    """`choose_gate_size` of each prunable layer: `widths` before pruning, `structure` after it."""
-    return [choose_gate_size(width, k) for width, k in zip(widths, structure)]
+def choose_gate_sizes(baseline_widths, structure) -> list[GateSize | None]:
+    """`choose_gate_size` of each prunable layer: its width before pruning and its k after it."""
+    return [choose_gate_size(width, k) for width, k in zip(baseline_widths, structure)]
 
 
 def gates_of(net: Net) -> list[SEGate | None]:
@@ -292,9 +301,8 @@ def gates_of(net: Net) -> list[SEGate | None]:
 
 
 def attach_gates(net: Net, gate_sizes) -> None:
-    """Put fresh gates on `net`, in place: a GateSize for each prunable layer, None for no gate.
-
-    The layers have the kernels of all groups already. A net without any gate stays a plain one.
+    """Put fresh gates on a plain `net`, in place: a GateSize for each prunable layer, None for no
+    gate. The layers have the kernels of all groups already. If all are None, nothing changes.
     """
     if not any(gate_sizes):
         return
@@ -323,13 +331,13 @@ def index_of_previous_layer(net: Net, index: int) -> int | None:
 def add_gates(net: Net, gate_sizes, batches) -> Net:
     """Soft pruning (TIP 2021): a gated copy of a plain net that is pruned already.
 
-    `gate_sizes` holds a GateSize, or None, for each prunable layer, and its k is the width of that
-    layer in `net`. The gated layer is wider: kernels that are not always on come once for each
+    `gate_sizes` holds a GateSize, or None, for each prunable layer. Its k has to be the width of
+    that layer in `net`. The gated layer is wider: kernels that are not always on come once for each
     group. In evaluation mode both nets compute the same at first.
 
-    The gates' clusters are found on the images in `batches`, each (B, C, H, W), normalised. Of many
-    images only the first ones count, so shuffle them. The copy is in training mode, and `net` is
-    left in evaluation mode.
+    The gates' clusters are found on the images in `batches`, each (B, C, H, W), normalised, on the
+    net's device. Of many images only the first ones count, so shuffle them. The copy is in training
+    mode, and `net` is left in evaluation mode.
     """
     gated_layers = [
         prunable.layer_name for prunable, size in zip(net.prunable, gate_sizes) if size is not None
@@ -347,18 +355,18 @@ def add_gates(net: Net, gate_sizes, batches) -> Net:
         if gate is None:
             continue
         weight, bias = fit_gate(squeezed[net.prunable[index].layer_name], gate.size.group_count)
-        gate.excite.weight.copy_(repeat_for_copies(weight, net, index, source_channels))
+        gate.excite.weight.copy_(repeat_input_weights(weight, net, index, source_channels))
         gate.excite.bias.copy_(bias)
     return gated
 
 
-def repeat_for_copies(weight: torch.Tensor, net: Net, index: int, source_channels) -> torch.Tensor:
-    """The weight (groups, inputs) of a gate on the prunable layer `index`, as it reads the gated
-    copy of `net`.
+def repeat_input_weights(weight, net: Net, index: int, source_channels) -> torch.Tensor:
+    """The weight (groups, inputs) of a gate, for a gated copy of the plain `net` that it was fitted
+    on. The gate is that of the prunable layer `index`.
 
-    There a channel of the layer before comes once for each of that layer's groups: source_channels
-    has, for each layer, the channel of `net` that each channel copies. All copies but one are 0 for
-    an image, so every copy gets the weight.
+    In the copy, the layer before may have several copies of a channel; source_channels says, for
+    each layer, which channel of `net` each of its channels copies. The gate's weight for a channel
+    is repeated for each copy. For an image all copies but one are 0, so the sum is the same.
     """
     previous = index_of_previous_layer(net, index)
     if previous is None:
@@ -379,20 +387,20 @@ def list_source_kernels(importance: torch.Tensor, size: GateSize) -> torch.Tenso
 def collect_squeezed(net: Net, layer_names, batches) -> dict[str, torch.Tensor]:
     """What gates on these layers of the plain `net` would read, (N, inputs) by the layers' names.
 
-    Of many images it keeps the first ones, as many as `fit_gate` takes or a few more. Leaves `net`
-    in evaluation mode.
+    Of many images it keeps the first ones, as many as `fit_gate` takes, and up to a batch more.
+    Leaves `net` in evaluation mode.
     """
     collected = {name: [] for name in layer_names}
 
     def collect_input_of(name):
-        def collect(layer, inputs):
-            squeezed = squeeze(inputs[0], is_linear=isinstance(layer, nn.Linear)).float()
-            if sum(map(len, collected[name])) < count_clustered_images(squeezed.shape[1]):
+        def collect(layer, arguments):
+            squeezed = squeeze(arguments[0], is_linear=isinstance(layer, nn.Linear)).float()
+            if sum(map(len, collected[name])) < max_clustered_images(squeezed.shape[1]):
                 collected[name].append(squeezed)
 
         return collect
 
-    net.eval()
+    net.eval()  # in training `run_layer` may compute a convolution without calling its module
     hooks = [
         net.get_submodule(name).register_forward_pre_hook(collect_input_of(name))
         for name in collected
@@ -422,38 +430,38 @@ class Usage:
     def __init__(self, gate: SEGate):
         self.masks = gate.masks
         device = gate.masks.device
-        self.image_counts = torch.zeros(len(gate.masks), dtype=torch.long, device=device)
+        self.images_per_group = torch.zeros(len(gate.masks), dtype=torch.long, device=device)
 
     def add(self, groups: torch.Tensor) -> None:
         """The groups (B,) of a batch's images."""
-        self.image_counts += groups.bincount(minlength=len(self.image_counts))
+        self.images_per_group += groups.bincount(minlength=len(self.images_per_group))
 
     @property
     def image_count(self) -> int:
-        return int(self.image_counts.sum())
+        return int(self.images_per_group.sum())
 
     @property
     def groups_in_use(self) -> int:
-        return int((self.image_counts > 0).sum())
+        return int((self.images_per_group > 0).sum())
 
     @property
     def share_of_group(self) -> torch.Tensor:
         """(groups,): the share of the images that each group serves, in [0, 1]."""
-        return self.image_counts.double() / self.image_count
+        return self.images_per_group.double() / self.image_count
 
     @property
     def share_of_kernel(self) -> torch.Tensor:
         """(C,): the share of the images that each kernel serves, in [0, 1]."""
-        return (self.image_counts.double() @ self.masks.double()) / self.image_count
+        return (self.images_per_group.double() @ self.masks.double()) / self.image_count
 
     def count_kernels(self) -> tuple[int, int, int]:
-        """How many kernels serve no image, some of them, and all."""
-        in_use = self.image_counts > 0
-        serves_some = self.masks[in_use].amax(0) > 0
-        serves_all = self.masks[in_use].amin(0) > 0
-        never = int((~serves_some).sum())
-        always = int(serves_all.sum())
-        return never, len(serves_all) - never - always, always
+        """(kernels that serve no image, kernels that serve some images but not all, kernels that
+        serve all images)."""
+        masks_in_use = self.masks[self.images_per_group > 0]
+        unused_count = int((masks_in_use.amax(0) == 0).sum())
+        always_used_count = int((masks_in_use.amin(0) > 0).sum())
+        sometimes_used_count = self.masks.shape[1] - unused_count - always_used_count
+        return unused_count, sometimes_used_count, always_used_count
 
 
 @contextmanager
@@ -487,10 +495,11 @@ def measure_usage(net: Net, batches) -> list[Usage | None]:
 def count_macs(net: Net, structure=None) -> int:
     """The MACs of a net for one image, those of its gates included.
 
-    With a `structure`: those that the plain `net` would have, pruned to it, with a gate in every
-    layer that has room; a run may put on fewer. Only chosen kernels count and, in the next layer
-    and its gate, only the weights on their channels: so `tune` runs it on one image, where a batch
-    computes more.
+    Counted is what `tune` computes: the chosen kernels and, in the next layer and its gate, the
+    weights that read them. (A batch computes all kernels.)
+
+    With a `structure` it is an estimate: `net` is plain and not pruned, and is imagined pruned to
+    that structure, with a gate in every layer that has room. A run may put on fewer gates.
     """
     if structure is None:
         structure = net.structure
@@ -504,15 +513,15 @@ def count_macs(net: Net, structure=None) -> int:
     return macs
 
 
-def count_gate_macs(net: Net, structure, index: int, outputs: int) -> int:
-    """The MACs of the linear layer of a gate on the prunable layer `index` of a net with that
-    structure. It has so many `outputs`, one for each group."""
-    inputs = net.get_submodule(net.prunable[index].layer_name).weight.shape[1]
+def count_gate_macs(net: Net, structure, index: int, group_count: int) -> int:
+    """The MACs of a gate with so many groups, on the prunable layer `index` of a net with that
+    structure."""
+    input_count = net.get_submodule(net.prunable[index].layer_name).weight.shape[1]
     previous = index_of_previous_layer(net, index)
     if previous is not None:
         # The gate reads only the chosen kernels of the layer before.
-        inputs = inputs * structure[previous] // net.widths[previous]
-    return inputs * outputs
+        input_count = input_count // net.widths[previous] * structure[previous]
+    return input_count * group_count
 
 
 # ---- gated nets: made plain --------------------------------------------------------------------
@@ -520,8 +529,8 @@ def count_gate_macs(net: Net, structure, index: int, outputs: int) -> int:
 
 @torch.no_grad()
 def to_static(net: Net, batches) -> Net:
-    """ours: a gated net as a plain small one: of each gated layer the always-on kernels stay, and
-    the mean of the groups, where a group counts by how many images choose it.
+    """ours: make a gated net plain. In each gated layer the always-on kernels stay, and the mean of
+    the groups takes their place. A group counts by how many images choose it.
 
     The images come in `batches`, each (B, C, H, W), normalised; ValueError if a gated net gets
     none. Groups began as copies of one another, and nets that part from one point can be averaged
@@ -557,12 +566,14 @@ def average_groups(net: Net, index: int, gate: SEGate, share_of_group: torch.Ten
         kept_channels[index] = gate.channels_of_group(group)
         nets.append(models.remove_channels(net, kept_channels))
         shares.append(share)
-    states = [each.state_dict() for each in nets]
-    mean = nets[0]
-    for name, value in mean.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(sum(share * state[name] for share, state in zip(shares, states)))
-    return mean
+    states = [net_of_group.state_dict() for net_of_group in nets]
+    mean_state = {
+        name: sum(share * state[name] for share, state in zip(shares, states))
+        for name, value in states[0].items()
+        if value.is_floating_point()
+    }
+    nets[0].load_state_dict(mean_state, strict=False)  # the batch counters of norms stay
+    return nets[0]
 
 
 # ---- loading -----------------------------------------------------------------------------------
@@ -579,7 +590,8 @@ def load(path) -> tuple[Net, dict]:
 
 
 def load_checkpoint(path) -> tuple[Net, dict]:
-    """(net, what models.read_checkpoint says). Raises UserError, naming the file.
+    """(net, checkpoint): the checkpoint is what models.read_checkpoint returns, with the keys
+    architecture, widths, gates, state and facts. Raises UserError, naming the file.
 
     A foreign state dict, which this tool has not written, may be several nets:
     checkpoint["readings"] has all of them, and the net is the likeliest.
@@ -593,7 +605,7 @@ def load_checkpoint(path) -> tuple[Net, dict]:
         models.check_is_finite(checkpoint["state"])
     except UserError as error:
         raise UserError(f"{path}: {error}", error.status) from error
-    except Exception as error:  # sizes beyond reason, tensors of odd kinds
+    except Exception as error:  # an edited file: huge sizes, sparse tensors and more
         name = checkpoint["architecture"].get("name")
         raise UserError(
             f"{path}: its weights do not fit a {name} of the widths it names"
@@ -616,56 +628,61 @@ def read_gate_sizes(net: Net, entries: list) -> list[GateSize | None]:
         if entry is None:
             sizes.append(None)
             continue
-        try:
-            sizes.append(read_gate_size(entry, width))
-        except UserError as error:
+        problem = find_gate_problem(entry, width)
+        if problem:
             raise UserError(
-                f"the gate of {prunable.layer_name} {error}; make the net anew from its baseline, "
-                "by prune --method sep"
-            ) from error
+                f"the gate of {prunable.layer_name} {problem}; make the net anew from its "
+                "baseline, by prune --method sep"
+            )
+        sizes.append(read_gate_size(entry, width))
     return sizes
 
 
-def read_gate_size(entry, width: int) -> GateSize:
-    """`read_gate_sizes` of one layer, of `width` kernels. Raises UserError with the end of a
-    sentence that begins with the gate's name."""
+def find_gate_problem(entry, width: int) -> str:
+    """What is wrong with a checkpoint's entry for the gate of a layer of `width` kernels, as the
+    end of a sentence; "" if nothing is."""
     if not isinstance(entry, dict) or not entry.keys() >= {"k", "always_on_share"}:
-        raise UserError("does not say its k and its always_on_share")
-    k = entry["k"]
-    share = entry["always_on_share"]
+        return "does not say its k and its always_on_share"
+    k, share = entry["k"], entry["always_on_share"]
     if type(k) is not int or not 1 <= k <= width:
-        raise UserError(f"has a k of {k!r}, not a whole number from 1 to {width}")
+        return f"has a k of {k!r}, not a whole number from 1 to {width}"
     if type(share) not in (int, float) or not 0 <= share <= 1:
-        raise UserError(f"has an always-on share of {share!r}, not a number in [0, 1]")
-    always_on_count = round(share * k)
-    group_size = k - always_on_count
-    # Where all k are always on, no kernels are left for groups: that is refused below.
-    group_count = (width - always_on_count) // max(1, group_size)
-    size = GateSize(always_on_count, group_size, group_count)
-    if size.width != width or group_count < 2:
-        raise UserError(
-            f"does not fit {width} kernels: {k} of them for an image, {always_on_count} always on, "
-            "leave no two groups or more of one size"
+        return f"has an always-on share of {share!r}, not a number in [0, 1]"
+    size = read_gate_size(entry, width)
+    if size.group_size == 0 or size.group_count < 2 or size.width != width:
+        return (
+            f"does not fit {width} kernels: {k} of them for an image, {size.always_on_count} "
+            "always on, leave no two groups or more of one size"
         )
-    return size
+    return ""
+
+
+def read_gate_size(entry: dict, width: int) -> GateSize:
+    """The gate of a layer of `width` kernels, by a checkpoint's entry for it."""
+    always_on_count = round(entry["always_on_share"] * entry["k"])
+    group_size = entry["k"] - always_on_count
+    group_count = (width - always_on_count) // group_size if group_size else 0
+    return GateSize(always_on_count, group_size, group_count)
 
 
 # ---- fast single images ------------------------------------------------------------------------
 #
-# For one image the start of an operator takes as long as the arithmetic of a small layer. So here
-# convolutions and linear layers are no modules, for a module's call costs as much as a small
-# operator.
+# For one image the call of an operator or module costs as much as the arithmetic of a small layer.
+# So here convolutions and linear layers are no modules.
 #
-# A Gathering... holds the weights of a layer or norm. It gathers those of the kernels at work once
-# for each group, or pair of groups, that it depends on, and keeps them. A LayerRunner is a whole
-# prunable layer with its norm and activation, a GatedRunner is one with a gate. Net.run_prunable
-# calls them, and passes on which group each layer chose.
+# A single image flows like this. The net's `forward` calls `run_prunable` for each prunable layer,
+# and that calls the layer's runner: a LayerRunner or, with a gate, a GatedRunner. The runner
+# chooses a group, runs the layer on the chosen kernels alone, and returns the output and the group.
+# `forward` hands the group to the next layer, which reads only these channels.
+#
+# To take the weights of the chosen kernels out of a layer is slow. So a Gathering... layer or norm
+# does it once for each group, or pair of groups, and keeps what it has taken.
 #
 # In shapes, C_in' and C' are the channels at work: without a gate, all.
 
 
-# eq=False: groups are keys of dicts, so they are compared by identity. The == that dataclass would
-# make compares tensors, which gives no single truth value.
+# eq=False: groups are keys of dicts, and are compared by identity. The == that dataclass would make
+# compares tensors, and fails.
 @dataclass(frozen=True, eq=False)
 class KernelGroup:
     """One of the groups that a gate chooses from."""
@@ -676,7 +693,11 @@ class KernelGroup:
 
 class GatheringLayer:
     """A convolution or linear layer for inference on one image, which reads and computes only the
-    channels at work."""
+    channels at work.
+
+    A layer that is not prunable is called without its own group: the first convolution of a ResNet
+    with x alone, its last layer with x and the group of the layer before.
+    """
 
     is_linear: bool
 
@@ -735,25 +756,27 @@ class GatheringLinear(GatheringLayer):
 
 class GatheringNorm:
     """A batch norm after an activation or pooling, for inference on one image, of the channels at
-    work. Others are folded into their layers before."""
+    work. (A norm right behind its layer has been folded into it, by `fold_batch_norms`.)"""
 
     def __init__(self, norm: nn.BatchNorm2d):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - scale * norm.running_mean
-        # (scale, shift), each (C', 1, 1), by the group that the layer chose; None: all channels.
-        self.gathered = {None: [each.detach()[:, None, None] for each in (scale, shift)]}
+        self.scale = scale.detach()[:, None, None]  # (C, 1, 1)
+        self.shift = shift.detach()[:, None, None]
+        # The group that the layer chose -> (scale, shift) of its channels; None: of all channels.
+        self.gathered = {None: (self.scale, self.shift)}
 
     def __call__(self, y, own: KernelGroup | None = None):
         """(1, C', H, W) -> the same shape. `own` is the group that the layer chose."""
         if own not in self.gathered:
-            self.gathered[own] = [each[own.channels] for each in self.gathered[None]]
+            self.gathered[own] = self.scale[own.channels], self.shift[own.channels]
         scale, shift = self.gathered[own]
         return y * scale + shift
 
 
 class LayerRunner:
-    """A prunable layer with its norm and activation, on one image. It has no gate: all kernels
-    run."""
+    """Runs a prunable layer with its norm, activation and pooling, on one image. This one has no
+    gate, so all kernels run; GatedRunner chooses."""
 
     def __init__(self, layer: GatheringLayer, norm: GatheringNorm | None, prunable: PrunableLayer):
         self.layer = layer
@@ -769,6 +792,7 @@ class LayerRunner:
         return models.finish_layer(y, norm, self.prunable, inplace=True), chosen
 
     def choose_group(self, x, previous: KernelGroup | None) -> KernelGroup | None:
+        """The group whose kernels run; None: all kernels."""
         return None
 
 
@@ -808,44 +832,54 @@ def return_unchanged(x):
 def make_single_image_net(net: Net) -> Net:
     """A copy of `net` for single images: its convolutions and linear layers are no modules any
     more. `net` comes from models.fold_batch_norms, and its tensors are shared."""
-    # deepcopy takes what it finds in this dict, its memo, for copies that it has made already: so
-    # the new net holds the very tensors of `net`.
-    shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
-    net = deepcopy(net, shared)
+    # deepcopy looks into this dict, from ids to copies, before it copies anything. Here each tensor
+    # is its own copy, so the new net holds the very tensors of `net`.
+    copies = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    net = deepcopy(net, copies)
     gates = gates_of(net)
     net.gates = None
+    replace_layers(net)
+    net.layer_runners = [
+        make_layer_runner(net, prunable, gate) for prunable, gate in zip(net.prunable, gates)
+    ]
+    return net
+
+
+def replace_layers(net: Net) -> None:
+    """Put plain callables in the place of all convolutions, linear layers and identities."""
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.Identity):
-            runner = return_unchanged
+            replacement = return_unchanged
         elif isinstance(module, nn.Conv2d):
-            runner = GatheringConvolution(module)
+            replacement = GatheringConvolution(module)
         elif isinstance(module, nn.Linear):
-            runner = GatheringLinear(module)
+            replacement = GatheringLinear(module)
         else:
             continue
         parent_name, _, own_name = name.rpartition(".")
         parent = net.get_submodule(parent_name)
         # A module must go before something else can take its name.
         delattr(parent, own_name)
-        setattr(parent, own_name, runner)
-    net.layer_runners = []
-    for prunable, gate in zip(net.prunable, gates):
-        layer = attrgetter(prunable.layer_name)(net)
-        # norm_name is None where fold_batch_norms has folded the norm.
-        norm = GatheringNorm(net.get_submodule(prunable.norm_name)) if prunable.norm_name else None
-        if gate is None:
-            net.layer_runners.append(LayerRunner(layer, norm, prunable))
-        else:
-            net.layer_runners.append(GatedRunner(layer, norm, prunable, gate))
-    return net
+        setattr(parent, own_name, replacement)
+
+
+def make_layer_runner(net: Net, prunable: PrunableLayer, gate: SEGate | None) -> LayerRunner:
+    """The runner of a prunable layer of a net that `replace_layers` has changed."""
+    layer = attrgetter(prunable.layer_name)(net)
+    norm = None  # there is none, or it is folded into the layer
+    if prunable.norm_name:
+        norm = GatheringNorm(net.get_submodule(prunable.norm_name))
+    if gate is None:
+        return LayerRunner(layer, norm, prunable)
+    return GatedRunner(layer, norm, prunable, gate)
 
 
 class TunedNet:
     """A net for inference alone on a CPU, as `tune` makes it: normalised images (B, C, H, W) ->
     logits (B, classes). It is no nn.Module: it cannot be moved, cast or trained.
 
-    A gate rounds differently for one image and for a batch. So an image between two clusters may
-    get another group there.
+    A gate rounds differently for one image and for a batch. So an image that is about as near to
+    two clusters may get another group alone than in a batch.
     """
 
     def __init__(self, net: Net):
@@ -860,7 +894,8 @@ class TunedNet:
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            return (self.single_net if len(x) == 1 else self.batch_net)(x)
+            net = self.single_net if len(x) == 1 else self.batch_net
+            return net(x)
 
 
 @torch.no_grad()

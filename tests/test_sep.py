@@ -378,7 +378,7 @@ def test_usage_says_what_kernels_serve():
     usage.add(torch.tensor([0]))
 
     assert usage.image_count == 4
-    assert usage.image_counts.tolist() == [3, 0, 1]
+    assert usage.images_per_group.tolist() == [3, 0, 1]
     assert usage.share_of_kernel.tolist() == [1, 0.75, 0, 0.25]
     assert usage.count_kernels() == (1, 2, 1)
     assert usage.groups_in_use == 2

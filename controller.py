@@ -3128,6 +3128,10 @@ IDENTITY = (
 )
 
 
+# What differs as a consequence where a run has other images, or reads them with another net.
+OF_IMAGES = ("data", "images", "train_images", "test_images", "normalisation")
+
+
 def kind_of_data(description: str) -> str:
     """The name of a data set, or OWN_IMAGES for a user's own images in any folder.
 
@@ -3291,8 +3295,12 @@ class RunFolder:
         expected = identity_of(description)
         found = identity_of(results)
         different = [key for key in IDENTITY if found[key] != expected[key]]
+        # The first of these that differs is the cause of those after it, so it is named alone.
+        for cause in ("source", "data", "images"):
+            if cause in different:
+                different = [key for key in different if key not in OF_IMAGES or key == cause]
+                break
         if "source" in different:
-            # With another net the images may differ as a consequence: the cause is named alone.
             different = ["source"]
         if different:
             raise other_run_error(self.path, different)
@@ -4264,7 +4272,7 @@ class SepRow:
         """`lstm`'s structure, pruned until the gates that it may get fit into the target."""
         trainer = self.trainer
         structure = prune_further(
-            self.find_lstm_structure(target),
+            self.find_or_search_lstm_structure(target),
             trainer.baseline.widths,
             trainer.make_reduction_of("sep"),
             target,
@@ -4275,15 +4283,17 @@ class SepRow:
         self.folder.save_results()
         return RecoveredNet(net, candidate, self.folder.search_seconds("lstm") + candidate.seconds)
 
-    def find_lstm_structure(self, target: float) -> tuple[int, ...]:
-        """The structure that `lstm`'s search chooses; it may have to search first."""
-        results = self.folder.results
+    def find_or_search_lstm_structure(self, target: float) -> tuple[int, ...]:
+        """The structure that `lstm`'s search chooses. Where `lstm` has no row yet, it searches, or
+        goes on searching."""
         row = self.folder.find_row("lstm")
-        if row is None or "lstm" not in results["search"]:  # the search goes on, or was lost
-            return run_search(self.trainer, "lstm", target)[1].structure
-        if "lstm" in results["rounded"]:
-            row = results["rounded"]["lstm"]["before"]
-        return tuple(row["widths"])
+        rounding = self.folder.results["rounded"].get("lstm")
+        if row is not None and not self.round_to:
+            return tuple(row["widths"])
+        if row is not None and rounding is not None:
+            return tuple(rounding["before"]["widths"])
+        # With a row, results.json was lost: then the row alone does not say what was rounded.
+        return run_search(self.trainer, "lstm", target)[1].structure
 
     def recover(self, structure, method: str, target: float) -> tuple[Net, Candidate]:
         """A structure pruned from the baseline at once, and its recovery. Its MACs are counted as
@@ -4327,7 +4337,7 @@ class SepRow:
     def recover_rival(self, recovered: RecoveredNet, target: float) -> RecoveredNet:
         """The net that competes with `recovered` and its gates: of `lstm`'s structure, which has no
         gates to pay for."""
-        structure = self.find_lstm_structure(target)
+        structure = self.find_or_search_lstm_structure(target)
         if structure == recovered.score.structure:
             return recovered
         net, candidate = self.recover(structure, "lstm", target)
@@ -4349,7 +4359,7 @@ class SepRow:
         have been another one. The seconds are only those of `lstm`'s final training.
         """
         net, facts = self.checkpoints.load("lstm")
-        # Where results.json was lost, the search was made anew, and may have taken longer.
+        # Where results.json was lost, the search may have been made anew, and taken longer.
         training_seconds = max(0.0, facts["seconds"] - self.folder.search_seconds("lstm"))
         self.folder.say("sep has no gates, so it is lstm's net")
         return TrainedNet(net, facts["validation_accuracy"], training_seconds, facts["curve"])
@@ -4518,7 +4528,13 @@ class Run:
     def make_baseline(self, net: Net, *, is_trained: bool = False) -> Net:
         """The trained baseline: from the folder where it has one, else of `net`, which a user may
         have trained already."""
-        if not self.folder.checkpoint_path("baseline").exists():
+        path = self.folder.checkpoint_path("baseline")
+        if not path.exists():
+            if self.find_row("baseline") and not is_trained:
+                raise UserError(
+                    f"{path} is gone, and another training would give another net; put it back, or "
+                    "--fresh starts the run over"
+                )
             if is_trained:
                 trained = TrainedNet(
                     net.to(self.trainer.device), validation_accuracy=None, seconds=0.0

@@ -341,11 +341,25 @@ class ResNetArchitecture:
         return before, count - before
 
     def fits_size(self, size: int) -> bool:
-        """A residual net takes images of any size."""
+        """Whether shortcuts and convolutions give equal maps for images of that size.
+
+        An averaged shortcut rounds half of an odd side down, and the convolutions beside it round
+        it up. Other residual nets take images of any size.
+        """
+        if not self.is_shortcut_averaged:
+            return True
+        side = math.ceil(size / self.stem_stride)
+        if self.has_stem_pooling:
+            side = side // 2 if self.stem_pooling_kernel == 2 else (side + 1) // 2
+        for block in chain.from_iterable(self.stages):
+            if block.stride > 1:
+                if side % 2 and not block.has_convolution:
+                    return False
+                side = (side + 1) // 2
         return True
 
     def check_size(self, size: int) -> None:
-        """Nothing to refuse."""
+        """For chains alone. The smallest size of a residual net is not known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -1458,7 +1472,13 @@ def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     layer with the same number. The module that reads the images comes first. Linear layers come
     after the convolutions.
     """
-    convolutions = [key for key, value in tensors.items() if value.dim() == 4]
+    # Buffers of a net that normalises its inputs may have four dimensions, too, and so have the
+    # masks of torch.nn.utils.prune.
+    convolutions = [
+        key
+        for key, value in tensors.items()
+        if value.dim() == 4 and key.endswith(("weight", "weight_orig"))
+    ]
     first_prefix = None
     linear_layers, heads = set(), set()
     if convolutions:
@@ -1862,9 +1882,10 @@ EXAMPLE_KEYS = ("inputs", "outputs")
 NORMALISATION_KEYS = ("mean", "std")
 # ours: only so many inputs of an example are used. Each has one output per class to compare.
 MAX_EXAMPLE_INPUTS = 4
-# ours: a reading is accepted up to this difference (`Example.difference_of`). If several are
-# accepted, the nearest one is taken. The outputs of four trained nets in float16, which rounds as
-# a GPU's TF32 does, had differences of up to 0.006.
+# ours: a reading is accepted up to this difference (`Example.difference_of`). Of the usual readings
+# the nearest one is taken. An unusual one is taken if no usual one is accepted, or if it alone
+# differs by less than STRANGE_DIFFERENCE. The outputs of four trained nets in float16, which rounds
+# as a GPU's TF32 does, had differences of up to 0.006.
 EXAMPLE_TOLERANCE = 0.02
 # ours: the user is told of a difference from here on.
 STRANGE_DIFFERENCE = 1e-3
@@ -2112,24 +2133,36 @@ def find_reading_by_example(state: dict, example: Example) -> Reading:
     of READING_ERRORS where none does, or UserError where its numbers are not finite."""
     first_error = None
     differences = []
+    nearest, least_difference = None, math.inf
+    # First the usual readings. The unusual ones are many, so they are tried only if none of the
+    # usual ones computes the example. One that does so only roughly may be a wrong one.
     for read in (read_state, partial(read_unusual_chains, size=example.size)):
         try:
             readings = read(state)
         except READING_ERRORS as error:
             first_error = first_error or error
             continue
-        nearest, difference = find_nearest_reading(readings, example)
-        if difference < EXAMPLE_TOLERANCE:
-            return nearest
+        reading, difference = find_nearest_reading(readings, example)
         differences.append(difference)
+        limit = least_difference
+        if least_difference < EXAMPLE_TOLERANCE:
+            limit = STRANGE_DIFFERENCE  # an unusual reading has to be clearly nearer
+        if difference < limit:
+            nearest, least_difference = reading, difference
+        if least_difference < STRANGE_DIFFERENCE:
+            break
+    if least_difference < EXAMPLE_TOLERANCE:
+        return nearest
     if not differences:
         raise first_error
     inputs = f"its inputs of {example.size} x {example.size} pixels"
-    if min(differences) == math.inf:
-        raise UnreadableError(f"no reading of its weights takes {inputs}")
+    if least_difference == math.inf:
+        raise UnreadableError(
+            f"no reading of its weights takes {inputs}, or computes finite outputs from them"
+        )
     raise UnreadableError(
         f"no reading of its weights computes its outputs from {inputs} (the nearest differs by "
-        f"{min(differences):.0%}); either they are not of these weights in eval mode and float32, "
+        f"{least_difference:.0%}); either they are not of these weights in eval mode and float32, "
         "or the net does something that this tool does not take (docs/your-net.md)"
     )
 
@@ -2226,12 +2259,12 @@ def find_state_dicts(content, path: Path) -> Iterator[tuple[dict[str, torch.Tens
             f"{path} holds no state dict (bare, or in a dict under any name); "
             "torch.save(net.state_dict(), FILE) makes such a file"
         )
-    averaged = [name for name in found if AVERAGE_WORDS.search(name.lower())]
-    for name in [*averaged, *(name for name in found if name not in averaged)]:
-        tensors = found[name]
+    averaged = [place for place in found if AVERAGE_WORDS.search(name_of_place(place).lower())]
+    for place in [*averaged, *(place for place in found if place not in averaged)]:
+        tensors = found[place]
         for other in found.values():
             # Some averages hold the parameters only: the net's own buffers complete them.
-            if name in averaged and tensors.keys() < other.keys():
+            if place in averaged and tensors.keys() < other.keys():
                 tensors = other | tensors
         state = convert_tensors(tensors, path)
         if any(key.startswith("gates.") for key in state):
@@ -2239,31 +2272,37 @@ def find_state_dicts(content, path: Path) -> Iterator[tuple[dict[str, torch.Tens
                 f"{path}: weights alone of a gated net do not say how many kernels its gates keep; "
                 "give the checkpoint that they are from"
             )
-        yield strip_wrappers(apply_masks(state)), list_notes(name, found, path)
+        yield strip_wrappers(apply_masks(state)), list_notes(place, found, path)
 
 
-def list_notes(name: str, found: dict[str, dict], path: Path) -> list[str]:
-    """What the user is told where the state dict of that name is taken."""
+def name_of_place(place: tuple) -> str:
+    """Where in a file a state dict is, by the keys and indices that lead to it."""
+    return ".".join(map(str, place)) or "the outermost"
+
+
+def list_notes(place: tuple, found: dict[tuple, dict], path: Path) -> list[str]:
+    """What the user is told where the state dict at that place is taken."""
     notes = []
     if len(found) > 1:
-        others = [other for other in found if other != name]
-        names = ", ".join(other or "the outermost" for other in others)
-        note = f"{path} holds several state dicts; taken is {name or 'the outermost'}, not {names}"
+        others = [other for other in found if other != place]
+        names = ", ".join(map(name_of_place, others))
+        note = f"{path} holds several state dicts; taken is {name_of_place(place)}, not {names}"
         if others[0]:
-            keys = "".join(f"[{key!r}]" for key in others[0].split("."))
+            keys = "".join(f"[{key!r}]" for key in others[0])
             note += f"; for another: torch.save(torch.load(FILE){keys}, 'other.pt')"
         notes.append(note)
+    # Vectors of the net itself, in no module: perhaps a learned scale.
     vectors = [
         f"{key} ({value.numel()} numbers)"
-        for key, value in found[name].items()
+        for key, value in found[place].items()
         if "." not in key and value.is_floating_point() and value.dim() == 1 and len(value) > 1
     ]
-    if vectors and len(vectors) < len(found[name]):
+    if vectors and len(vectors) < len(found[place]):
         notes.append(
             f"{path}: {', '.join(vectors)} are of no layer and not used; if the net computes with "
             "them, it is read wrongly"
         )
-    kinds = {str(value.dtype).removeprefix("torch.") for value in found[name].values()}
+    kinds = {str(value.dtype).removeprefix("torch.") for value in found[place].values()}
     halves = sorted(kinds & {"float16", "bfloat16"})
     if halves:
         notes.append(f"its weights are in {' and '.join(halves)}; they are computed in float32")
@@ -2281,18 +2320,27 @@ def convert_tensors(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, t
     return state
 
 
-def list_state_dicts(content, name: str = "") -> Iterator[tuple[str, dict]]:
-    """Yield (where it is, tensors by name) for every state dict in `content`, however deep."""
+def list_state_dicts(content, place: tuple = ()) -> Iterator[tuple[tuple, dict]]:
+    """Yield (where it is, tensors by name) for every state dict in `content`, however deep.
+
+    Where it is: the keys of dicts and the indices of lists that lead to it.
+    """
     if isinstance(content, list | tuple):
-        content = {str(index): value for index, value in enumerate(content)}
-    if not isinstance(content, dict):
+        content = dict(enumerate(content))
+        keys = list(content)
+    elif isinstance(content, dict):
+        keys = [
+            key
+            for key in content
+            if isinstance(key, str) and not OPTIMIZER_WORDS.search(key.lower())
+        ]
+    else:
         return
     tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
     if any(value.dim() > 1 for value in tensors.values()):
-        yield name, tensors
-    for key, value in content.items():
-        if isinstance(key, str) and not OPTIMIZER_WORDS.search(key.lower()):
-            yield from list_state_dicts(value, f"{name}.{key}" if name else key)
+        yield place, tensors
+    for key in keys:
+        yield from list_state_dicts(content[key], (*place, key))
 
 
 def apply_masks(state: dict) -> dict:
@@ -2419,10 +2467,23 @@ def spread_selections(found: dict[str, FoundModule]) -> None:
             selection = None
 
 
+# Tensors that change nothing: of a channel selection, which
+# `spread_selections` has applied, and of thop, which counts operations.
+HARMLESS_TENSORS = {"indexes", "total_ops", "total_params"}
+# The tensors that this tool reads of a layer or batch norm.
+LAYER_TENSORS = {"weight", "bias", "running_mean", "running_var"}
+
+
 def check_weights(modules: list[FoundModule]) -> None:
     """Raise UnreadableError where weights are empty, no floating-point numbers, or of kernels
-    that are not square."""
+    that are not square, and where a layer has more parameters than these."""
     for module in modules:
+        for name, value in module.tensors.items():
+            if value.is_floating_point() and name not in LAYER_TENSORS | HARMLESS_TENSORS:
+                raise UnreadableError(
+                    f"{module.name}.{name} is a parameter of no known layer (a learned scale, or "
+                    "an adapter as LoRA's?)"
+                )
         weight = module.tensors.get("weight", module.tensors.get("running_mean"))
         if not weight.is_floating_point() or not weight.numel():
             raise UnreadableError(f"{module.name} has weights of {weight.dtype}, or none")
@@ -2430,9 +2491,6 @@ def check_weights(modules: list[FoundModule]) -> None:
             raise UnreadableError(f"{module.name} has kernels that are not square")
 
 
-# Tensors in modules without weights that change nothing: of a channel selection, which
-# `spread_selections` has applied, and of thop, which counts operations.
-HARMLESS_TENSORS = {"indexes", "total_ops", "total_params"}
 # Names of modules that change nothing: a training for quantisation observes ranges with them.
 HARMLESS_MODULES = re.compile(r"activation_post_process|fake_quant")
 
@@ -2479,9 +2537,17 @@ def is_prelu_outside(module: FoundModule, classes: int) -> bool:
 def read_state(state: dict) -> list[Reading]:
     """All that a state dict may be, the likeliest first. Raises one of READING_ERRORS, or UserError
     where its numbers are not finite."""
-    readings = read_modules(list_modules(state))
-    check_is_finite(state)  # here the tensors still have the user's names
+    modules = list_modules(state)
+    names = {module.name for module in modules}
+    readings = read_modules(modules)
+    check_layers_are_finite(state, names)
     return readings
+
+
+def check_layers_are_finite(state: dict, names: set[str]) -> None:
+    """`check_is_finite` of the layers and norms of these names. Other tensors, as an observer's for
+    quantisation, are not used, and may be infinite."""
+    check_is_finite({key: value for key, value in state.items() if parent_of(key) in names})
 
 
 def read_modules(modules: list[FoundModule]) -> list[Reading]:
@@ -2564,21 +2630,21 @@ def read_unusual_chains(state: dict, size: int) -> list[Reading]:
     """The readings of a state dict as a chain with strides, other poolings or late norms, for
     images of that size; errors as those of `read_state`.
 
-    Most weights have hundreds or thousands of them, which accuracy could not tell apart. So they
-    are tried with an Example only.
+    There are hundreds or thousands of such readings for most state dicts, and accuracy cannot tell
+    them apart. So they are tried only with an Example.
     """
     readings, first_error = [], None
     for place, is_late in product(NORM_PLACES, (False, True)):
         try:
-            # New modules each time: to read them changes them.
-            modules = list_modules(state)
+            modules = list_modules(state)  # anew each time, because find_chain changes them
+            names = {module.name for module in modules}
             found = find_chain(modules, norm_place=place, has_late_linear_norms=is_late)
             readings += make_readings(found, list_unusual_chains(found, place, size))
         except READING_ERRORS as error:
             first_error = first_error or error
     if not readings:
         raise first_error
-    check_is_finite(state)
+    check_layers_are_finite(state, names)
     return readings
 
 
@@ -3893,8 +3959,14 @@ def export_net(net: Net, path: Path, mean, std, size: int, *, may_replace: bool 
     expected = plain(images)
 
     def write(temporary: Path) -> float:
-        run_file = write_program(folded, temporary, images[:2], path.suffix.lower() == ".onnx")
-        found = torch.cat([run_file(images[:1]), run_file(images[1:])])
+        try:
+            run_file = write_program(folded, temporary, images[:2], path.suffix.lower() == ".onnx")
+            found = torch.cat([run_file(images[:1]), run_file(images[1:])])
+        except (OSError, ImportError, MemoryError):
+            raise
+        except Exception as error:  # the exporters and onnxruntime raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: this net cannot be exported: {reason}") from error
         largest_logit = expected.abs().max().clamp_min(1e-9)
         difference = ((found - expected).abs().max() / largest_logit).item()
         if not difference < EXPORT_TOLERANCE:  # also where it is no number

@@ -2115,6 +2115,17 @@ def test_a_folder_without_results_gives_no_net_to_another_run(key, value, tmp_pa
         make_run(tmp_path).make_baseline(make_lenet())
 
 
+def test_a_baseline_that_is_gone_is_not_trained_anew_for_its_rows(tmp_path):
+    make_run(tmp_path).make_baseline(make_lenet())
+    (tmp_path / "baseline.pt").unlink()
+    spy = Spy()
+
+    with pytest.raises(UserError, match=r"baseline\.pt is gone, and another training would give"):
+        make_run(tmp_path, spy).make_baseline(make_lenet())
+
+    assert spy.epochs == 0
+
+
 def test_another_target_is_another_search(tmp_path):
     spy = Spy()
     run = make_run(tmp_path, spy)

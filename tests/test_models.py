@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -688,6 +689,9 @@ def test_what_was_taken_from_a_file_is_noted(tmp_path):
         f"{tmp_path}/a.pt holds several state dicts; taken is model_ema, not model; for another: "
         "torch.save(torch.load(FILE)['model'], 'other.pt')"
     ]
+    torch.save({"epoch": 3, "nets": [state, state]}, tmp_path / "d.pt")
+    (note,) = models.read_checkpoint(tmp_path / "d.pt")["notes"]
+    assert note.endswith("torch.save(torch.load(FILE)['nets'][1], 'other.pt')")
     notes = models.read_checkpoint(tmp_path / "b.pt")["notes"]
     assert notes == ["its weights are in float16; they are computed in float32"]
     torch.save({"scale": torch.ones(16)} | state, tmp_path / "c.pt")
@@ -905,6 +909,51 @@ def test_safetensors_may_hold_an_example(tmp_path):
     assert facts == {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
+def test_a_normaliser_in_a_file_in_alphabetical_order_is_no_convolution(tmp_path):
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    net, x = make_lively_net("resnet8")
+    state = {f"model.{key.replace('layer', 'block')}": v for key, v in net.state_dict().items()}
+    buffers = {"normalize.mean": torch.zeros(1, 3, 1, 1), "normalize.std": torch.ones(1, 3, 1, 1)}
+    safetensors_torch.save_file(state | buffers, tmp_path / "a.safetensors")
+
+    loaded_net, facts = sep.load(tmp_path / "a.safetensors")
+
+    assert facts == {"mean": [0.0] * 3, "std": [1.0] * 3}
+    assert torch.allclose(loaded_net.eval()(x), net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["conv1.gain", "fc1.lora_A", "conv2.scale"])
+def test_a_parameter_that_a_layer_has_besides_is_refused(tmp_path, key):
+    state = make_lively_net("lenet5")[0].state_dict()
+    torch.save(state | {key: torch.ones(3, 2)}, tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match=rf"{key} is a parameter of no known layer"):
+        sep.load(tmp_path / "a.pt")
+
+
+def test_an_infinite_number_that_is_of_no_layer_is_ignored(tmp_path):
+    net, x = make_lively_net("resnet8")
+    observer = {"relu.activation_post_process.min_val": torch.tensor(torch.inf)}
+    torch.save(observer | net.state_dict(), tmp_path / "a.pt")
+
+    assert torch.allclose(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x), atol=1e-5)
+
+
+def test_a_residual_net_with_averaged_shortcuts_takes_no_image_whose_half_is_uneven():
+    architecture = models.named_architecture("resnet8")
+    averaged = replace(architecture, is_shortcut_averaged=True)
+
+    for size in range(8, 40):
+        net = models.build_net(replace(averaged, size=size), models.default_widths("resnet8"))
+        try:
+            net.eval()(torch.zeros(1, 3, size, size))
+            runs = True
+        except RuntimeError:
+            runs = False
+        assert averaged.fits_size(size) == runs
+        assert architecture.fits_size(size)
+
+
 @pytest.mark.parametrize("form", ["nested", "flat", "safetensors"])
 def test_a_mean_and_std_are_taken_without_inputs_and_outputs(tmp_path, form):
     state = make_lively_net("resnet8")[0].state_dict()
@@ -1011,6 +1060,29 @@ def test_an_example_may_be_of_probabilities_and_rounded(tmp_path, change):
     assert loaded_net.architecture == net.architecture
     assert torch.equal(loaded_net.eval()(x), net(x))
     assert facts == {"mean": [pytest.approx(0.2)], "std": [0.5]}
+
+
+def test_a_late_norm_that_changes_little_is_not_taken_for_an_early_one(tmp_path):
+    early = models.Convolution(5, 0, has_norm=True, pooling="max")
+    late = replace(early, norm_place=models.AFTER_ACTIVATION)
+    architecture = models.named_architecture("lenet5", channels=1, size=28)
+    torch.manual_seed(0)
+    net = models.build_net(replace(architecture, convolutions=(late, late)), (4, 8, 20))
+    for prunable in net.prunable[:2]:
+        nn.init.normal_(net.get_submodule(prunable.norm_name).bias, 0, 0.002)
+    x = torch.randn(4, 1, 28, 28)
+    content = {"net": net.state_dict(), "inputs": x, "outputs": net.eval()(x)}
+    torch.save(content, tmp_path / "a.pt")
+
+    loaded_net, _ = sep.load(tmp_path / "a.pt")
+
+    early_architecture = replace(architecture, convolutions=(early, early))
+    early_net = models.build_net(early_architecture, (4, 8, 20)).eval()
+    early_net.load_state_dict(net.state_dict())
+    example = models.Example(x, net(x).detach())
+    difference = example.difference_of(early_net(x).detach())
+    assert models.STRANGE_DIFFERENCE < difference < models.EXAMPLE_TOLERANCE
+    assert {prunable.norm_place for prunable in loaded_net.prunable[:2]} == {late.norm_place}
 
 
 def test_an_example_tells_which_of_several_state_dicts_is_meant(tmp_path):
@@ -1348,6 +1420,19 @@ def test_an_export_to_onnx_without_onnxruntime_names_it_and_leaves_nothing(tmp_p
 
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
         models.export_net(net, tmp_path / "a.onnx", [0.5], [0.5], 28)
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exporter_that_fails_says_so_in_one_line(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise ArithmeticError("no such\noperator")
+
+    monkeypatch.setattr(models, "write_program", fail)
+    net = build("lenet5", (2, 3, 5), channels=1, size=28)
+
+    with pytest.raises(UserError, match=r"a\.pt2: this net cannot be exported: no such operator"):
+        models.export_net(net, tmp_path / "a.pt2", [0.5], [0.5], 28)
 
     assert not list(tmp_path.iterdir())
 

@@ -1560,7 +1560,7 @@ def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     first.unlink()
     status, out, err = call(capsys, *command)
     assert status == 2
-    assert "holds a run with other train_images" in err
+    assert "holds a run with other images, or the same at another size;" in err
     assert is_one_line(err)
 
     for part in ("train", "test"):

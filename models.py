@@ -31,7 +31,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO, StringIO
-from itertools import chain, groupby, pairwise, product
+from itertools import accumulate, chain, groupby, pairwise, product
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -1654,20 +1654,19 @@ def describe_shape(tensor: torch.Tensor) -> str:
 
 # ---- checkpoints: foreign state dicts ----------------------------------------------------------
 #
-# A state dict lists its tensors in the order in which the net's modules were made. The shapes say
-# what each module is, and how it is chained to the next one. `recognise_state_dict` makes a net of
-# it, in these steps:
+# A state dict lists its tensors in the order in which the modules were registered. Shapes say what
+# each module is and how it is chained to the next one. The calls:
 #
-#   take_example        some inputs and outputs of the net, if its owner put them into the file
-#   take_normalisation  the mean and std of its images, if its owner put them into the file
-#   find_state_dicts    the weights in the file, their names without wrappers
-#   list_modules        convolutions, batch norms and linear layers, in their order
-#   group_blocks        are they the blocks of a residual net, or one chain?
-#   read_chain, read_residual_net
-#                       every architecture that fits, the likeliest first, each as a Reading
-#   find_reading_by_example
-#                       with an example: the one reading that computes it. Chains with strides and
-#                       the like are tried, too (read_unusual_chains)
+#   recognise_state_dict
+#     take_example, take_normalisation   what the owner put into the file beside the weights
+#     read_first_net                     the first state dict in the file that is a known net
+#       find_state_dicts                   candidates, averaged copies first, names without wrappers
+#       split_inner_normalisation          mean and std that the net itself applies
+#       read_state                         without an example: all readings, the likeliest first
+#         list_modules                       convolutions, linear layers and batch norms, in order
+#         read_modules                       group_blocks, then read_chain or read_residual_net
+#       find_reading_by_example            with an example: the reading that computes it; tries
+#                                          those of read_state, then read_unusual_chains
 #
 # What shapes and names do not say (where poolings stand, which kind of shortcut it is) has several
 # readings. Without an example nothing here knows which is right: controller.find_reading tries them
@@ -1678,7 +1677,7 @@ KNOWN_NETS = (
 )
 # Parts of the names of averaged copies of a net.
 AVERAGE_WORDS = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|shadow)($|[._\d-])")
-# Parts of names under which a training keeps tensors that are no net's.
+# Parts of names under which a training keeps tensors that are not the weights of a net.
 OPTIMIZER_WORDS = re.compile(
     r"optimi[sz]er|(^|[._-])optim($|[._\d-])|scheduler|(^|[._-])scaler|momentum"
 )
@@ -1728,8 +1727,10 @@ def change_activation(readings: list[Reading], activation: str) -> list[Reading]
 
     Readings that differ only in their activation become one.
     """
-    usual = readings[0].architecture.activation
-    kept = [reading for reading in readings if reading.architecture.activation == usual]
+    # Every other choice is listed once for each activation that is tried. So the readings with the
+    # activation of the first one have all these choices.
+    first_activation = readings[0].architecture.activation
+    kept = [reading for reading in readings if reading.architecture.activation == first_activation]
     return [reading.with_activation(activation) for reading in kept]
 
 
@@ -1781,7 +1782,7 @@ class UnusualError(UnreadableError):
     """Why a chain cannot be read from its weights alone; with an Example it may still be read."""
 
 
-# What a state dict of some other net may raise.
+# What reading a state dict raises if it is of another net than expected.
 READING_ERRORS = (
     UnreadableError,
     # Half a batch norm, tensors of odd kinds and the like.
@@ -1908,7 +1909,8 @@ class Example:
     least_log: float | None = None
 
     def normalised_by(self, normalisation: dict) -> "Example":
-        """The same example for the net without its own normalisation of inputs.
+        """The example with inputs that are normalised already, as what comes behind the net's own
+        normalisation reads them.
 
         `normalisation` holds its mean and std, from `split_inner_normalisation`; {} if it has none.
         """
@@ -1955,8 +1957,8 @@ class Example:
         this input is returned. Most wrong nets are found so, in less time.
         """
         difference = self.difference_of(net(self.inputs[:1]))
-        # The squared difference of one input is at most N times the mean over all N inputs. Above
-        # this limit, therefore, the difference over all inputs is above the tolerance, too.
+        # The squared difference over all N inputs is the mean of those of each input. So it is at
+        # least 1 / N of the first input's. Above this limit it exceeds the tolerance.
         if difference > tolerance * len(self.inputs) ** 0.5:
             return difference
         return self.difference_of(net(self.inputs))
@@ -1980,9 +1982,10 @@ def take_example(content: dict, path: Path) -> Example | None:
     are_arrays = [hasattr(value, "__array__") for value in values]  # tensors, or numpy's arrays
     if not any(are_arrays):
         return None
-    for key, other in (EXAMPLE_KEYS, EXAMPLE_KEYS[::-1]):
-        if other not in content:
-            raise UserError(f"{path}: it has {key} but no {other}; {ADVICE_ON_EXAMPLES}")
+    for key in EXAMPLE_KEYS:
+        if key not in content:
+            present = "inputs" if key == "outputs" else "outputs"
+            raise UserError(f"{path}: it has {present} but no {key}; {ADVICE_ON_EXAMPLES}")
     if not are_arrays[0]:
         kind = type(values[0]).__name__
         raise UserError(f"{path}: its inputs are no tensor, but {kind}; {ADVICE_ON_EXAMPLES}")
@@ -2051,14 +2054,14 @@ def take_normalisation(content: dict) -> dict:
     others = [
         value for key, value in content.items() if key not in EXAMPLE_KEYS and key not in found
     ]
-    is_state_dict = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
-    if is_state_dict and all(getattr(value, "ndim", 0) > 2 for value in found.values()):
+    if any(isinstance(value, dict) for value in found.values()):
+        return {}  # `mean` or `std` may be the name of a state dict
+    if all(value is None for value in found.values()):
+        return {}  # there are none, or the owner says that they are not known
+    has_weights = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
+    if has_weights and all(getattr(value, "ndim", 0) > 2 for value in found.values()):
         return {}  # they are buffers of the net: `split_inner_normalisation` takes them
-    # A value of None says that the normalisation is not known. A value that is a dict may be the
-    # state dict of a net, so it is no normalisation.
-    is_normalisation = any(value is not None for value in found.values())
-    has_state_dict = any(isinstance(value, dict) for value in found.values())
-    return found if is_normalisation and not has_state_dict else {}
+    return found
 
 
 def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, list[float]]:
@@ -2068,9 +2071,8 @@ def read_normalisation(values: dict, channels: int, path: Path) -> dict[str, lis
     missing, has another count of numbers, a number outside 0 to 1, or a std of 0.
     """
     if len(values) == 1:
-        (key,) = values
-        (missing,) = set(NORMALISATION_KEYS) - {key}
-        raise UserError(f"{path}: it has a {key} but no {missing}; {ADVICE_ON_NORMALISATION}")
+        present, missing = ("mean", "std") if "mean" in values else ("std", "mean")
+        raise UserError(f"{path}: it has a {present} but no {missing}; {ADVICE_ON_NORMALISATION}")
     normalisation = {}
     for key, value in values.items():
         try:
@@ -2203,8 +2205,11 @@ def find_nearest_reading(readings: list[Reading], example: Example) -> tuple[Rea
 
 
 def build_in_turn(readings: Iterable[Reading]) -> Iterator[tuple[Reading, Net]]:
-    """Yield each reading with its net in evaluation mode. Use the net at once: chains of the same
-    weights are one net, whose architecture the next step of the loop switches."""
+    """Yield each reading with its net in evaluation mode.
+
+    Consecutive chains with the same state share one net object, and the next step changes its
+    architecture. So use each net before taking the next one.
+    """
     net = state = None
     for reading in readings:
         if isinstance(net, ChainNet) and reading.state is state:
@@ -2367,11 +2372,12 @@ def strip_wrappers(state: dict) -> dict:
     for key in state:
         # A tensor whose whole name is a wrapper's keeps it.
         parts[key] = [part for part in key.split(".") if part not in WRAPPER_PARTS] or [key]
-    while (first := find_first_part(state, parts)) is not None:
+    while (first := find_part_to_strip(state, parts)) is not None:
         has_other_weights = any(
             names[0] != first and state[key].dim() > 1 for key, names in parts.items()
         )
-        if has_other_weights:  # of the net of which `first` is an averaged copy
+        if has_other_weights:
+            # `first` is an averaged copy, and the others are the net that was averaged.
             parts = {key: names for key, names in parts.items() if names[0] == first}
         parts = {
             key: names[1:] if names[0] == first and len(names) > 1 else names
@@ -2380,7 +2386,7 @@ def strip_wrappers(state: dict) -> dict:
     return {".".join(names): state[key] for key, names in parts.items()}
 
 
-def find_first_part(state: dict, parts: dict[str, list[str]]) -> str | None:
+def find_part_to_strip(state: dict, parts: dict[str, list[str]]) -> str | None:
     """The first part to strip from the names; None where nothing is to be stripped (fc.weight).
 
     `parts` holds the parts of each name by its key in `state`. The part to strip is the first one
@@ -2396,11 +2402,14 @@ def find_first_part(state: dict, parts: dict[str, list[str]]) -> str | None:
         first = next(iter(shapes_of))
         norm_keys = [key for key in parts if key.endswith("running_mean")]
         if any(parts[key][0] != first for key in norm_keys):
-            return None  # the norms of these layers are listed by themselves
+            # The layers share this part, but the norms have another one (layers.0, norms.0). So it
+            # is not the name of the net.
+            return None
     if first is None:
         return None
     shortest = min(len(parts[key]) for key in weight_keys if parts[key][0] == first)
-    return first if shortest > 2 else None  # PART.LAYER.weight, not LAYER.weight
+    # Strip it only from PART.LAYER.weight. In LAYER.weight it is the name of the layer.
+    return first if shortest > 2 else None
 
 
 def find_averaged_copy(shapes_of: dict[str, list]) -> str | None:
@@ -2552,16 +2561,16 @@ def check_layers_are_finite(state: dict, names: set[str]) -> None:
 
 def read_modules(modules: list[FoundModule]) -> list[Reading]:
     """All that these modules may be, the likeliest first. Raises UnreadableError."""
-    blocks = group_blocks(modules)
-    if blocks is None:
+    groups = group_blocks(modules)
+    if groups is None:
         return read_chain(modules)
     convolutions = sum(module.is_convolution for module in modules)
-    if convolutions >= VGG_CONVOLUTIONS and not all(block.is_sequence for block in blocks):
-        return read_residual_net(modules, blocks)
+    if convolutions >= VGG_CONVOLUTIONS and not all(group.is_sequence for group in groups):
+        return read_residual_net(modules, groups)
     # These blocks may also be a chain: there are few convolutions, or each block is a sequence,
     # which has no shortcut.
     readings, errors = [], []
-    for read in (partial(read_residual_net, groups=blocks), read_chain):
+    for read in (partial(read_residual_net, groups=groups), read_chain):
         try:
             readings += read(modules)
         except READING_ERRORS as error:
@@ -2605,6 +2614,12 @@ def put_norm(state: dict, name: str, norm: FoundModule, bias=None) -> None:
 
 
 # ---- checkpoints: chains
+#
+# A norm is late if it stands after the activation or the pooling of its layer. A late norm of a
+# convolution stays a norm (Convolution.norm_place). A late norm of a linear layer is folded into
+# the next linear layer, because nothing stands between the two. The numbers of modules in an
+# nn.Sequential may show that a norm is late. Otherwise both cases are tried, and only an Example
+# can decide.
 
 
 @dataclass
@@ -2671,7 +2686,7 @@ def find_chain(
     norm_of = match_norms(modules)
     last_norm = norm_of.pop(linear_layers[-1].name, None)
     if last_norm is not None:
-        if is_after_activation(last_norm, linear_layers[-1]):
+        if has_gap_between(linear_layers[-1], last_norm):
             raise UnreadableError(f"{last_norm.name} stands after an activation of the last layer")
         fold_norm(last_norm, linear_layers[-1], is_norm_first=False)
     check_norm_places(convolutions, norm_of, norm_place)
@@ -2706,11 +2721,14 @@ def flatten_head(modules: list[FoundModule]) -> None:
     has_linear_layer = any(module.is_linear for module in modules)
     for index, module in enumerate(convolutions):
         followers = convolutions[index + 1 :]
-        is_head = module.kernel >= WHOLE_MAP_KERNEL and all(each.kernel == 1 for each in followers)
-        if index and is_head and (followers or not has_linear_layer):
-            for each in (module, *followers):
-                each.tensors["weight"] = each.weight.flatten(1)
-            return
+        are_followers_small = all(follower.kernel == 1 for follower in followers)
+        if index == 0 or module.kernel < WHOLE_MAP_KERNEL or not are_followers_small:
+            continue
+        if not followers and has_linear_layer:
+            continue  # it stays a convolution: its map may be larger
+        for convolution in (module, *followers):
+            convolution.tensors["weight"] = convolution.weight.flatten(1)
+        return
 
 
 def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> dict:
@@ -2731,8 +2749,9 @@ def translate_chain_state(architecture: ChainArchitecture, layers, norm_of) -> d
 
 
 def check_chain(modules, convolutions, linear_layers) -> None:
-    """Raise UnreadableError where these layers are no chain, each reading what the one before it
-    puts out."""
+    """Raise UnreadableError unless these layers are a chain, each reading what the one before it
+    puts out, which ends in a linear layer, has something to prune, and has no names of residual
+    nets."""
     last = [module for module in modules if not module.is_norm][-1]
     if not last.is_linear:
         raise UnreadableError(
@@ -2744,8 +2763,8 @@ def check_chain(modules, convolutions, linear_layers) -> None:
     shortcuts = [module.name for module in modules if RESIDUAL_WORDS.search(module.name.lower())]
     if shortcuts:
         raise UnreadableError(
-            f"{shortcuts[0]} looks like part of a residual net, but its blocks are not one first "
-            "convolution and then blocks of two to four, each in a module of its own"
+            f"{shortcuts[0]} looks like part of a residual net, but it does not consist of a first "
+            "convolution and blocks of two to four convolutions, each block in a module of its own"
         )
     for before, after in [*pairwise(convolutions), *pairwise(linear_layers)]:
         if after.inputs != before.outputs:
@@ -2762,7 +2781,10 @@ def check_first_kernel(convolutions) -> None:
 
 
 def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
+    """Why a layer cannot read what the one before it puts out, with a guess of the cause."""
     guess = ""
+    # In a gray net a convolution that reads 1 channel may also read the image. Then it is a branch,
+    # unless it keeps the number of channels.
     if after.is_convolution and after.inputs == 1 and after.outputs == before.outputs:
         guess = " (a depthwise convolution?)"
     elif after.is_convolution and after.inputs == convolutions[0].inputs:
@@ -2795,8 +2817,9 @@ def steps_between(first: FoundModule, second: FoundModule) -> int | None:
     return numbers[1] - numbers[0]
 
 
-def is_after_activation(norm: FoundModule, layer: FoundModule) -> bool:
-    """Whether numbers leave room for an activation between a layer and its norm."""
+def has_gap_between(layer: FoundModule, norm: FoundModule) -> bool:
+    """Whether their numbers in an nn.Sequential leave room for a module, such as an activation,
+    between a layer and its norm. False where there are no such numbers."""
     steps = steps_between(layer, norm)
     return steps is not None and steps > 1
 
@@ -2812,9 +2835,9 @@ def check_norm_places(convolutions, norm_of: dict[str, FoundModule], place: str)
         norm = norm_of[layer.name]
         if steps_between(layer, norm) is None:
             continue
-        if is_after_activation(norm, layer) and not is_late:
+        if has_gap_between(layer, norm) and not is_late:
             raise UnusualError(f"{norm.name} stands after an activation, not before it")
-        if not is_after_activation(norm, layer) and is_late:
+        if not has_gap_between(layer, norm) and is_late:
             raise UnreadableError(f"{norm.name} stands right behind {layer.name}")
 
 
@@ -2823,20 +2846,20 @@ def fold_late_norms(linear_layers, norm_of: dict[str, FoundModule], *, folds_all
     scale into its weights, the shift into its bias. Changes the layers and `norm_of` in place.
 
     Norms that stand there by the numbers in the names are always folded. With `folds_all`, norms
-    whose place no numbers show are folded, too; UnreadableError is raised where there are none of
-    these.
+    whose place no numbers show are folded, too. UnreadableError is raised where there are none of
+    these, for then `folds_all` changes nothing.
     """
-    is_any_place_unknown = False
+    has_norm_of_unknown_place = False
     for layer, after in pairwise(linear_layers):
         norm = norm_of.get(layer.name)
         if norm is None:
             continue
         is_place_unknown = steps_between(layer, norm) is None
-        is_any_place_unknown = is_any_place_unknown or is_place_unknown
-        if is_after_activation(norm, layer) or (is_place_unknown and folds_all):
+        has_norm_of_unknown_place = has_norm_of_unknown_place or is_place_unknown
+        if has_gap_between(layer, norm) or (is_place_unknown and folds_all):
             fold_norm(norm, after, is_norm_first=True)
             del norm_of[layer.name]
-    if folds_all and not is_any_place_unknown:
+    if folds_all and not has_norm_of_unknown_place:
         raise UnreadableError("no norm stands behind a linear layer, or numbers tell where")
 
 
@@ -2883,48 +2906,65 @@ def match_norms(modules: list[FoundModule]) -> dict[str, FoundModule]:
     Raises UnreadableError where none fits.
     """
     norm_of = {}
-    loose = []
+    unmatched_norms = []
     layers = []
-    for is_norm, neighbours in groupby(modules, key=attrgetter("is_norm")):
+    for is_norm, run in groupby(modules, key=attrgetter("is_norm")):
         if not is_norm:
-            layers = list(neighbours)
+            layers = list(run)
             continue
-        norms = list(neighbours)
-        pairs = pair_by_number(layers, norms) or list(zip(layers[-len(norms) :], norms))
-        if len(layers) < len(norms) or not have_same_widths(pairs):
-            pairs = list(zip(layers[-1:], norms))
-        if not have_same_widths(pairs):
-            pairs = []
-        loose += norms[len(pairs) :]
-        for layer, norm in pairs:
-            norm_of[layer.name] = norm
-    for norm in loose:
-        reader = find_linear_layer_behind(norm, modules)
-        if reader is not None:
-            fold_norm(norm, reader, is_norm_first=True)
-            continue
-        without_norm = [
-            layer
-            for layer in modules
-            if not layer.is_norm
-            and layer.name not in norm_of
-            and layer.outputs == norm.outputs
-            and not stands_behind(layer, norm)
-        ]
-        readers = [
-            module for module in modules if module.is_linear and module.inputs == norm.outputs
-        ]
-        if without_norm:
-            norm_of[without_norm[0].name] = norm
-        elif len(readers) == 1:
-            fold_norm(norm, readers[0], is_norm_first=True)
-        else:
-            raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
+        norms = list(run)
+        pairs = pair_run(layers, norms)
+        norm_of |= {layer.name: norm for layer, norm in pairs}
+        unmatched_norms += norms[len(pairs) :]
+    for norm in unmatched_norms:
+        place_unmatched_norm(norm, modules, norm_of)
     return norm_of
 
 
-def stands_behind(layer: FoundModule, norm: FoundModule) -> bool:
-    """Whether numbers in the names say that a layer comes after a norm."""
+def pair_run(
+    layers: list[FoundModule], norms: list[FoundModule]
+) -> list[tuple[FoundModule, FoundModule]]:
+    """Pair the first norms of a run with layers of the run before it, by the rules 1 to 3 of
+    `match_norms`; [] if none fits."""
+    by_number = pair_by_number(layers, norms)
+    if by_number:
+        return by_number
+    if len(layers) >= len(norms):
+        one_for_each = list(zip(layers[-len(norms) :], norms))
+        if have_same_widths(one_for_each):
+            return one_for_each
+    last_and_first = list(zip(layers[-1:], norms))
+    return last_and_first if have_same_widths(last_and_first) else []
+
+
+def place_unmatched_norm(
+    norm: FoundModule, modules: list[FoundModule], norm_of: dict[str, FoundModule]
+) -> None:
+    """Add a norm to `norm_of`, or fold it into a linear layer, by the rules 4 to 6 of
+    `match_norms`."""
+    reader = find_linear_layer_behind(norm, modules)
+    if reader is not None:
+        fold_norm(norm, reader, is_norm_first=True)
+        return
+    without_norm = [
+        layer
+        for layer in modules
+        if not layer.is_norm
+        and layer.name not in norm_of
+        and layer.outputs == norm.outputs
+        and not comes_before(norm, layer)
+    ]
+    readers = [module for module in modules if module.is_linear and module.inputs == norm.outputs]
+    if without_norm:
+        norm_of[without_norm[0].name] = norm
+    elif len(readers) == 1:
+        fold_norm(norm, readers[0], is_norm_first=True)
+    else:
+        raise UnreadableError(f"the batch norm {norm.name} follows no layer of its width")
+
+
+def comes_before(norm: FoundModule, layer: FoundModule) -> bool:
+    """Whether their numbers in an nn.Sequential say that a norm comes before a layer."""
     steps = steps_between(norm, layer)
     return steps is not None and steps > 0
 
@@ -2959,8 +2999,8 @@ def pair_by_number(
 
 
 def number_in_name(module: FoundModule) -> str | None:
-    """The number at the end of a name, as 1 of conv1 and 1_2 of conv1_2; None where the name has no
-    other part, as in an nn.Sequential."""
+    """The number at the end of the last part of a name: 1 of conv1, 1_2 of conv1_2. None where that
+    part does not end in a number, or is only a number, as in an nn.Sequential."""
     match = re.search(r"[^.\d_](_?\d+(_\d+)*)$", module.name)
     return match[1].strip("_") if match else None
 
@@ -3184,16 +3224,18 @@ def find_poolable(convolutions, norm_of) -> list[bool]:
         if norm is not None and steps_between(before, norm) is not None:
             count -= 1
         modules_between.append(count)
-    is_sequential = any(modules_between)
-    if is_sequential and 0 in modules_between:
+    has_modules_between = any(modules_between)
+    if has_modules_between and 0 in modules_between:
         name = convolutions[modules_between.index(0)].name
         raise UnreadableError(f"no activation stands after {name}")
-    # A single module is the activation. After the last convolution no number tells.
+    # One module in between is the activation, so there is no room for a pooling. With 0 everywhere
+    # the convolutions are in an nn.ModuleList. The last convolution has no next one to count to.
     return [count != 1 for count in modules_between] + [True]
 
 
 def list_stage_ends(convolutions) -> list[frozenset[int]]:
-    """Sets of convolutions that a pooling may follow, in a VGG."""
+    """Guesses of which convolutions end a stage of a VGG, each a set of indices; the likeliest
+    first."""
     count = len(convolutions)
     names = [module.name for module in convolutions]
     last = count - 1
@@ -3201,8 +3243,8 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
     # Numbers in one sequence: a pooling leaves a gap.
     gaps = [steps_between(before, after) for before, after in pairwise(convolutions)]
     if None not in gaps:
-        wide = frozenset(i for i, gap in enumerate(gaps) if gap > min(gaps))
-        found.append(wide | {last})
+        before_large_gaps = frozenset(i for i, gap in enumerate(gaps) if gap > min(gaps))
+        found.append(before_large_gaps | {last})
     # A stage to each parent, or to each first number: conv1_1, block1.conv1.
     for stages in (
         [parent_of(name) for name in names],
@@ -3211,9 +3253,11 @@ def list_stage_ends(convolutions) -> list[frozenset[int]]:
         ends = frozenset(i for i, (a, b) in enumerate(pairwise(stages)) if a != b)
         if ends:
             found.append(ends | {last})
+    # As in the published VGGs with as many convolutions.
     for counts in VGG_STAGES.values():
         if sum(counts) == count:
-            found.append(frozenset(sum(counts[: n + 1]) - 1 for n in range(len(counts))))
+            found.append(frozenset(end - 1 for end in accumulate(counts)))
+    # A stage ends where the next convolution is wider.
     widths = [module.outputs for module in convolutions]
     found.append(frozenset(i for i, (a, b) in enumerate(pairwise(widths)) if b > a) | {last})
     # Images of 32 pixels have room for five poolings, of 64 for six.
@@ -3244,11 +3288,12 @@ def list_unusual_chains(found: FoundChain, norm_place: str, size: int) -> list[C
 
 
 def list_unusual_paddings(convolutions, strides) -> list[tuple[int, ...]]:
-    """The paddings of `list_paddings`, and three more:
+    """The paddings of `list_paddings`, and three more. With (kernel - 1) // 2 a stride of 2 halves
+    the map:
 
-    - a stride of 2 halves the map, with even kernels too (DCGAN's discriminator)
-    - the same with half as much padding around the first convolution (AlexNet)
-    - the first of these only where a convolution has a stride, else 0
+    - (kernel - 1) // 2 in every convolution (DCGAN's discriminator)
+    - the same, but half of it in the first convolution (AlexNet)
+    - (kernel - 1) // 2 in convolutions with a stride, and 0 in the others
     """
     if not convolutions:
         return [()]
@@ -3460,9 +3505,11 @@ def list_shortcuts(group: ModuleGroup, convolutions: list[FoundModule]) -> list[
     """Guesses of which convolution is a block's shortcut, the likeliest first. None stands for a
     shortcut without a convolution.
 
-    Two convolutions are the main path. Of four, one is most likely the shortcut. Of three, one that
-    is named as a shortcut is the likeliest. Next comes None: the block is a bottleneck. Last come
-    1 x 1 convolutions, each as the shortcut of a basic block.
+    - two convolutions: None, for both are the main path
+    - three: one that is named as a shortcut; None, in a bottleneck; each 1 x 1, in a basic block
+    - four: one that is named as a shortcut; each 1 x 1; None
+
+    Of the 1 x 1 convolutions the last one is tried first.
     """
     if len(convolutions) == 2:
         return [None]
@@ -3508,7 +3555,8 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     linear_layers = [module for module in others if module.is_linear]
     if not linear_layers:
         raise UnreadableError("a residual net without a linear layer at its end")
-    # As far as the order of the modules shows it.
+    # A ResNet has no norms between its last linear layers. Only the order in the file shows whether
+    # this net has any.
     first, last = modules.index(linear_layers[0]), modules.index(linear_layers[-1])
     for module in modules[first:last]:
         if module.is_norm and module.name not in in_blocks:
@@ -3536,9 +3584,9 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     norms = [module for module in others if module.is_norm]
     names = [group.name for group in groups]
     readings, errors = [], []
-    for is_preactivated in list_norm_orders(modules, groups, blocks):
+    for is_preactivated in list_preactivation_guesses(modules, groups, blocks):
         try:
-            readings += read_with_norm_order(
+            readings += read_by_norm_order(
                 stem, norms, blocks, names, linear_layers, is_preactivated=is_preactivated
             )
         except UnreadableError as error:
@@ -3548,7 +3596,7 @@ def read_residual_net(modules: list[FoundModule], groups: list[ModuleGroup]) -> 
     return readings
 
 
-def read_with_norm_order(
+def read_by_norm_order(
     stem,
     norms: list[FoundModule],
     blocks: list[FoundBlock],
@@ -3588,11 +3636,9 @@ def read_with_norm_order(
     return readings
 
 
-def list_norm_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
-    """Whether batch norms stand before the convolutions: the likelier first.
-
-    Raises UnreadableError.
-    """
+def list_preactivation_guesses(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
+    """Guesses of whether the net is pre-activated (its norms stand before the convolutions), the
+    likelier first. Raises UnreadableError where neither fits."""
     fitting = []
     if all(block.is_postactivated for block in blocks):
         fitting.append(False)
@@ -3602,26 +3648,28 @@ def list_norm_orders(modules, groups, blocks: list[FoundBlock]) -> list[bool]:
         raise UnreadableError(
             "the widths of its batch norms fit its convolutions in no usual order"
         )
-    norms_first = groups[0].modules[0].is_norm
+    starts_with_norm = groups[0].modules[0].is_norm
     position = {module.name: i for i, module in enumerate(modules)}
-    last_block = max(position[module.name] for module in groups[-1].modules)
-    ends_in_norm = any(module.is_norm for module in modules[last_block + 1 :])
-    fitting.sort(key=lambda is_preactivated: is_preactivated != (norms_first or ends_in_norm))
-    return fitting
+    last_of_blocks = max(position[module.name] for module in groups[-1].modules)
+    has_norm_after_blocks = any(module.is_norm for module in modules[last_of_blocks + 1 :])
+    looks_preactivated = starts_with_norm or has_norm_after_blocks
+    likelier_first = [looks_preactivated, not looks_preactivated]
+    return [guess for guess in likelier_first if guess in fitting]
 
 
 def place_outer_norms(norms, stem, is_preactivated: bool, outputs: int):
     """(the norm after the first convolution or None, the one after the blocks or None)."""
     if len(norms) > 2:
         raise UnreadableError(f"it has {len(norms)} batch norms outside its blocks")
+    stem_norm = last_norm = None
     if len(norms) == 2:
         stem_norm, last_norm = norms
-        if stem_norm.outputs != stem.outputs:
+        if stem_norm.outputs != stem.outputs:  # the file lists them the other way round
             stem_norm, last_norm = last_norm, stem_norm
-    elif is_preactivated and norms and norms[0].outputs == outputs:
-        stem_norm, last_norm = None, norms[0]
-    else:
-        stem_norm, last_norm = (norms or [None])[0], None
+    elif norms and is_preactivated and norms[0].outputs == outputs:
+        last_norm = norms[0]
+    elif norms:
+        stem_norm = norms[0]
     if stem_norm is not None and stem_norm.outputs != stem.outputs:
         raise UnreadableError(f"{stem_norm.name} has another width than {stem.name}")
     if last_norm is not None and last_norm.outputs != outputs:
@@ -3659,7 +3707,12 @@ def list_residual_architectures(
     """The architectures that fit, the likeliest first."""
     has_large_kernel = stem.kernel >= STRIDED_KERNEL
     kernels = tuple(module.kernel for module in blocks[0].convolutions)
-    pads = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
+    starts = STARTS_WITH_LARGE_KERNEL if has_large_kernel else STARTS_WITH_SMALL_KERNEL
+    # torchvision's bottlenecks have their stride in the second convolution.
+    strided_convolutions = (1, 0) if len(kernels) == 3 else (0, 1)
+    # Shortcuts add zeros only where a block without a convolution in its shortcut gets wider.
+    adds_zeros = any(block.shortcut is None and block.inputs != block.outputs for block in blocks)
+    options_of_zeros = (False, True) if adds_zeros else (False,)
     for (
         (stem_stride, pooling_kernel, first_stride),
         strided_convolution,
@@ -3667,11 +3720,10 @@ def list_residual_architectures(
         has_zeros_behind,
         is_projection_averaged,
     ) in product(
-        STARTS_WITH_LARGE_KERNEL if has_large_kernel else STARTS_WITH_SMALL_KERNEL,
-        # torchvision's bottlenecks have their stride in the second convolution.
-        (1, 0) if len(kernels) == 3 else (0, 1),
-        (False, True) if pads else (False,),
-        (False, True) if pads else (False,),
+        starts,
+        strided_convolutions,
+        options_of_zeros,
+        options_of_zeros,
         list_averaged_projections(blocks),
     ):
         for stages in list_stages(blocks, names, first_stride, is_preactivated=is_preactivated):
@@ -3707,7 +3759,9 @@ def list_averaged_projections(blocks: list[FoundBlock]) -> tuple[bool, ...]:
     numbers = [
         find_sequence_number(block.shortcut) for block in blocks if block.shortcut is not None
     ]
-    return (True, False) if any(numbers) else (False,)
+    # 0 is the first module. None: it is in no nn.Sequential.
+    may_follow_pooling = any(number is not None and number > 0 for number in numbers)
+    return (True, False) if may_follow_pooling else (False,)
 
 
 def list_stages(
@@ -3757,13 +3811,13 @@ def group_into_stages(
             stride = first_stride
         if is_start or not stages:
             stages.append([])
-        described = Block(
+        new_block = Block(
             block.outputs,
             stride=stride,
             has_convolution=block.shortcut is not None,
             is_shortcut_activated=is_activated,
         )
-        stages[-1].append(described)
+        stages[-1].append(new_block)
     return tuple(tuple(stage) for stage in stages)
 
 
@@ -3771,15 +3825,19 @@ def list_activated_shortcuts(
     blocks: list[FoundBlock], starts: list[bool], is_preactivated: bool
 ) -> list[list[bool]]:
     """Guesses of which blocks' shortcuts begin after the first norm and relu, the likeliest first:
-    none; all that are convolutions; that of each stage's first block; only that of the net's first
-    block."""
-    nowhere = [False] * len(blocks)
+
+    - none
+    - all that are convolutions
+    - that of each stage's first block
+    - only that of the net's first block
+    """
+    no_shortcuts = [False] * len(blocks)
     if not is_preactivated:
-        return [nowhere]
-    at_convolutions = [block.shortcut is not None for block in blocks]
-    at_first = [i == 0 for i in range(len(blocks))]
-    at_starts = [i == 0 or is_start for i, is_start in enumerate(starts)]
-    return [nowhere, at_convolutions, at_starts, at_first]
+        return [no_shortcuts]
+    convolution_shortcuts = [block.shortcut is not None for block in blocks]
+    first_of_stages = [i == 0 or is_start for i, is_start in enumerate(starts)]
+    first_of_net = [i == 0 for i in range(len(blocks))]
+    return [no_shortcuts, convolution_shortcuts, first_of_stages, first_of_net]
 
 
 def name_residual_net(blocks, kernels, is_preactivated: bool) -> str:
@@ -3793,12 +3851,14 @@ def translate_residual_state(
 ) -> dict[str, torch.Tensor]:
     """The tensors under our names, without the biases of convolutions.
 
-    Our convolutions have no bias. Where a norm reads a convolution, the convolution's bias is
-    subtracted from the norm's running mean. In a pre-activated net no norm reads the last
-    convolution of a block directly: its bias would go into the sum that all later blocks read.
-    `missing_bias` (C,) is what this sum lacks so far. It is subtracted from the running mean of
-    each norm that reads the sum. Without a last norm it goes into the bias of the first linear
-    layer.
+    Our convolutions have no bias. A bias in front of a norm is subtracted from the norm's running
+    mean.
+
+    In a pre-activated net the last convolution and the shortcut of a block are added to the
+    residual sum, and no norm follows them. Their biases are dropped. So each later sum is too small
+    by a constant per channel, `missing_bias` (C,). Every norm that reads the sum subtracts this
+    constant from its running mean. If no norm reads the last sum, the bias of the first linear
+    layer is corrected: bias + weight @ missing_bias.
     """
     state = {}
     put_layer(state, "conv1", stem, "bn1", stem_norm)
@@ -3866,7 +3926,8 @@ def compute_missing_bias(
 ) -> torch.Tensor:
     """The `missing_bias` (C',) of what a pre-activated block puts out."""
     if block.is_shortcut_activated:
-        missing_bias = torch.zeros_like(missing_bias)  # the norm has taken it in already
+        # The first norm of the block has corrected for it: the shortcut begins after that norm.
+        missing_bias = torch.zeros_like(missing_bias)
     shortcut = found_block.shortcut
     if shortcut is not None:
         missing_bias = shortcut.weight.flatten(1) @ missing_bias
@@ -3898,7 +3959,8 @@ class NormalisedNet(nn.Module):
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # Traced with the net, so an exported file refuses uint8 images instead of reading 255s.
+        # This check is traced, too. So an exported file refuses uint8 images, whose 255 would be
+        # read as 255 times white.
         torch.ops.aten._assert_tensor_metadata(images, dtype=torch.float32)
         x = (images - self.mean) / self.std
         return self.net(x.contiguous(memory_format=torch.channels_last))
@@ -3952,23 +4014,23 @@ def export_net(net: Net, path: Path, mean, std, size: int, *, may_replace: bool 
     """
     path = Path(path)
     check_image_size(net, size)
-    plain = prepare_for_export(deepcopy(net), mean, std)
+    original = prepare_for_export(deepcopy(net), mean, std)
     folded = prepare_for_export(fold_batch_norms(net), mean, std)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, net.channels, size, size, generator=generator)
-    expected = plain(images)
+    expected = original(images)
 
     def write(temporary: Path) -> float:
         try:
             run_file = write_program(folded, temporary, images[:2], path.suffix.lower() == ".onnx")
-            found = torch.cat([run_file(images[:1]), run_file(images[1:])])
+            logits = torch.cat([run_file(images[:1]), run_file(images[1:])])
         except (OSError, ImportError, MemoryError):
             raise
         except Exception as error:  # the exporters and onnxruntime raise many kinds
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path}: this net cannot be exported: {reason}") from error
         largest_logit = expected.abs().max().clamp_min(1e-9)
-        difference = ((found - expected).abs().max() / largest_logit).item()
+        difference = ((logits - expected).abs().max() / largest_logit).item()
         if not difference < EXPORT_TOLERANCE:  # also where it is no number
             raise UserError(
                 f"the exported net differs from the original, by {difference:.1e} of the largest "
@@ -3992,13 +4054,16 @@ def write_program(net: nn.Module, path: Path, images: torch.Tensor, is_onnx: boo
 
     The libraries print and warn a good deal; none of it is for the user.
     """
-    quiet = (redirect_stdout(StringIO()), redirect_stderr(StringIO()))
-    with warnings.catch_warnings(action="ignore"), quiet[0], quiet[1]:
+    with (
+        warnings.catch_warnings(action="ignore"),
+        redirect_stdout(StringIO()),
+        redirect_stderr(StringIO()),
+    ):
         any_batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(net, (images,), dynamic_shapes=any_batch)
         if is_onnx:
             return write_onnx(program, path)
-        content = BytesIO()  # in memory first: torch dies of a disk that is full
+        content = BytesIO()  # in memory first: on a full disk torch ends the process
         torch.export.save(program, content)
         path.write_bytes(content.getvalue())
         with path.open("rb") as file:

@@ -41,11 +41,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# When channels are removed, a filter of the next layer is rescaled if one of these channels holds
-# more than COMPENSATED_SHARE / C_in of the filter's energy, its sum of squared weights. (0.8 is the
-# script's; docs/differences.md says what it does otherwise.)
-COMPENSATED_SHARE = 0.8
+COMPENSATED_SHARE = 0.8  # (script) see `rescale_next_filters`
+# The formats of checkpoints:
+# 3: today's.
+# 2: as 3, but with gates of another kind, which cannot be read any more.
+# 1: the nets of this tool alone, by their names (OLD_CHECKPOINT_TYPES); gates as in 2.
 CHECKPOINT_FORMAT = 3
+FIRST_FORMAT_OF_TODAYS_GATES = 3
 # ours: an exported file whose logits differ by more than this share of the largest is refused.
 EXPORT_TOLERANCE = 1e-2
 EXPORT_ENDINGS = (".pt2", ".onnx")
@@ -63,17 +65,18 @@ class UserError(Exception):
 
 
 def run_layer(layer, x: torch.Tensor, previous_group=None) -> torch.Tensor:
-    """Run a convolution on x (B, C, H, W), or a linear layer on the same or on (B, features).
+    """Run a convolution or a linear layer on x (B, C, H, W). A linear layer flattens x, and also
+    takes (B, features).
 
-    `previous_group` is None except in a net that `sep.tune` has prepared for single images; see
-    Net.run_prunable.
+    `previous_group` is None in ordinary nets; see Net.run_prunable.
     """
     if not isinstance(layer, nn.Module):
-        # A single-image layer of sep.py, which selects its kernels itself.
+        # `sep.tune` has replaced this layer by a sep.GatheringLayer, a callable that is no module.
         return layer(x, previous_group)
     if isinstance(layer, nn.Linear):
         return layer(x.flatten(1))
     if is_slow_in_bfloat16(layer, x):
+        # The module itself is not called, so its hooks do not run. In evaluation mode they do.
         return convolve_by_matrix_product(x, layer.weight, layer.bias)
     return layer(x)
 
@@ -81,8 +84,8 @@ def run_layer(layer, x: torch.Tensor, previous_group=None) -> torch.Tensor:
 def group_by_input_channel(weight: torch.Tensor, channels: int) -> torch.Tensor:
     """The weights of a layer by input channel.
 
-    A convolution (out, channels, k, k) -> (out, channels, k * k). A linear layer that reads p
-    places of each channel (out, channels * p) -> (out, channels, p).
+    A convolution (out, channels, k, k) -> (out, channels, k * k). A linear layer that reads a
+    flattened map of p places, (out, channels * p) -> (out, channels, p).
     """
     return weight.reshape(weight.shape[0], channels, -1)
 
@@ -220,7 +223,7 @@ class ChainArchitecture:
         return size
 
     def in_words(self) -> str:
-        """For the user, in words: the choices in this architecture that its weights do not show."""
+        """What the user is told about how a net is read."""
         poolings = [
             f"{convolution.pooling} pooling after convolution {number}"
             for number, convolution in enumerate(self.convolutions, 1)
@@ -245,12 +248,14 @@ class ChainArchitecture:
         return ", ".join([*words, self.activation])
 
     def fits_size(self, size: int) -> bool:
+        """Whether the first linear layer can read the last map of images of that size."""
         if self.is_averaged:
             return self.map_size(size) >= 1
         return self.map_size(size) == self.head_size
 
     def check_size(self, size: int) -> None:
-        """Raise UserError where images of that size are too small for the poolings."""
+        """Raise UserError where images of that size are too small for the poolings. Larger ones may
+        still not fit the first linear layer: see `fits_size`."""
         smallest = self.smallest_size
         if size < smallest:
             raise UserError(
@@ -311,7 +316,7 @@ class ResNetArchitecture:
         return [f"hidden{number}" for number, _ in enumerate(self.hidden_widths, 1)]
 
     def in_words(self) -> str:
-        """For the user, in words: the choices in this architecture that its weights do not show."""
+        """What the user is told about how a net is read."""
         words = [self.name]
         if self.stem_stride > 1:
             words.append(f"stride {self.stem_stride} in its first convolution")
@@ -364,17 +369,21 @@ class ResNetArchitecture:
 
 @dataclass(frozen=True)
 class PrunableLayer:
-    """A group of channels that can be pruned, by the names of the modules around it."""
+    """A layer whose output channels can be pruned, and the modules that change with it, by name.
 
-    layer_name: str  # the convolution or linear layer that computes the channels
-    norm_name: str | None  # their batch normalisation
-    next_layer_name: str  # the layer that reads them
-    pooling: str = ""  # one of POOLINGS, stands in between
+    To remove a channel is to remove a row of the layer's weight, an entry of its norm, and a column
+    of the next layer's weight.
+    """
+
+    layer_name: str  # the convolution or linear layer
+    norm_name: str | None  # its batch norm; None: it has none, or it is folded into the layer
+    next_layer_name: str  # the layer that reads its output
+    pooling: str = ""  # before the next layer: one of POOLINGS, or "" for none
     activation: str = "relu"
     norm_place: str = BEFORE_ACTIVATION  # one of NORM_PLACES
 
 
-# The usual ones first. The number in the name of a leaky relu is its slope below 0.
+# An activation by its name. The number in the name of a leaky relu is its slope below 0.
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -390,15 +399,17 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
     "mish": F.mish,
 }
-# Usual nets of the families here do not have these activations. controller.find_reading chooses one
-# only where the batch norms show it, or where the net is much more accurate with it. It never tries
-# relu6, selu, hardswish and mish; only an Example can show these.
+# The rare activations that controller.find_reading tries on images, where a foreign state dict does
+# not say its activation. It takes one only where the batch norms show it, or where the net is much
+# more accurate with it. relu6, selu, hardswish and mish are not tried. They are found only if the
+# file holds inputs and outputs of the net (the class Example, below).
 RARE_ACTIVATIONS = ("leaky_relu_0.01", "leaky_relu_0.1", "leaky_relu_0.2", "elu", "gelu", "silu")
 # These are not monotone, so max-pooling before such an activation gives another result than after.
 NON_MONOTONE_ACTIVATIONS = ("gelu", "silu", "hardswish", "mish")
 
 
 def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor:
+    """Apply one of ACTIVATIONS. `inplace` saves time in inference; only relu heeds it."""
     if activation == "relu":
         return F.relu(y, inplace)
     return ACTIVATIONS[activation](y)
@@ -407,8 +418,8 @@ def activate(y: torch.Tensor, activation: str, *, inplace=False) -> torch.Tensor
 def finish_layer(y: torch.Tensor, norm, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
     """Apply the batch norm, activation and pooling of a prunable layer, in their order.
 
-    y (B, C, H, W) -> (B, C, H', W'), or (B, C) -> (B, C). `norm` is None where the layer has none,
-    or where it is folded into the layer.
+    y (B, C, H, W) -> (B, C, H', W'), or (B, C) -> (B, C). `norm` is a module or a function of y;
+    None where the layer has none, or where it is folded into the layer.
     """
     if norm is None:
         return pool_and_activate(y, prunable, inplace=inplace)
@@ -421,10 +432,10 @@ def finish_layer(y: torch.Tensor, norm, prunable: PrunableLayer, *, inplace=Fals
 
 
 def pool_and_activate(y: torch.Tensor, prunable: PrunableLayer, *, inplace=False) -> torch.Tensor:
-    """The activation of a prunable layer, and its pooling where it has one.
+    """Activation, then pooling if the layer has one.
 
-    Max-pooling and an activation that never falls can change places; pooling first leaves the
-    activation less work.
+    A monotone activation gives the same result after a max-pooling as before it. So it comes after,
+    where the map is smaller.
     """
     if not prunable.pooling:
         return activate(y, prunable.activation, inplace=inplace)
@@ -474,10 +485,12 @@ class Net(nn.Module):
         x (B, C_in, H, W) -> y (B, C, H', W'). Of a linear layer, x may also be (B, features), and
         y is (B, C).
 
-        `group` is None in all nets but those that `sep.tune` has prepared for single images
-        (`layer_runners`). There `group` is the sep.KernelGroup that this layer's gate has chosen,
-        and y has only the channels of this group. The next layer needs `group` as its
-        `previous_group`.
+        In a plain net, and in a gated net that runs batches, `group` is always None: ignore it.
+
+        Only a net of `sep.tune` uses groups. It runs one image at a time (`layer_runners`), and
+        each gated layer computes only the channels that its gate has chosen for this image. `group`
+        is the sep.KernelGroup of these channels. The next layer needs it as its `previous_group`,
+        to select the weights that read them.
         """
         if self.layer_runners is not None:
             return self.layer_runners[index](x, previous_group)
@@ -584,15 +597,15 @@ class ChainNet(Net):
         """
         modules, names = [], []
         for convolution, layer, width in self.make_convolutions():
-            place = len(modules)
+            index = len(modules)
             modules.append(layer)
             if convolution.has_norm:
                 modules.append(nn.BatchNorm2d(width))
             modules.append(nn.Identity())  # the activation
             if convolution.pooling:
                 modules.append(nn.Identity())
-            norm = f"features.{place + 1}" if convolution.has_norm else None
-            names.append((f"features.{place}", norm))
+            norm = f"features.{index + 1}" if convolution.has_norm else None
+            names.append((f"features.{index}", norm))
         self.features = nn.Sequential(*modules)
         return names
 
@@ -602,7 +615,8 @@ class ChainNet(Net):
         if len(layers) == 1:
             self.classifier = layers[0]
             return [("classifier", None)]
-        # torchvision's numbers: a relu and a dropout stand between two linear layers.
+        # torchvision's numbers: linear layer, relu, dropout. Relus and dropouts have no weights and
+        # are left out. A norm, which torchvision's VGGs do not have here, gets the relu's number.
         modules, names = OrderedDict(), []
         norms = (*self.architecture.hidden_norms, False)
         for number, (layer, has_norm) in enumerate(zip(layers, norms)):
@@ -618,10 +632,10 @@ class ChainNet(Net):
     def switch_architecture(self, architecture: ChainArchitecture) -> None:
         """Turn this net into the chain that `architecture` describes; the weights stay.
 
-        Both chains must have the same layers, widths, biases and norms. Thousands of chains may be
-        tried, and building a new net for each would take longer.
-
-        The layers keep their names, although the numbers in a VGG's names depend on its poolings.
+        Thousands of chains may be tried, and to build a new net for each would take longer. Both
+        chains must have the same layers, widths, biases, norms and names of layers. (In a VGG the
+        numbers in the names depend on where poolings stand, so they must stand after the same
+        convolutions: `make_readings` sees to it.)
         """
         self.architecture = architecture
         for convolution, prunable in zip(architecture.convolutions, self.prunable):
@@ -632,18 +646,20 @@ class ChainNet(Net):
         self.set_prunable([*names, (self.prunable[-1].next_layer_name, None)])
 
     def set_prunable(self, names: list[tuple[str, str | None]]) -> None:
+        """Set `prunable` by the (layer name, norm name) of all layers, the last one included."""
         convolutions = self.architecture.convolutions
-        poolings = [convolution.pooling for convolution in convolutions]
-        norm_places = [convolution.norm_place for convolution in convolutions]
-        hidden = len(self.architecture.hidden_norms)
-        self.prunable = [
-            PrunableLayer(layer, norm, next_layer, pooling, self.architecture.activation, place)
-            for ((layer, norm), (next_layer, _)), pooling, place in zip(
-                pairwise(names),
-                poolings + [""] * hidden,
-                norm_places + [BEFORE_ACTIVATION] * hidden,
+        self.prunable = []
+        for index, ((layer_name, norm_name), (next_layer_name, _)) in enumerate(pairwise(names)):
+            pooling, norm_place = "", BEFORE_ACTIVATION
+            if index < len(convolutions):
+                pooling = convolutions[index].pooling
+                norm_place = convolutions[index].norm_place
+            activation = self.architecture.activation
+            self.prunable.append(
+                PrunableLayer(
+                    layer_name, norm_name, next_layer_name, pooling, activation, norm_place
+                )
             )
-        ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, classes)."""
@@ -663,8 +679,8 @@ class ChainNet(Net):
         if not self.architecture.convolutions:
             return x.flatten(1)
         if self.architecture.is_averaged:
-            return F.adaptive_avg_pool2d(x, self.head_size)  # at VGG's 32 x 32 pixels 1 x 1 already
-        # Behind a gate, images of another size may cause no error of shapes. So check here.
+            return F.adaptive_avg_pool2d(x, self.head_size)
+        # A RuntimeError, as the next linear layer would raise, with words that say more.
         if tuple(x.shape[2:]) != (self.head_size, self.head_size):
             raise RuntimeError(f"this {self.arch} takes images of {self.size} x {self.size} pixels")
         return x
@@ -716,9 +732,9 @@ class ResidualBlock(nn.Module):
                 # At an odd side the last windows are cut off at the edge. Their mean is that of
                 # the places inside the map.
                 x = F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
-            x = getattr(self.downsample, "0")(x)
             # Not self.downsample(x): sep.py may put layers here that nn.Sequential cannot run.
-            norm = getattr(self.downsample, "1", None)
+            x = getattr(self.downsample, "0")(x)
+            norm = getattr(self.downsample, "1", None)  # a pre-activated block has none
             return x if norm is None else norm(x)
         if stride > 1 and self.architecture.is_shortcut_averaged:
             x = F.avg_pool2d(x, stride)
@@ -796,14 +812,7 @@ class ResNet(Net):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, classes)."""
-        x = self.conv1(x)
-        if self.architecture.has_stem_norm:
-            x = self.bn1(x)
-        if self.architecture.has_stem_norm or not self.architecture.is_preactivated:
-            x = self.activate(x)
-        if self.architecture.has_stem_pooling:
-            kernel = self.architecture.stem_pooling_kernel
-            x = F.max_pool2d(x, kernel, 2, kernel // 2 if kernel % 2 else 0)
+        x = self.run_stem(x)
         run_block = self.run_block
         if self.architecture.is_preactivated:
             run_block = self.run_preactivated_block
@@ -819,13 +828,28 @@ class ResNet(Net):
             x = self.activate(getattr(self, name)(x))
         return self.linear(x)
 
+    def run_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """The first convolution with its norm, activation and pooling, as far as it has them."""
+        architecture = self.architecture
+        x = self.conv1(x)
+        if architecture.has_stem_norm:
+            x = self.bn1(x)
+        # Without a norm here, a pre-activated net has its first activation in its first block.
+        is_convolution_alone = architecture.is_preactivated and not architecture.has_stem_norm
+        if not is_convolution_alone:
+            x = self.activate(x)
+        if architecture.has_stem_pooling:
+            kernel = architecture.stem_pooling_kernel  # 2 or 3
+            x = F.max_pool2d(x, kernel, stride=2, padding=1 if kernel == 3 else 0)
+        return x
+
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         return activate(x, self.architecture.activation)
 
     def run_convolutions(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
         """All convolutions of a block: the prunable ones, then the last one.
 
-        `index` is the place of the block's first prunable layer in `self.prunable`.
+        `index` is that of the block's first prunable layer in `self.prunable`.
         """
         previous_group = None
         inner = len(self.architecture.kernels) - 1
@@ -834,9 +858,9 @@ class ResNet(Net):
         return run_layer(getattr(block, f"conv{inner + 1}"), x, previous_group)
 
     def run_block(self, block: ResidualBlock, index: int, x: torch.Tensor) -> torch.Tensor:
-        outer = self.run_convolutions(block, index, x)
-        outer = getattr(block, f"bn{len(self.architecture.kernels)}")(outer)
-        return self.activate(outer + block.shortcut(x))
+        residual = self.run_convolutions(block, index, x)
+        residual = getattr(block, f"bn{len(self.architecture.kernels)}")(residual)
+        return self.activate(residual + block.shortcut(x))
 
     def run_preactivated_block(self, block: ResidualBlock, index: int, x: torch.Tensor):
         activated = self.activate(block.bn1(x))
@@ -845,9 +869,11 @@ class ResNet(Net):
 
     def list_foldable_norms(self) -> list[tuple[str, str]]:
         if self.architecture.is_preactivated:
+            # Not the first norm of a block, nor the last one of the net: they read sums.
             names = [(prunable.layer_name, prunable.norm_name) for prunable in self.prunable]
             has_stem_norm = self.architecture.has_stem_norm
             return [("conv1", "bn1"), *names] if has_stem_norm else names
+        # Every convolution has its norm right behind it, but for a stem without one.
         modules = dict(self.named_modules())
         names = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
         return [(name, norm_name_of(name)) for name in names if norm_name_of(name) in modules]
@@ -885,14 +911,17 @@ KNOWN_ARCHS = "lenet5, vgg11, 13, 16, 19, resnet18, 34, 50, 101 or resnetN with 
 
 
 def blocks_per_cifar_stage(arch: str) -> int:
-    """The n of a CIFAR ResNet of depth 6n + 2; 0 of another name."""
+    """The n of a CIFAR ResNet of depth 6n + 2; 0 if `arch` is no such name.
+
+    resnet50 would be one, of n = 8, but means torchvision's, as all LARGE_RESNETS.
+    """
     depth = int(arch[6:]) if re.fullmatch(r"resnet\d{1,4}", str(arch)) else 0
     return depth // 6 if depth % 6 == 2 and arch not in LARGE_RESNETS else 0
 
 
 def default_widths(arch: str) -> tuple[int, ...]:
     """The widths of the prunable layers of an unpruned net. Raises UserError (status 2) for an
-    unknown one."""
+    unknown name."""
     if arch == "lenet5":
         return (20, 50, 500)
     if arch in VGG_STAGES:
@@ -1023,6 +1052,7 @@ def build(arch: str, widths=None, *, classes=10, channels=3, size=32, head_size=
     widths = unpruned if widths is None else tuple(widths)
     hidden = 0
     if arch in VGG_STAGES:
+        # Widths beyond the usual ones are of hidden linear layers; build_net counts them again.
         hidden = max(0, min(2, len(widths) - len(unpruned)))
     architecture = named_architecture(
         arch, classes=classes, channels=channels, size=size, hidden=hidden, head_size=head_size
@@ -1077,14 +1107,15 @@ def most_important_channels(net: Net, structure) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def compensate(net: Net, kept_channels) -> None:
-    """Rescale, in place, the filters of the next layers that lose a strong channel (after the
-    script; docs/differences.md says what is ours).
+def rescale_next_filters(net: Net, kept_channels) -> None:
+    """Rescale, in place, filters of the next layers, so that pruning does not weaken them (after
+    the script; docs/differences.md says what is ours).
 
-    A lost channel is strong if it holds more than COMPENSATED_SHARE / C_in of the filter's energy,
-    the sum of its squared weights. The rescaled filter has as much energy in its kept channels as
-    it had in all channels. A filter that keeps no energy at all stays as it is.
-    `kept_channels` holds, per prunable layer, the indices of the channels that stay.
+    The energy of a filter is the sum of its squared weights. A channel that goes is strong for a
+    filter if more than COMPENSATED_SHARE / C_in of the filter's energy is on it. A filter that
+    loses a strong channel is multiplied, so that its kept weights have the energy that all its
+    weights had. A filter that keeps no energy stays as it is. `kept_channels` holds, per prunable
+    layer, the indices of the channels that stay.
     """
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
         weight = net.get_submodule(prunable.next_layer_name).weight
@@ -1101,7 +1132,7 @@ def compensate(net: Net, kept_channels) -> None:
 
 
 def remove_channels(net: Net, kept_channels) -> Net:
-    """A new net, without gates, that has only the channels in `kept_channels`.
+    """A new plain net, in training mode, that has only the channels in `kept_channels`.
 
     `kept_channels` holds, per prunable layer, the indices of these channels, in the order in which
     the new net has them. An index may come several times. Then the channel and the weights that
@@ -1111,6 +1142,8 @@ def remove_channels(net: Net, kept_channels) -> Net:
     small = build_like(net, [len(kept) for kept in kept_channels])
     state = net.state_dict()
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
+        # A layer between two prunable ones is cut twice: its inputs in the round of the layer
+        # before it, its outputs in its own round.
         for name in filter(None, (prunable.layer_name, prunable.norm_name)):
             for parameter in ("weight", "bias", "running_mean", "running_var"):
                 key = f"{name}.{parameter}"
@@ -1118,18 +1151,19 @@ def remove_channels(net: Net, kept_channels) -> Net:
                     state[key] = state[key][kept]
         key = prunable.next_layer_name + ".weight"
         state[key] = select_input_channels(state[key], width, kept)
-    small.load_state_dict({k: v for k, v in state.items() if not k.startswith("gates.")})
+    plain_state = {key: value for key, value in state.items() if not key.startswith("gates.")}
+    small.load_state_dict(plain_state)
     return small.to(next(net.parameters()).device)
 
 
 def prune_channels(net: Net, structure) -> Net:
     """Hard pruning (IJCAI 2018): a new net of that structure, without the least important channels.
 
-    The filters that read the removed channels are compensated.
+    See `rescale_next_filters` for the filters that read the removed channels.
     """
     net = deepcopy(net)
     kept_channels = most_important_channels(net, structure)
-    compensate(net, kept_channels)
+    rescale_next_filters(net, kept_channels)
     return remove_channels(net, kept_channels)
 
 
@@ -1138,8 +1172,11 @@ def prune_channels(net: Net, structure) -> Net:
 
 @lru_cache
 def macs_per_channel_pair(architecture) -> dict[str, int]:
-    """For each convolution and linear layer, by name, the MACs between one input channel and one
-    output channel: the kernel's area times the places where it is applied."""
+    """For each convolution and linear layer, by name, the MACs of one input and one output channel.
+
+    Of a convolution: the kernel's area times the places where it is applied. Of a linear layer: 1,
+    and its input channels are its inputs. The result is cached: do not change it.
+    """
     with torch.device("meta"):  # shapes alone: nothing is computed
         net = build_net(architecture, [1] * architecture.prunable_count).eval()
         images = torch.zeros(1, net.channels, net.size, net.size)
@@ -1236,7 +1273,8 @@ def write_atomically(path: Path, write, temporary: Path | None = None, hint: str
 
 
 def reason_of_failed_write(error: Exception) -> str:
-    """torch reports a full disk as a RuntimeError about its own C++ file."""
+    """Why a file could not be written, in a few words. torch reports a full disk as a RuntimeError
+    about its own C++ file."""
     if "inline_container" in str(error) or "unexpected pos" in str(error):
         return "the disk may be full"
     return getattr(error, "strerror", None) or str(error)[:200]
@@ -1263,10 +1301,11 @@ def is_intact(path: Path) -> bool:
 
 
 def read_unfinished_work(path: Path, title: str, keys: set[str]) -> dict | None:
-    """The content that `write_tensors` saved at `path` for the work called `title`.
+    """The state of an interrupted training or search, as `write_tensors` saved it.
 
-    None where the file is missing, damaged or of another title. None also where it lacks one of
-    `keys`, because then another version of this tool wrote it.
+    `title` names the work: a file with another title belongs to other work. None where the file is
+    missing, damaged or of another title, or lacks one of `keys`, for then another version of this
+    tool wrote it.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1285,10 +1324,11 @@ CHECKPOINT_TYPES = {
     "widths": list,
     "gates": list | None,
     "state": dict,
+    # Plain values about the net: its test accuracy, data set, mean and std and more; under
+    # "baseline" the same about the net before pruning.
     "facts": dict,
 }
-# Format 1, from before December 2026, knew fewer nets. It has these entries in place of
-# "architecture"; `side` is what is now called head_size.
+# Format 1 has these entries in place of "architecture"; `side` is now called head_size.
 OLD_CHECKPOINT_TYPES = {
     "arch": str,
     "classes": int,
@@ -1316,10 +1356,11 @@ def save_checkpoint(path: Path, net: Net, facts: dict) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint as `save_checkpoint` wrote it, or anybody's state dict brought into that form.
+    """The content of a checkpoint: a dict with the keys of CHECKPOINT_TYPES and "format".
 
-    Tensors are on the CPU. Code in the file is never run. Raises UserError (status 2 where there is
-    no such file).
+    Anybody's state dict is brought into that form, with more entries: see `recognise_state_dict`.
+    No net is built here: sep.load_checkpoint does that. Tensors are on the CPU. Code in the file is
+    never run. Raises UserError (status 2 where there is no such file).
     """
     path = Path(path)
     if path.is_dir():
@@ -1334,9 +1375,9 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(content, dict) or type(content.get("format")) is not int:
         return recognise_state_dict(content, path)
     check_checkpoint(content, path)
-    if content["format"] < 3 and content["gates"] is not None:
+    if content["format"] < FIRST_FORMAT_OF_TODAYS_GATES and content["gates"] is not None:
         raise UserError(
-            f"{path} has gates of an earlier version, which chose otherwise; make the net anew "
+            f"{path} has gates of an earlier version, which are read no more; make the net anew "
             "from its baseline, by prune --method sep"
         )
     if content["format"] == 1:
@@ -1345,7 +1386,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def suggest_file(path: Path) -> str:
-    """What to do where a checkpoint is not there: take the file with the nearest name, if any."""
+    """The advice where a checkpoint is not there: the file of the most similar name, if any."""
     if path.parent.is_dir():
         names = [file.name for file in path.parent.iterdir() if file.is_file()]
         nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
@@ -1356,10 +1397,7 @@ def suggest_file(path: Path) -> str:
 
 # The first byte of PyTorch's pickles, which old versions wrote without a zip file around them.
 PICKLE_START = b"\x80"
-
-
-# The first bytes of a zip file, as torch.save writes them. (One that was cut has lost its table of
-# contents, which stands at the end.)
+# The first bytes of a zip file, as torch.save writes them.
 ZIP_START = b"PK\x03\x04"
 
 
@@ -1372,6 +1410,7 @@ def starts_with(path: Path, start: bytes) -> bool:
 
 
 def is_torchscript(path: Path) -> bool:
+    """Whether torch.jit.save wrote a file: its constants are in a file of their own."""
     try:
         with zipfile.ZipFile(path) as file:
             return any(name.endswith("/constants.pkl") for name in file.namelist())
@@ -1415,7 +1454,7 @@ def read_tensors(path: Path):
         raise UserError(explain_unreadable_file(path, error)) from error
     # Files older than PyTorch 1.6 are no zip files and have no checksums.
     if zipfile.is_zipfile(path) and not is_intact(path):
-        raise UserError(f"{path} is damaged: its checksums are wrong; copy or save it again")
+        raise UserError(f"{path} is damaged: its checksums are wrong; copy it, or save it, again")
     return content
 
 
@@ -1435,6 +1474,7 @@ def explain_unreadable_file(path: Path, error: Exception) -> str:
     if path.stat().st_size == 0:
         damage = " (it is empty)"
     elif starts_with(path, ZIP_START) and not zipfile.is_zipfile(path):
+        # The table of contents stands at the end of a zip file.
         damage = " (its end is missing: was it copied or written to the end?)"
     return (
         f"{path} is not a checkpoint that torch can read{damage}; "
@@ -1454,6 +1494,7 @@ def read_safetensors(path: Path) -> dict:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged, or no safetensors file: {error}") from error
+    # These are no parts of the net, so they are not sorted with its tensors.
     others = {key: tensors.pop(key) for key in EXAMPLE_KEYS + NORMALISATION_KEYS if key in tensors}
     return restore_order(tensors) | others
 
@@ -1480,7 +1521,7 @@ def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if value.dim() == 4 and key.endswith(("weight", "weight_orig"))
     ]
     first_prefix = None
-    linear_layers, heads = set(), set()
+    linear_layers, linear_sequences = set(), set()
     if convolutions:
         first_prefix = find_prefix_of_first_module(convolutions, tensors)
         linear_layers = {
@@ -1488,44 +1529,49 @@ def restore_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             for key, value in tensors.items()
             if key.endswith("weight") and value.dim() == 2
         }
-        # A batch norm belongs to the head if it stands in one sequence with linear layers, and if
-        # this sequence has no convolutions.
-        heads = {parent_of(name) for name in linear_layers if "." in name}
-        heads -= {parent_of(parent_of(key)) for key in convolutions}
+        # A batch norm belongs to the linear layers if it stands in one sequence with some of them,
+        # and if this sequence has no convolutions.
+        linear_sequences = {parent_of(name) for name in linear_layers if "." in name}
+        linear_sequences -= {parent_of(parent_of(key)) for key in convolutions}
 
-    def order(key):
-        is_first = first_prefix is not None and f"{key}.".startswith(first_prefix)
+    def sort_key(key):
         module = parent_of(key)
+        is_in_module = "." in key  # tensors of the net itself come first
+        is_in_linear_part = module in linear_layers or parent_of(module) in linear_sequences
+        is_in_first_module = first_prefix is not None and f"{key}.".startswith(first_prefix)
+        # False comes before True.
         return (
-            "." in key,  # tensors of the net itself, in no module, come before all modules
-            module in linear_layers or parent_of(module) in heads,
-            not is_first,
-            place_by_numbers(key, tensors),
+            is_in_module,
+            is_in_linear_part,
+            not is_in_first_module,
+            sort_key_by_numbers(key, tensors),
         )
 
-    return {key: tensors[key] for key in sorted(tensors, key=order)}
+    return {key: tensors[key] for key in sorted(tensors, key=sort_key)}
 
 
-def place_by_numbers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple]:
-    """What sorts names of tensors: for each part, separated by dots, its numbers, whether it is a
-    norm, and the part itself. Parts without numbers come last."""
+def sort_key_by_numbers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple]:
+    """A key that sorts the names of tensors by the numbers in them: conv2 before conv10. With the
+    same number a norm comes after its layer (conv1, bn1). Parts without a number come last."""
     parts = key.split(".")
-    place = []
+    sort_key = []
     for count, part in enumerate(parts, 1):
         numbers = [int(digits) for digits in re.findall(r"\d+", part)]
-        is_norm = ".".join([*parts[:count], "running_mean"]) in tensors
-        place.append((not numbers, numbers, is_norm, part))
-    return place
+        module = ".".join(parts[:count])
+        is_norm = f"{module}.running_mean" in tensors
+        sort_key.append((not numbers, numbers, is_norm, part))
+    return sort_key
 
 
 def find_prefix_of_first_module(
     convolutions: list[str], tensors: dict[str, torch.Tensor]
 ) -> str | None:
-    """How the names of the tensors begin that belong to the module that reads the images.
+    """The prefix of the names of all tensors in the module that reads the images.
 
-    `convolutions` are the names of the convolutions' weights. The beginning goes up to the first
-    part in which these names differ: "features.", "model.conv1.". None where several convolutions
-    may read the images, or none: such a convolution has 1 or 3 input channels.
+    `convolutions` are the names of the convolutions' weights. The first convolution is taken to be
+    the only one with 1 or 3 input channels; None if there is no such convolution, or more than one.
+    The prefix ends with the first part that not all convolutions share: "model.conv1." where the
+    names are model.conv1.weight, model.layer1.0.conv1.weight and so on.
     """
     readers = [key for key in convolutions if tensors[key].shape[1] in (1, 3)]
     if len(readers) != 1:
@@ -1550,15 +1596,19 @@ def check_checkpoint(content: dict, path: Path) -> None:
     missing = types.keys() - content.keys()
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    for key in types.keys() - {"facts"}:
+    for key in types.keys() - {"facts"}:  # `are_facts` looks at these, below
         if not isinstance(content[key], types[key]):
             raise UserError(f"{path} is damaged: {key} in it is of the wrong type")
+    # Format 1 has these three numbers at the top.
     architecture = content if version == 1 else content["architecture"]
     sizes = [architecture.get(key) for key in ("classes", "channels", "size")]
     if version == 1:
         sizes.append(content["side"])
     if not all(type(size) is int and size > 0 for size in [*sizes, *content["widths"]]):
-        raise UserError(f"{path} is damaged: its widths and sizes are no whole numbers")
+        raise UserError(
+            f"{path} is damaged: a width, or the classes, channels or size, is no positive whole "
+            "number"
+        )
     if not all(isinstance(value, torch.Tensor) for value in content["state"].values()):
         raise UserError(f"{path} is damaged: its state is no state dict")
     facts = content["facts"]
@@ -1596,7 +1646,8 @@ def translate_old_checkpoint(content: dict, path: Path) -> dict:
 
 
 def build_from_checkpoint(checkpoint: dict) -> Net:
-    """The net of a checkpoint, with fresh weights and no gates. Raises UserError."""
+    """An untrained net of a checkpoint's architecture and widths; sep.load_checkpoint puts gates on
+    it and loads the weights. Raises UserError."""
     return build_net(read_architecture(checkpoint["architecture"]), checkpoint["widths"])
 
 
@@ -1631,9 +1682,10 @@ def check_is_finite(state: dict) -> None:
             )
 
 
-def find_mismatch(net: Net, state: dict) -> str:
-    """The first difference between the state that `net` has and `state`; "" if there is none."""
-    wanted = net.state_dict()
+def find_mismatch(module: nn.Module, state: dict) -> str:
+    """The first key of `state` that is missing, unknown or of another shape, in words; "" if the
+    state fits the module."""
+    wanted = module.state_dict()
     for key, value in wanted.items():
         if key not in state:
             # Files of a PyTorch before 0.4.1 do not count batches.

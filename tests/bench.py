@@ -112,7 +112,7 @@ def exactness(_):
 
 def mask_channels(net, kept_channels):
     """Compensate the filters, and set their weights on the other channels to 0."""
-    models.compensate(net, kept_channels)
+    models.rescale_next_filters(net, kept_channels)
     for prunable, width, kept in zip(net.prunable, net.widths, kept_channels):
         is_lost = torch.ones(width, dtype=torch.bool).index_fill(0, kept, False)
         weight = net.get_submodule(prunable.next_layer_name).weight.data

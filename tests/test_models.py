@@ -180,7 +180,7 @@ def test_removing_channels_equals_masking_them(arch):
     structure = smaller_structure(net)
     kept_channels = models.most_important_channels(net, structure)
     small = prune_channels(net, structure).eval()
-    models.compensate(net, kept_channels)
+    models.rescale_next_filters(net, kept_channels)
     mask_inputs(net, kept_channels)
 
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_compensation_keeps_the_energy_of_hurt_filters_and_leaves_the_others():
         net.fc2.weight[0] = torch.tensor([3.0, 4.0])
         net.fc2.weight[1] = torch.tensor([4.0, 1.0])
 
-    models.compensate(net, [torch.arange(2), torch.arange(2), torch.tensor([0])])
+    models.rescale_next_filters(net, [torch.arange(2), torch.arange(2), torch.tensor([0])])
 
     assert net.fc2.weight[0, 0].item() == pytest.approx(5.0)  # (3, 4) -> (5, gone)
     assert net.fc2.weight[1, 0].item() == pytest.approx(4.0)

@@ -2556,12 +2556,12 @@ class Settings:
     final: TrainingPlan  # of the net that a row ends with
     pruning_rate: float  # share of a layer's channels that one step removes
     target: float | None  # the MACs reduction that the user or the paper asks for
-    # How many structures an LSTM epoch proposes. A ReinforceSearch samples a child of each of as
-    # many nets. A RegressionSearch takes as many walks; those to known structures count, too.
+    # ReinforceSearch: how many parents get a child in an LSTM epoch. RegressionSearch: how many
+    # walks an LSTM epoch has; those to known structures count, too.
     candidates_per_lstm_epoch: int
-    # A ReinforceSearch ends after so many LSTM epochs in a row without a larger reward. A
-    # RegressionSearch ends after `idle_walks_per_patience` times as many walks in a row that led to
-    # known structures.
+    # ReinforceSearch: it ends after so many LSTM epochs in a row without a larger reward.
+    # RegressionSearch: it ends after `idle_walks_per_patience` times as many walks in a row that
+    # led to known structures.
     patience: int
     # A RegressionSearch ends after so many candidates. None: every search is a ReinforceSearch.
     max_candidates: int | None
@@ -2585,8 +2585,8 @@ class ScoredStructure:
     macs: int
     macs_reduction: float
     reward: float
-    # The loss of the final training, measured on the validation images after a trial (see
-    # `try_finalists`). None: the structure had no trial, or its trial diverged.
+    # The loss on the validation images after a trial, by the loss function of the final training
+    # (see `run_trials`). None: the structure had no trial, or its trial diverged.
     trial_loss: float | None = field(default=None, kw_only=True)
 
     def reaches(self, target: float | None) -> bool:
@@ -2652,25 +2652,26 @@ class Search:
     """What both searches share. `propose()` returns what to try next, None at the end; `record()`
     takes the proposal and what came of it.
 
-    `baseline_score` is the whole net's, `reduction_of` gives the MACs reduction of a structure.
+    `baseline_score` is the baseline's, `reduction_of` gives the MACs reduction of a structure.
     With `is_random` chance decides instead of the LSTM, and nothing is learned.
     """
 
-    rule = ""  # how it searches, in results.json
+    rule = ""  # the kind of search, as results.json names it
     policy_lr = POLICY_LR
     layer_score_label = ""  # what the numbers of `score_layers` are, for the report
-    state_keys = ("lstm_epoch", "layer_scores")  # of the state, beside policy and candidates
+    # The attributes that `state_dict` saves, besides policy, optimizer and candidates.
+    state_keys = ("lstm_epoch", "layer_scores")
 
     def __init__(
         self,
-        net,
-        baseline_score,
+        net: Net,
+        baseline_score: ScoredStructure,
         settings: Settings,
-        target,
-        reduction_of,
+        target: float | None,
+        reduction_of: Callable,
         *,
-        method,
-        is_random=False,
+        method: str,
+        is_random: bool = False,
     ):
         self.net = net
         self.baseline_score = baseline_score
@@ -2702,7 +2703,8 @@ class Search:
         raise NotImplementedError
 
     def structures_in_use(self) -> set:
-        """The structures whose weights may still be asked for."""
+        """The structures whose weights are still needed: parents of later proposals, finalists, the
+        best."""
         raise NotImplementedError
 
     def list_finalists(self) -> list[Candidate]:
@@ -2724,7 +2726,7 @@ class Search:
         return choose_best(self.known_scores.values(), self.target)
 
     def add_candidate(self, score: Candidate | ScoredStructure) -> None:
-        """Keep a scored candidate. A search may propose the baseline, too, which is none."""
+        """Keep a scored candidate. The baseline may be proposed, too; it is not a candidate."""
         if score.structure != self.baseline_score.structure:
             self.candidates[score.structure] = score
 
@@ -2908,9 +2910,9 @@ class RegressionSearch(Search):
             if smaller is None:
                 break
             structure = smaller
-        # One channel of the last move may have removed more than was missing. Channels of other
-        # layers come back for that, as long as the target is reached. The last layers come first:
-        # in most nets their channels have the fewest MACs.
+        # The last channel may have overshot the target. So channels are given back while the target
+        # is still reached. The last layers come first: in most nets their channels have the fewest
+        # MACs.
         last_layers_first = range(len(structure) - 1, -1, -1)
         return give_channels_back(
             structure, self.net.widths, last_layers_first, self.reduction_of, self.target
@@ -2949,10 +2951,11 @@ class RegressionSearch(Search):
         cost_per_step = self.predict_costs(self.read_layers(structure)).clamp_min(1e-3)
         steps = (self.count_steps(smaller) - self.count_steps(structure)).clamp_min(1e-3)
         log_saved_per_cost = macs_saved.clamp_min(1e-9).log() - (cost_per_step * steps).log()
+        # A layer at the threshold is pruned with probability 1/2; a `share_of_layers` lies above.
         threshold = log_saved_per_cost[macs_saved > 0].quantile(1 - self.share_of_layers)
-        first, last = self.odds_temperatures
+        start_temperature, end_temperature = self.odds_temperatures
         share_done = (len(self.candidates) + 1) / self.settings.max_candidates
-        temperature = first * (last / first) ** share_done
+        temperature = start_temperature * (end_temperature / start_temperature) ** share_done
         lstm_probabilities = torch.sigmoid((log_saved_per_cost - threshold) / temperature)
         # The longer walks have found nothing new, the more chance decides in place of the LSTM.
         share_of_chance = self.idle_walks / self.max_idle_walks
@@ -2969,7 +2972,8 @@ class RegressionSearch(Search):
         self.add_candidate(score)
         walks_per_epoch = self.settings.candidates_per_lstm_epoch
         has_all_walks = self.walks % walks_per_epoch == 0
-        has_found_new = self.idle_walks < walks_per_epoch  # by one of the last walks at least
+        # Fewer idle walks than an epoch has walks: one of the last walks led to a new structure.
+        has_found_new = self.idle_walks < walks_per_epoch
         if has_all_walks and has_found_new:
             if not self.is_random:
                 self.fit_policy()
@@ -3053,14 +3057,15 @@ GATED_METHODS = ("sep", "static")
 
 
 def count_macs_by(method: str, net: Net, structure) -> int:
-    """The MACs of `net` at a structure by a method. Gates that it may get are counted."""
+    """The MACs of `net` pruned to a structure by a method. For `sep` and `static` a gate counts in
+    every layer that has room; the row may get fewer gates."""
     count_macs = sep.count_macs if method in GATED_METHODS else models.count_macs
     return count_macs(net, structure)
 
 
 def make_reduction_of(method: str, net: Net) -> Callable:
-    """reduction_of(structure): the share of `net`'s MACs that a structure of it removes by a
-    method."""
+    """A function of a structure: the share of `net`'s MACs that pruning to it by a method
+    removes."""
     macs_before = models.count_macs(net)
 
     def reduction_of(structure) -> float:
@@ -3071,13 +3076,11 @@ def make_reduction_of(method: str, net: Net) -> Callable:
 
 @dataclass(frozen=True)
 class Goal:
-    """The MACs reduction that a row aims at; None: as far as the reward finds worth it.
+    """The MACs reduction that a row aims at. None: there is no target, and the reward decides.
 
-    `is_required`: the user or the paper asks for this target. It is refused if the net cannot reach
-    it. A target that is not required is the cut of another row, so that rows can be compared. A
-    method that cannot reach such a target goes as far as it can (`lower_goal`). If only multiples
-    of `round_to` cannot reach it, the structure is rounded to the nearest multiples
-    (`round_widths`).
+    `is_required`: the user or the paper asks for it, and a net that cannot reach it is refused.
+    Else it is the cut of another row, so that rows can be compared. Then a method that cannot reach
+    it goes as far as it can (`choose_target`).
     """
 
     target: float | None
@@ -3132,19 +3135,19 @@ IDENTITY = (
 OF_IMAGES = ("data", "images", "train_images", "test_images", "normalisation")
 
 
-def kind_of_data(description: str) -> str:
+def kind_of_data(data: str) -> str:
     """The name of a data set, or OWN_IMAGES for a user's own images in any folder.
 
     The folder of a user's own images may have been moved, so it does not count. `fingerprint` tells
     whether the images are the same.
     """
-    return OWN_IMAGES if str(description).startswith(OWN_IMAGES) else description
+    return OWN_IMAGES if str(data).startswith(OWN_IMAGES) else data
 
 
-def identity_of(description: dict) -> dict:
+def identity_of(run_description: dict) -> dict:
     """What of the description of a run must be equal where it goes on."""
-    identity = {key: description[key] for key in IDENTITY}
-    return identity | {"data": kind_of_data(description["data"])}
+    identity = {key: run_description[key] for key in IDENTITY}
+    return identity | {"data": kind_of_data(run_description["data"])}
 
 
 def other_run_error(folder: Path, different: list[str]) -> UserError:
@@ -3169,7 +3172,7 @@ def check_source(folder: Path, source: str) -> None:
 
 
 class RunFolder:
-    """The folder of a run: what is kept in it, how it goes on, and whose it is.
+    """The files of a run: locks its folder, keeps results.json, refuses the folder of another run.
 
     baseline.pt, lstm.pt, ...   a checkpoint per row
     results.json                the rows, every candidate of every search, learning curves
@@ -3521,6 +3524,8 @@ class TrainedNet:
     """A net after its training; the curve has [loss, validation accuracy or None] of each epoch."""
 
     net: Net
+    # After this training; None where it was not measured. Of a whole row it is that after the
+    # recovery, because no images are left to validate the final training.
     validation_accuracy: float | None
     seconds: float
     curve: list = field(default_factory=list)
@@ -3556,7 +3561,8 @@ class TrainingState:
             self.best_weights = deepcopy(net.state_dict())
 
     def load_best_weights(self, net: Net, first_weights: dict, validation: Images) -> None:
-        """Give `net` the weights of its best epoch, or its first ones if it diverged at once."""
+        """Give `net` the weights of its best epoch. If it diverged at once it gets its first ones,
+        and `accuracy` is measured."""
         if self.best_weights is not None:
             net.load_state_dict(self.best_weights)
             return
@@ -3574,7 +3580,7 @@ class DivergenceError(UserError):
 
 def explain_divergence(title: str, epoch_number: int, plan: TrainingPlan) -> str:
     advice = "another --seed may do"
-    if plan.temperature is not None:  # of all schedules but `published`
+    if plan.temperature is not None:  # a final training of ours, not of `published`
         advice = "--schedule published has a lower one, or another --seed may do"
     return (
         f"{title}: the training diverged in epoch {epoch_number}, its loss is no longer a number: "
@@ -3592,12 +3598,12 @@ MIN_TRIAL_EPOCHS = 2  # ours: so that a trial of `sep` has one without and one w
 
 
 def plan_trial(final: TrainingPlan, image_count: int) -> TrainingPlan:
-    """The plan of a trial: the `final` plan with fewer epochs. TRIAL_SHARE and the numbers beside
-    it give the epochs for so many images; there are never more than in `final`."""
+    """The plan of a trial on so many images: that of the final training with fewer epochs (see
+    TRIAL_SHARE), and never with more."""
     epochs = min(MAX_TRIAL_EPOCHS, round(TRIAL_SHARE * final.epochs))
     steps_per_epoch = max(1, image_count // BATCH_SIZE)
-    fewest = max(MIN_TRIAL_EPOCHS, math.ceil(MIN_TRIAL_STEPS / steps_per_epoch))
-    return replace(final, epochs=min(max(epochs, fewest), final.epochs))
+    fewest_epochs = max(MIN_TRIAL_EPOCHS, math.ceil(MIN_TRIAL_STEPS / steps_per_epoch))
+    return replace(final, epochs=min(max(epochs, fewest_epochs), final.epochs))
 
 
 class Trainer:
@@ -3608,6 +3614,7 @@ class Trainer:
         self.settings = settings
         self.data = data
         self.reporter = reporter
+        # `Run.make_baseline` sets it. All but `load` and a training without a teacher need it.
         self.baseline: Net | None = None
         self.teachers: dict[Images, Teacher] = {}
 
@@ -3671,7 +3678,7 @@ class Trainer:
         self.reporter.start_training(title, len(epoch_range), state.epochs)
         # The seconds of earlier processes count, too.
         start = time.time() - state.seconds
-        losses = fit(
+        epochs = fit(
             net,
             images,
             plan,
@@ -3681,7 +3688,7 @@ class Trainer:
             epochs=epoch_range[state.epochs :],  # less those that are finished
             wrap_steps=self.reporter.wrap_steps,
         )
-        for _, loss in losses:
+        for _, loss in epochs:  # each step of this loop trains one epoch
             if not math.isfinite(loss):
                 if not keeps_best:
                     message = explain_divergence(title, state.epochs + 1, plan)
@@ -3723,7 +3730,8 @@ class Trainer:
         models.write_tensors(self.folder.progress_path(title), content)
 
     def make_reduction_of(self, method: str) -> Callable:
-        """reduction_of(structure): what a structure removes of the baseline, by that method."""
+        """A function of a structure: the share of the baseline's MACs that pruning to it by that
+        method removes."""
         return make_reduction_of(method, self.baseline)
 
     def score_baseline(self, target: float | None) -> ScoredStructure:
@@ -3731,7 +3739,13 @@ class Trainer:
         row = self.folder.find_row("baseline")
         accuracy = row["validation_accuracy"]
         reward = compute_reward(accuracy, 0.0, target)
-        return ScoredStructure(self.baseline.structure, accuracy, row["macs"], 0.0, reward)
+        return ScoredStructure(
+            structure=self.baseline.structure,
+            validation_accuracy=accuracy,
+            macs=row["macs"],
+            macs_reduction=0.0,
+            reward=reward,
+        )
 
     def make_candidate(
         self,
@@ -3745,8 +3759,11 @@ class Trainer:
         number: int,
         row: str | None = None,
     ) -> tuple[Net, Candidate]:
-        """Prune a parent to a structure, recover it with the teacher, and score it; for a `row`,
-        which by default has the name of the method."""
+        """Prune a parent to a structure, recover it with the teacher, and score it.
+
+        `method` says how its MACs are counted (`count_macs_by`). `row` is the row that it is for,
+        by default that of the method.
+        """
         trained = self.train(
             f"{row or method}: candidate {number}, {structure_name(structure)}",
             models.prune_channels(parent_net, structure),
@@ -3863,22 +3880,15 @@ class Trainer:
 
 
 def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net, ScoredStructure]:
-    """The search for where to prune: (best net, its score).
+    """Run the search of a method, and its trials: (best net, its score).
 
     A structure that is proposed again is not trained again: its score is reused. Raises UserError
-    where no structure reaches the target. A ReinforceSearch that has run out of patience may still
-    end short of it.
+    where one channel in every layer does not reach the target. A ReinforceSearch may end before it
+    has reached it.
     """
     folder = trainer.folder
     search = make_search(trainer, method, target)
-    pool = folder.pool_path(method)
     load_search(search, folder)
-
-    def weights_path(structure) -> Path:
-        if structure == search.baseline_score.structure:
-            return folder.checkpoint_path("baseline")
-        return pool / f"{structure_name(structure)}.pt"
-
     log_search_state(search, folder)  # also where the search has ended already
     reported_best = None
     has_proposed = False
@@ -3886,7 +3896,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         has_proposed = True
         score = search.known_scores.get(proposal.structure)
         if score is None:
-            score = make_proposed_candidate(trainer, search, proposal, weights_path)
+            score = make_proposed_candidate(trainer, search, proposal)
         lstm_epoch = search.lstm_epoch
         search.record(proposal, score)
         if search.lstm_epoch > lstm_epoch and search.best is not reported_best:
@@ -3895,19 +3905,26 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
         save_search(search, folder)
         log_search_state(search, folder)
         folder.save_results()
-        remove_unused_weights(search, pool, weights_path)
+        remove_unused_weights(search, folder)
     if has_proposed:
         folder.say(f"{method}: the search has ended; {search.describe_end()}")
     # Trials give the finalists losses, and from there on these decide which one is the best.
-    try_finalists(trainer, search, weights_path)
-    return trainer.load(weights_path(search.best.structure))[0], search.best
+    run_trials(trainer, search)
+    best_net, _ = trainer.load(weights_path_for(search, search.best.structure, folder))
+    return best_net, search.best
 
 
-def make_proposed_candidate(
-    trainer: Trainer, search: Search, proposal: Proposal, weights_path: Callable
-) -> Candidate:
+def weights_path_for(search: Search, structure, folder: RunFolder) -> Path:
+    """The file with the weights of a structure. The baseline's are in the checkpoint of its row."""
+    if structure == search.baseline_score.structure:
+        return folder.checkpoint_path("baseline")
+    return folder.pool_path(search.method) / f"{structure_name(structure)}.pt"
+
+
+def make_proposed_candidate(trainer: Trainer, search: Search, proposal: Proposal) -> Candidate:
     """What a search has proposed, pruned from its parent and recovered; its weights are kept."""
-    parent_net, _ = trainer.load(weights_path(proposal.parent))
+    folder = trainer.folder
+    parent_net, _ = trainer.load(weights_path_for(search, proposal.parent, folder))
     net, candidate = trainer.make_candidate(
         search.method,
         parent_net,
@@ -3917,7 +3934,7 @@ def make_proposed_candidate(
         lstm_epoch=search.lstm_epoch,
         number=len(search.candidates) + 1,
     )
-    models.save_checkpoint(weights_path(proposal.structure), net, {})
+    models.save_checkpoint(weights_path_for(search, proposal.structure, folder), net, {})
     warn_of_strange_gain(trainer, search, candidate)
     return candidate
 
@@ -3929,27 +3946,30 @@ STRANGE_GAIN = 0.1
 
 def warn_of_strange_gain(trainer: Trainer, search: Search, candidate: Candidate) -> None:
     """Say so where this candidate of a search is the first with a STRANGE_GAIN."""
-    limit = search.baseline_score.validation_accuracy + STRANGE_GAIN
-    earlier = [known.validation_accuracy for known in search.candidates.values()]
-    if candidate.validation_accuracy > limit >= max(earlier, default=0.0):
+    baseline_accuracy = search.baseline_score.validation_accuracy
+    limit = baseline_accuracy + STRANGE_GAIN
+    was_said = any(known.validation_accuracy > limit for known in search.candidates.values())
+    if candidate.validation_accuracy > limit and not was_said:
         trainer.folder.say(
             f"{search.method}: a pruned net gets {candidate.validation_accuracy:.2%} of the "
-            f"validation images right, the baseline {limit - STRANGE_GAIN:.2%}; most likely the "
+            f"validation images right, the baseline {baseline_accuracy:.2%}; most likely the "
             "baseline is read wrongly (docs/your-net.md), or hardly trained"
         )
 
 
-def remove_unused_weights(search: Search, pool: Path, weights_path: Callable) -> None:
+def remove_unused_weights(search: Search, folder: RunFolder) -> None:
     """Remove what neither a later proposal nor a trial nor the result starts from.
 
     progress.pt is of a training that has ended, and goes, too.
     """
-    in_use = {weights_path(structure) for structure in search.structures_in_use()}
+    pool = folder.pool_path(search.method)
+    structures = search.structures_in_use()
+    in_use = {weights_path_for(search, structure, folder) for structure in structures}
     for path in set(pool.glob("*.pt")) - in_use - {pool / "search.pt"}:
         path.unlink()
 
 
-def try_finalists(trainer: Trainer, search: Search, weights_path: Callable) -> None:
+def run_trials(trainer: Trainer, search: Search) -> None:
     """ours: a trial for each finalist of a search. Sets the candidate's `trial_loss`, its loss on
     the validation images.
 
@@ -3973,13 +3993,13 @@ def try_finalists(trainer: Trainer, search: Search, weights_path: Callable) -> N
         trained = trainer.load_or_train(
             path,
             f"{search.method}: trial {number} of {len(finalists)}, {name}",
-            trainer.load(weights_path(finalist.structure))[0],
+            trainer.load(weights_path_for(search, finalist.structure, folder))[0],
             images,
             plan,
             range(plan.epochs),
             may_diverge=True,
         )
-        # Not in search.pt: a run that goes on has both from the trial's file again.
+        # Not saved in search.pt: a run that goes on reads both from the trial's file.
         finalist.trial_loss = trained.validation_loss
         finalist.seconds = round(finalist.seconds + trained.seconds, 2)
         log_search_state(search, folder)
@@ -4069,7 +4089,8 @@ def describe_trials(search: Search, finalists: list[Candidate]) -> str:
 
 
 def describe_machine(device: torch.device) -> dict:
-    """What else numbers depend on: the device, with threads and precision, and the versions."""
+    """The device (a CPU with its threads and precision) and the versions: accuracies and times
+    depend on them."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -4134,12 +4155,13 @@ class RowCheckpoints:
         }
 
     def is_own(self, row_name: str, net: Net, facts: dict) -> bool:
-        """Whether facts are those that this run wrote for that row."""
+        """Whether this run wrote these facts for that row."""
         if not {"validation_accuracy", "seconds", "curve", "device", "versions"} <= facts.keys():
             return False  # `add_row` needs them
         identity = self.identify(row_name, net)
         # The folder of a user's own images does not count, but the fingerprint in `images` does.
-        if kind_of_data(facts.get("data")) != kind_of_data(identity.pop("data")):
+        own_data = identity.pop("data")
+        if kind_of_data(facts.get("data")) != kind_of_data(own_data):
             return False
         if row_name == "baseline":
             # How it is pruned later does not matter to a baseline.
@@ -4150,16 +4172,16 @@ class RowCheckpoints:
         return has_identity and self.agrees_with_row(row_name, facts)
 
     def agrees_with_row(self, row_name: str, facts: dict) -> bool:
-        """Whether facts say the numbers that the results have of a row; True where the results do
-        not have it yet."""
+        """Whether the facts have the accuracy and the MACs of the row in the results; True where
+        the results have no such row yet."""
         row = self.folder.find_row(row_name)
         if row is None:
             return True
         return all(facts.get(key) == row[key] for key in ("validation_accuracy", "macs"))
 
     def check_finished_row(self, row_name: str) -> None:
-        """Raise UserError where another net lies in the place of a finished row's. One that is gone
-        or damaged is only reported."""
+        """Check the checkpoint of a finished row. Raises UserError where it is another net's. A
+        missing or damaged file is only reported."""
         path = self.folder.checkpoint_path(row_name)
         if models.is_intact(path):
             self.load(row_name)  # raises where it is another net's
@@ -4213,12 +4235,13 @@ def best_gate_count(trials: list[dict]) -> int:
 def describe_gate_trials(trials: list[dict]) -> str:
     """What the trials of gates came to, in one line for the user."""
     count = best_gate_count(trials)
-    text = "gates in the last layers do not help, so none is put on"
-    if all(trial["validation_loss"] is None for trial in trials if trial["gates"]):
-        text = "all trials with gates diverged, so none is put on"
     if count:
         layers = "layer" if count == 1 else f"{count} layers"
         text = f"gates go on the last {layers} of those that have room"
+    elif all(trial["validation_loss"] is None for trial in trials if trial["gates"]):
+        text = "all trials with gates diverged, so none is put on"
+    else:
+        text = "gates in the last layers do not help, so none is put on"
     losses = ", ".join(
         f"{trial['gates']}: {trial['validation_loss']:.4f}"
         for trial in trials
@@ -4241,7 +4264,7 @@ def make_static(gated: Net, images: Images) -> Net:
 
 
 class SepRow:
-    """How the row of `sep` comes about.
+    """Makes the row of `sep`.
 
     ours, if searches go by regression:
     1. `find_structure`: takes the structure that `lstm`'s search chooses. A search of `sep`'s own
@@ -4296,8 +4319,8 @@ class SepRow:
         return run_search(self.trainer, "lstm", target)[1].structure
 
     def recover(self, structure, method: str, target: float) -> tuple[Net, Candidate]:
-        """A structure pruned from the baseline at once, and its recovery. Its MACs are counted as
-        of `method`: of `sep` with gates, of `lstm` without."""
+        """Prune the baseline to a structure, and recover it; kept in `sep`'s pool. The MACs are
+        counted as those of `method`: of `sep` with gates, of `lstm` without."""
         return self.trainer.load_or_make_candidate(
             self.folder.pool_path("sep") / f"shared-{structure_name(structure)}.pt",
             method,
@@ -4312,11 +4335,12 @@ class SepRow:
     # -- its final training
 
     def train(self, recovered: RecoveredNet, target: float | None) -> TrainedNet:
-        """The trained net of the row: `recovered` with gates, or its rival without gates, or
-        `lstm`'s trained net where that is the rival's.
+        """Choose between `recovered` with gates and its rival without gates, and give the winner
+        the final training. If the rival is `lstm`'s net, which is trained already, that is taken.
 
-        Its validation accuracy is that after the recovery, its seconds are those of the whole row.
+        The validation accuracy is that after the recovery, the seconds are those of the whole row.
         """
+        # With rounded widths `lstm`'s net has another structure, so it is no rival.
         has_lstm_rival = self.settings.searches_by_regression(target) and not self.round_to
         rival = self.recover_rival(recovered, target) if has_lstm_rival else recovered
         gate_sizes, trial_seconds = self.select_layers(recovered.net, rival.net)
@@ -4375,7 +4399,7 @@ class SepRow:
         images, plan = self.data.all, self.settings.final
         epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: final, without gates"
-        first_part = self.load_or_train(title, net, images, plan, epochs_before_gates)
+        first_part = self.train_in_pool(title, net, images, plan, epochs_before_gates)
         gated = self.put_gates_on(first_part.net, gate_sizes)
         second_part = self.trainer.train(
             "sep: final", gated, images, plan, epoch_range=epochs_with_gates
@@ -4418,23 +4442,23 @@ class SepRow:
         plan = plan_trial(self.settings.final, len(images))
         epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: gates, trial without"
-        rival = self.load_or_train(title, rival_net, images, plan, range(plan.epochs))
+        rival = self.train_in_pool(title, rival_net, images, plan, range(plan.epochs))
         # All trials with gates go on from here.
         title = "sep: gates, before the trials"
-        first_part = self.load_or_train(title, net, images, plan, epochs_before_gates)
+        first_part = self.train_in_pool(title, net, images, plan, epochs_before_gates)
         seconds = rival.seconds + first_part.seconds
         trials = [{"gates": 0, "validation_loss": rival.validation_loss}]
         for count in list_gate_counts(gate_sizes):
             gated = self.put_gates_on(first_part.net, keep_last_gates(gate_sizes, count))
             title = f"sep: gates, trial with {count}"
-            second_part = self.load_or_train(
+            second_part = self.train_in_pool(
                 title, gated, images, plan, epochs_with_gates, may_diverge=True
             )
             seconds += second_part.seconds
             trials.append({"gates": count, "validation_loss": second_part.validation_loss})
         return trials, seconds
 
-    def load_or_train(self, title: str, net: Net, *arguments, **options) -> TrainedNet:
+    def train_in_pool(self, title: str, net: Net, *arguments, **options) -> TrainedNet:
         """`Trainer.load_or_train` with a file in `sep`'s pool, named by title and structure."""
         name = re.sub(r"[:,]? ", "-", title)
         path = self.folder.pool_path("sep") / f"{name}-{structure_name(net.structure)}.pt"
@@ -4470,7 +4494,8 @@ class Run:
         is_fresh: bool = False,
         round_to: int | None = None,
     ):
-        """`description`: experiment, schedule, data and source (of a given checkpoint).
+        """`description`: the entries experiment, schedule, data and source (of a given checkpoint)
+        of results.json; `describe` adds the others.
 
         Raises UserError where the folder is in use, is another run's, or cannot be written.
         """
@@ -4582,7 +4607,7 @@ class Run:
         No image is left to validate the final training, so the accuracy is the recovered net's. The
         seconds are those of the whole row.
         """
-        target = self.lower_goal(method, goal)
+        target = self.choose_target(method, goal)
         recovered = self.find_structure(method, target)
         if self.round_to:
             recovered = self.round_widths(method, recovered, target, is_required=goal.is_required)
@@ -4630,7 +4655,7 @@ class Run:
             "macs": facts["macs"],
             "params": facts["parameters"],
             "macs_reduction": 1 - facts["macs"] / baseline["macs"],
-            "widths": list(net.structure),
+            "widths": list(net.structure),  # the kernels at work for an image
             "seconds": facts["seconds"],
             # A run may go on elsewhere: these are of the process that ended the row's training.
             "device": facts["device"],
@@ -4645,9 +4670,9 @@ class Run:
 
     # -- finding structures
 
-    def lower_goal(self, method: str, goal: Goal) -> float | None:
-        """The goal's target. Where it is only another row's cut, at most what this method can
-        remove."""
+    def choose_target(self, method: str, goal: Goal) -> float | None:
+        """The target for this method: the goal's. If that is not required, at most what the method
+        can remove."""
         target = goal.target
         if target is None or goal.is_required:
             return target
@@ -4656,8 +4681,8 @@ class Run:
         if largest_cut >= target:
             return target
         self.reporter.say(
-            f"{method} cannot cut {target:.2%} as the rows before it do: {largest_cut:.2%} with "
-            "one channel left in every layer, and goes there"
+            f"{method} cannot cut {target:.2%} as the rows before it do; it cuts "
+            f"{largest_cut:.2%}, with one channel left in every layer"
         )
         return largest_cut
 
@@ -4674,9 +4699,9 @@ class Run:
     def find_uniform(self, target: float | None) -> tuple[Net, ScoredStructure]:
         """(recovered net, its score) with the same share of every layer, at a cut of `target`.
 
-        It gets there in steps of the pruning rate with a recovery each, as the papers' search goes;
-        in one step where the search of the other rows goes in one. Raises UserError without a
-        target.
+        If the other rows are searched by REINFORCE, it gets there in steps of the pruning rate,
+        with a recovery each. If they are searched by regression, it gets there in one step. Raises
+        UserError without a target.
         """
         if target is None:
             raise UserError(
@@ -4712,12 +4737,12 @@ class Run:
     def round_widths(
         self, method: str, recovered: RecoveredNet, target: float | None, *, is_required: bool
     ) -> RecoveredNet:
-        """What was found, with widths at multiples (ours: many machines compute channels in
-        blocks).
+        """Round the widths that were found to multiples of `round_to` (ours: many machines compute
+        channels in blocks).
 
-        Where that changes the structure, the net is made from the baseline, with a recovery of its
-        own. The results keep accuracy, cut and latency before and after. A target that is not
-        required is dropped where multiples cannot reach it.
+        If the structure changes, the baseline is pruned to it and recovered. The results keep
+        accuracy, cut and latency before and after. A target that is not required is dropped where
+        multiples cannot reach it: then the structure goes to the nearest multiples.
         """
         trainer = self.trainer
         widths = trainer.baseline.widths

@@ -2561,7 +2561,7 @@ def test_trials_choose_among_the_best_candidates_for_lstm_and_sep(tmp_path, monk
     assert sum(title.startswith("lstm: trial ") for title in spy.titles) == len(finalists)
     assert sum(line.startswith("lstm: the search has ended; ") for line in spy.lines) == 1
     assert any(line.startswith("lstm: trials choose ") for line in spy.lines)
-    assert run.sep_row.find_lstm_structure(0.5) == chosen.structure
+    assert run.sep_row.find_or_search_lstm_structure(0.5) == chosen.structure
 
 
 def test_a_run_with_trials_that_is_interrupted_ends_like_an_undisturbed_one(tmp_path):
@@ -2590,6 +2590,7 @@ def test_a_finalist_whose_trial_diverges_is_not_chosen(tmp_path, monkeypatch):
     search = SimpleNamespace(method="lstm", list_finalists=lambda: finalists)
     weights = tmp_path / "weights.pt"
     models.save_checkpoint(weights, make_lenet(), {})
+    monkeypatch.setattr(controller, "weights_path_for", lambda *_: weights)
     monkeypatch.setattr(controller, "log_search_state", lambda *_: None)
     monkeypatch.setattr(controller, "describe_trials", lambda *_: "told")
     monkeypatch.setattr(trainer, "measure_validation_loss", lambda net: 0.3)
@@ -2605,7 +2606,7 @@ def test_a_finalist_whose_trial_diverges_is_not_chosen(tmp_path, monkeypatch):
     for _ in range(2):  # the second time both come from their files
         for finalist in finalists:
             finalist.trial_loss, finalist.seconds = None, 0.5
-        controller.try_finalists(trainer, search, lambda structure: weights)
+        controller.run_trials(trainer, search)
 
         assert [finalist.trial_loss for finalist in finalists] == [None, 0.3]
         assert [finalist.seconds for finalist in finalists] == [4.5, 2.0]

@@ -69,12 +69,12 @@ COMPLEXITY_WEIGHT = 0.16
 TEACHER_BYTES = 1 << 30
 
 
-def seed_for(*place) -> int:
+def seed_for(*keys) -> int:
     """A seed for one random stream, the same on every machine.
 
-    The arguments name the stream: usually the run's seed, then what is drawn.
+    The keys say what is drawn, usually the run's seed first. Other keys give other random numbers.
     """
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:7], "big")
 
 
 # ---- images ------------------------------------------------------------------------------------
@@ -99,17 +99,17 @@ class Images:
         self.class_names = list(class_names)
         self.mean = mean
         self.std = std
-        # x = pixels / 255 / std - mean / std, with one multiplication and one subtraction.
-        mean = torch.tensor(mean, device=pixels.device).reshape(-1, 1, 1)
-        std = torch.tensor(std, device=pixels.device).reshape(-1, 1, 1)
-        self.shift = mean / std
-        self.factor = 1 / (255 * std)
+        # pixels * factor - shift is (pixels / 255 - mean) / std.
+        mean_tensor = torch.tensor(mean, device=pixels.device).reshape(-1, 1, 1)
+        std_tensor = torch.tensor(std, device=pixels.device).reshape(-1, 1, 1)
+        self.shift = mean_tensor / std_tensor
+        self.factor = 1 / (255 * std_tensor)
 
     def __len__(self):
         return len(self.labels)
 
     def replace(self, pixels, labels, mean=None, std=None) -> "Images":
-        """Other images, or other statistics, treated as these are."""
+        """Images with these pixels and labels, and by default this mean and std. All else stays."""
         return self.make_like(type(self), pixels, labels, mean, std)
 
     def make_like(self, images_class, pixels, labels, mean=None, std=None) -> "Images":
@@ -156,10 +156,12 @@ class Images:
         return bool(self.crop or self.zooms or self.flip)
 
     def draw_epoch(self, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The order (N,) of an epoch, and (top, left, is flipped) of each image's crop, (N, 3).
+        """(order, crops) of an epoch. They depend on seed and epoch alone: all candidates see the
+        same images.
 
-        They depend on seed and epoch alone: all candidates see the same images. The crops are None
-        where images are not augmented; of images that zoom they are those of `draw_zooms`.
+        order (N,) has the indices as they are shown. Row i of the crops is for image i, not for the
+        i-th image that is shown: (top, left, is flipped), (N, 3) int64; with `zooms` (N, 5) float32
+        of `draw_zooms`. None without augmentation.
         """
         generator = torch.Generator().manual_seed(seed_for(seed, "images", epoch))
         order = torch.randperm(len(self), generator=generator)
@@ -189,7 +191,8 @@ class Images:
     def batch(self, index, crops=None) -> torch.Tensor:
         """The images `index` (B,), normalised: float32 (B, C, H, W), channels-last.
 
-        `crops` of `draw_epoch` crops and flips them.
+        `crops` is the second result of `draw_epoch`, for all N images; None: they are taken as they
+        are.
         """
         return self.prepare(self.pixels[index], index, crops)
 
@@ -401,7 +404,7 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool, say: Calla
 
     dataset_class = getattr(datasets, name.upper())
     try:
-        with removing_new_folders(folder):
+        with removing_new_folders_on_error(folder):
             try:
                 dataset = dataset_class(folder, train=is_train)
             except RuntimeError:  # not there, or not complete
@@ -433,10 +436,11 @@ def load_from_torchvision(name: str, folder: Path, *, is_train: bool, say: Calla
 
 
 @contextmanager
-def removing_new_folders(folder: Path):
-    """Where a download fails, remove the empty folders that it made."""
+def removing_new_folders_on_error(folder: Path):
+    """If the body of the `with` fails, remove the folders that did not exist before it, where they
+    are empty."""
     folders = (folder / "MNIST" / "raw", folder / "MNIST", folder, *folder.parents)
-    new_folders = [each for each in folders if not each.exists()]
+    new_folders = [path for path in folders if not path.exists()]
     try:
         yield
     except Exception:
@@ -447,10 +451,12 @@ def removing_new_folders(folder: Path):
 
 
 def check_is_no_image_folder(folder: Path) -> None:
-    """Raise UserError (status 2) where a folder holds a user's own images, but is named at the
-    wrong level: nothing is to be downloaded into it."""
+    """Raise UserError (status 2) where a folder is the wrong level of a user's own data set, so
+    that nothing is downloaded into it: train/ or test/ itself, a class folder, or a folder of
+    classes without train/ and test/."""
     if not folder.is_dir():
         return
+    folder = Path(os.path.abspath(folder))  # "." and ".." have no names
     if has_images(folder) and folder.parent.name in ("train", "test"):
         raise UserError(
             f"{folder} is two levels too deep: give --data-dir {folder.parent.parent}, which has "
@@ -665,8 +671,8 @@ def list_visible_files(folder: Path) -> list[str]:
 
 
 def is_special(path: str) -> bool:
-    """Whether a path is neither a file nor a broken link. To read a pipe may never end; to read a
-    broken link tells the user."""
+    """Whether there is something else than a file, as a pipe, which may block its reader. A broken
+    link is not special: to read it fails, and the error tells the user."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
@@ -677,7 +683,8 @@ FILE_ERRORS = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE
 
 @contextmanager
 def opened_image(path: str):
-    """The PIL image of a file, not decoded yet. Raises UserError for what goes wrong with it."""
+    """Yields the PIL image of a file. Pillow decodes it where the caller uses it, so errors in the
+    body of `with opened_image(path)` become UserErrors, too."""
     from PIL import Image
 
     try:
@@ -863,7 +870,8 @@ class ImagesInFiles(Images):
 def fingerprint(*sets: Images) -> str:
     """A hash of all pixels and labels, to recognise the same data.
 
-    Of images that stay in their files the names and lengths of the files count, and their size.
+    Images that stay in their files are not read. In place of their pixels count the names of the
+    files, their sizes in bytes, and the size at which they are read.
     """
     digest = hashlib.sha256()
     for images in sets:
@@ -1082,8 +1090,11 @@ def measure_usage_by_class(net: Net, images: Images) -> dict:
 
 
 class Teacher:
-    """The softmax outputs of a net on a set of images, by an epoch's crops. They are kept while
-    they fit TEACHER_BYTES."""
+    """The softmax outputs of a net on a set of images, for the crops of each epoch.
+
+    `seed` must be the one that `fit` gets: it decides the order and the crops of an epoch. Outputs
+    are kept in memory, up to TEACHER_BYTES.
+    """
 
     def __init__(self, net: Net, images: Images, seed: int):
         self.net = net
@@ -1092,10 +1103,11 @@ class Teacher:
         self.kept_probabilities = {}
 
     def probabilities(self, epoch: int, count: int) -> torch.Tensor:
-        """(N, classes) float32 for the first `count` images of an epoch, in the images' own order.
+        """(N, classes) float32, row i for image i.
 
-        0 for the other images. Without augmentation all epochs show the same images, and all are
-        computed.
+        Only the first `count` images in the epoch's order are computed; the other rows are 0.
+        Without augmentation the outputs are the same in all epochs: then they are computed once,
+        for all images.
         """
         if not self.images.is_augmented:
             epoch, count = 0, len(self.images)
@@ -1145,8 +1157,8 @@ def distillation_loss(logits, labels, teacher_probs=None, temperature=None) -> t
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long and how fast a net is trained: at a fixed learning rate, or in one cycle (a fifth of
-    the time up to it, then down to 0, linearly)."""
+    """How long a net is trained, and at which learning rate: always `lr`, or in one cycle. The
+    cycle rises from 0 to `lr` in the first fifth of the training, and then falls to 0, linearly."""
 
     epochs: int
     lr: float
@@ -1166,14 +1178,15 @@ def make_optimizer(net: Net, lr: float) -> torch.optim.SGD:
 
 
 class TrainStep:
-    """A training step on a CPU. `fit` calls start_epoch(), the step itself for each batch, and
-    finish_epoch()."""
+    """A training step, as it runs on a CPU; GraphTrainStep is the one for a GPU. `fit` calls
+    start_epoch(), the step itself for each batch, and finish_epoch()."""
 
     def __init__(self, net: Net, optimizer, temperature: float | None = None):
         self.net = net
         self.optimizer = optimizer
         self.temperature = temperature
-        # A training that began on a GPU may have left it on; a GraphTrainStep turns it on again.
+        # A GraphTrainStep sets it. A training that goes on here from a GPU's progress has it from
+        # there, so it is reset.
         optimizer.param_groups[0]["fused"] = None
 
     def start_epoch(self) -> None:
@@ -1471,21 +1484,21 @@ def fit(
     the steps of an epoch, to show them.
     """
     batch_size = min(BATCH_SIZE, len(images))
-    # ours: the last, smaller batch is left out; it has other images in each epoch.
+    # ours: the last, smaller batch of an epoch is left out. Each epoch has another order, so these
+    # are other images each time.
     steps = len(images) // batch_size
     if plan.max_steps:
         steps = min(steps, plan.max_steps)
     count = steps * batch_size
     train_step = make_train_step(net, optimizer, plan.temperature)
-    for epoch in range(plan.epochs) if epochs is None else epochs:
+    if epochs is None:
+        epochs = range(plan.epochs)
+    for epoch in epochs:
         train_step.start_epoch()
         order, crops = images.draw_epoch(seed, epoch)
         teacher_probs = None
         if teacher:
-            # Whole epochs ask for all images, so that the outputs that are kept serve every plan
-            # of whole epochs.
-            shown = count if plan.max_steps else len(images)
-            teacher_probs = teacher.probabilities(epoch, shown)
+            teacher_probs = teacher.probabilities(epoch, count)
         total_loss = torch.zeros((), device=images.device)
         batches = draw_batches(images, teacher_probs, order[:count], crops, batch_size)
         for step, batch in zip(wrap_steps(range(steps)), batches):
@@ -1507,22 +1520,24 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_gpu_error(error: Exception) -> bool:
-    """Whether PyTorch reports a fault of the GPU or its libraries, not of a net's shapes. Where
-    cuDNN finds no engine, the memory is full, or cuDNN does not fit the GPU."""
+    """Whether PyTorch reports a fault of the GPU or its libraries, not of a net's shapes.
+
+    "Unable to find an engine" is cuDNN's message where the memory is full, or where this cuDNN does
+    not support the GPU.
+    """
     signs = ("CUDA error", "cuDNN error", "unable to find an engine")
     return any(sign in str(error) for sign in signs)
 
 
-# ---- training: what weights do not tell --------------------------------------------------------
+# ---- training: how a foreign net is read -------------------------------------------------------
 #
-# A foreign state dict, which this tool has not written, seldom says how images were normalised, and
-# never all of its architecture. A reading is an architecture that fits the weights, an attempt is
-# one reading with one normalisation. Attempts are tried on some of the training images.
+# A foreign state dict was not written by this tool. It seldom says how images were normalised, and
+# never all of its architecture. A *reading* is an architecture that fits the weights. An *attempt*
+# is one reading with one normalisation. Attempts are tried on some of the training images.
 #
-# Two things tell how good an attempt is. The right one gets many images right. And batch norms
-# remember the mean and variance of what they read in training; by the right reading they read the
-# same again. So norms decide between attempts of about the same accuracy: relu in place of GELU may
-# cost hardly any.
+# Two measures rank them. One is the accuracy. The other is the norm mismatch: how far the inputs of
+# the batch norms are from their running means and variances. With the right attempt it is small. It
+# decides between attempts of about the same accuracy, as relu and GELU.
 
 # What foreign nets are usually trained with, per number of channels.
 COMMON_NORMALISATIONS = {
@@ -1663,7 +1678,7 @@ class AttemptScore:
 
 # ours: above this mismatch the user is warned. Wrong readings had 0.01 to 3.5, half of them more
 # than this.
-STRANGE_NORMS = 0.15
+MIN_STRANGE_MISMATCH = 0.15
 
 
 @dataclass(frozen=True)
@@ -1675,15 +1690,17 @@ class FoundReading:
     accuracy: float  # in [0, 1]
     image_count: int  # on how many images `accuracy` was measured
     norm_mismatch: float | None  # see `measure_norm_mismatch`; None where no batch norm tells
-    # Whether no other attempt of the last round is about as good. An attempt is not as good if its
-    # norms match worse or if it is clearly less accurate. Attempts that compute the same as this
-    # one do not count. Nor do rare activations if this one is usual, or usual ones if it is rare.
+    # False where another attempt of the last round may as well be the right one. Such a rival
+    # - has a usual activation if this one is usual, and a rare one if this one is rare,
+    # - has batch norms that match as well,
+    # - is not clearly less accurate, and
+    # - computes other outputs.
     is_only_best: bool
 
     @property
     def has_strange_norms(self) -> bool:
         """Whether its batch norms read something else than in training."""
-        return self.norm_mismatch is not None and self.norm_mismatch > STRANGE_NORMS
+        return self.norm_mismatch is not None and self.norm_mismatch > MIN_STRANGE_MISMATCH
 
 
 # ours: the last round has at least so many images, where there are so many; fewer leave much to
@@ -1760,14 +1777,14 @@ def retry_with_rare_activations(
     sample: Images,
     show_progress: Callable,
 ) -> list[tuple[Attempt, AttemptScore]]:
-    """`ranked`, or a new ranking with rare activations if its best attempt is better.
+    """`ranked`, or a second ranking with rare activations, whichever has the better best attempt.
 
-    A new ranking is made only if a rare activation has won in `ranked`, or if its best attempt is
-    less accurate than POOR_ACCURACY.
+    So far only the best readings were tried with rare activations. Their poolings and paddings were
+    chosen with a usual activation, and may be wrong. So there is a second ranking in two cases:
 
-    Poolings and paddings were ranked with a usual activation, which may have favoured wrong ones.
-    If a rare activation won all the same, all readings are ranked again with this activation. If
-    nothing is accurate, all readings are ranked again with all rare activations.
+    - The best attempt of `ranked` has a rare activation: all readings are tried with this one.
+    - The best accuracy in `ranked` is below POOR_ACCURACY: all readings are tried with each rare
+      activation.
     """
     best, score = ranked[0]
     if not best.is_rare and score.accuracy >= POOR_ACCURACY:
@@ -1825,15 +1842,23 @@ def choose_attempts(
     ranked = rank_attempts(attempts, sample, first_round.max_images, show_progress)
     attempts = [attempt for attempt, _ in ranked[: first_round.survivors]]
     if tries_activations:
-        best_of_readings = {}
-        for attempt in attempts:
-            best_of_readings.setdefault(attempt.reading, attempt)
-        for attempt in list(best_of_readings.values())[:READINGS_WITH_RARE_ACTIVATIONS]:
-            attempts.extend(attempt.with_rare_activations())
+        attempts += list_rare_attempts(attempts)
     for attempt_round in later_rounds:
         ranked = rank_attempts(attempts, sample, attempt_round.max_images, show_progress)
         attempts = [attempt for attempt, _ in ranked[: attempt_round.survivors]]
     return rank_attempts(attempts, sample, None, show_progress)
+
+
+def list_rare_attempts(attempts: list[Attempt]) -> list[Attempt]:
+    """The best readings of `attempts`, which come the best first, with every rare activation. Each
+    reading is taken once, with its best normalisation."""
+    best_attempts = {}
+    for attempt in attempts:
+        best_attempts.setdefault(attempt.reading, attempt)
+    rare_attempts = []
+    for attempt in list(best_attempts.values())[:READINGS_WITH_RARE_ACTIVATIONS]:
+        rare_attempts += attempt.with_rare_activations()
+    return rare_attempts
 
 
 def shortlist_readings(
@@ -1881,13 +1906,15 @@ def sort_attempts(
 ) -> list[tuple[Attempt, AttemptScore]]:
     """The attempts, the best first, by their scores on so many images.
 
-    1. First come the attempts that `find_matching` finds: those with usual activations before those
-       with rare ones, then by the smaller loss, because their accuracies hardly differ, then by
-       the higher accuracy.
-    2. Then come all others: by the higher accuracy (less `Attempt.handicap`), then by the smaller
-       loss.
-    Among attempts that are still equal, the more usual one comes first. Losses below LEAST_LOSS
-    count as equal. Below an accuracy of POOR_ACCURACY the loss says little and does not count.
+    Attempts whose batch norms match best (`find_matching`) come before all others. What decides, in
+    this order:
+
+    - Of those that match: a usual activation before a rare one; the smaller loss; the higher
+      accuracy; the more usual attempt.
+    - Of the others: the higher accuracy, less `Attempt.handicap`; the smaller loss; the more usual
+      attempt.
+
+    Losses below LEAST_LOSS count as equal. Below POOR_ACCURACY no loss counts.
     """
     matching = find_matching([score for _, score in scored])
 
@@ -1903,20 +1930,22 @@ def sort_attempts(
     return sorted(scored, key=sort_key)
 
 
-# ours: up to this mismatch (`measure_norm_mismatch`) batch norms read what they read in training.
-# In 60 small nets, trained for some seconds each, right readings had 0.003 to 0.05, but for two.
-MATCHING_NORMS = 0.05
-# ours: matching mismatches count as equal up to this many times the smallest. One net trained with
+# ours: up to this mismatch (`measure_norm_mismatch`) batch norms match. In 60 small nets, trained
+# for some seconds each, right readings had 0.003 to 0.05, but for two.
+MAX_MATCHING_MISMATCH = 0.05
+# ours: mismatches up to this many times the smallest one count as equal to it. One net trained with
 # relu had, by chance, 1.3 times the mismatch with relu that it had with leaky relu. The public
 # ResNet-56 has 0.0004, and at least four times that with a wrong normalisation or shortcut.
-EQUAL_MISMATCHES = 1.5
+MAX_MISMATCH_RATIO = 1.5
 
 
 def find_matching(scores: list[AttemptScore]) -> list[AttemptScore]:
-    """The scores whose batch norms match best, among the most accurate score and those that are not
-    clearly less accurate.
+    """The scores whose batch norms match best.
 
-    Empty if no norm mismatch is at most MATCHING_NORMS. The norms then say nothing, for example
+    First, scores are left out that are clearly less accurate than the most accurate one. Of the
+    rest, those are returned whose norm mismatch is at most MAX_MISMATCH_RATIO times the smallest.
+
+    Empty if no mismatch is at most MAX_MATCHING_MISMATCH. The norms then say nothing, for example
     because the weights were averaged after the training and the norms were not.
     """
     most_accurate = max(scores, key=lambda score: score.accuracy)
@@ -1926,9 +1955,9 @@ def find_matching(scores: list[AttemptScore]) -> list[AttemptScore]:
         if score.norm_mismatch is not None and not is_clearly_less_accurate(score, most_accurate)
     ]
     smallest_mismatch = min((score.norm_mismatch for score in accurate), default=math.inf)
-    if smallest_mismatch > MATCHING_NORMS:
+    if smallest_mismatch > MAX_MATCHING_MISMATCH:
         return []
-    limit = EQUAL_MISMATCHES * smallest_mismatch
+    limit = MAX_MISMATCH_RATIO * smallest_mismatch
     return [score for score in accurate if score.norm_mismatch <= limit]
 
 
@@ -1943,9 +1972,10 @@ def is_clearly_less_accurate(score: AttemptScore, best: AttemptScore) -> bool:
     return only_best - only_score > 2 * (only_best + only_score) ** 0.5
 
 
-# ours: the norm mismatch is measured on this many images, or on a quarter of the images of the
+# ours: the norm mismatch is measured on this many images, or on this share of the images of the
 # round if that is less. Few images are enough, because each map has many positions.
 NORM_IMAGES = 128
+NORM_SHARE = 1 / 4
 # ours: in a round with fewer images than this, the norm mismatch is not measured. So it is not
 # measured in the first round, where that would take too much time: there are too many attempts.
 FEWEST_IMAGES_FOR_NORMS = 80
@@ -1985,14 +2015,16 @@ def measure_least_norm_mismatch(net: Net, images: Images) -> float | None:
 
     Nobody knows which of the two the batch norms have read. Crops with black borders change much.
     """
-    count = min(NORM_IMAGES, len(images) // 4)
+    count = min(NORM_IMAGES, int(NORM_SHARE * len(images)))
     index = torch.arange(count, device=images.device)
     chunks = index.split(chunk_size_for(images))
-    _, crops = images.draw_epoch(0, 0)
+    all_crops = [None]
+    if images.is_augmented:
+        all_crops.append(images.draw_epoch(0, 0)[1])
     mismatches = []
-    for crops_to_try in [None, crops] if images.is_augmented else [None]:
+    for crops in all_crops:
         with float32_for(images.device), record_norm_inputs(net) as norm_inputs:
-            for x in images.batches(chunks, crops_to_try):
+            for x in images.batches(chunks, crops):
                 net(x)
         mismatches.append(measure_norm_mismatch(norm_inputs))
     return min((each for each in mismatches if each is not None), default=None)
@@ -2006,28 +2038,37 @@ def choose_norm_place(net: Net, images: Images) -> Net:
     have read different maps. `net` itself is returned if the outputs differ, if the norms stand
     before the activations, or if no norm has learned anything.
     """
+    other = move_late_norms(net)
+    if other is None:
+        return net
+    nets = [net.to(images.device).eval(), other.to(images.device).eval()]
+    # Shuffled, for files in folders come class by class. The seed does not matter.
+    images = images.select(shuffle_for_split(images, 0)[: round(NORM_IMAGES / NORM_SHARE)])
+    if not have_equal_logits(nets, [images, images]):
+        return net
+    mismatch, other_mismatch = [measure_least_norm_mismatch(each, images) for each in nets]
+    if mismatch is None or other_mismatch is None:  # the norms have learned nothing
+        return net
+    return other if other_mismatch < mismatch else net
+
+
+def move_late_norms(net: Net) -> Net | None:
+    """A copy of `net` with its late batch norms on the other side of the poolings. None where it
+    has no late norm at a pooling."""
     other_place = {
         models.AFTER_ACTIVATION: models.AFTER_POOLING,
         models.AFTER_POOLING: models.AFTER_ACTIVATION,
     }
-    architecture = net.architecture
-    convolutions = getattr(architecture, "convolutions", ())
+    convolutions = getattr(net.architecture, "convolutions", ())  # only chains have them
     if not any(each.pooling and each.norm_place in other_place for each in convolutions):
-        return net
+        return None
     changed = tuple(
         replace(each, norm_place=other_place.get(each.norm_place, each.norm_place))
         for each in convolutions
     )
-    other = models.build_net(replace(architecture, convolutions=changed), net.widths)
-    models.load_weights(other, net.state_dict())
-    nets = [net.to(images.device).eval(), other.to(images.device).eval()]
-    # Shuffled, for files in folders come class by class. The seed does not matter.
-    images = images.select(shuffle_for_split(images, 0)[: 4 * NORM_IMAGES])
-    if not have_equal_logits(nets, [images, images]):
-        return net
-    mismatches = [measure_least_norm_mismatch(each, images) for each in nets]
-    # None where the norms have learned nothing.
-    return other if None not in mismatches and mismatches[1] < mismatches[0] else net
+    moved = models.build_net(replace(net.architecture, convolutions=changed), net.widths)
+    models.load_weights(moved, net.state_dict())
+    return moved
 
 
 class NormInputs:
@@ -2079,7 +2120,8 @@ def record_norm_inputs(net: Net):
 
 
 def measure_norm_mismatch(norm_inputs: dict) -> float | None:
-    """How far what batch norms read is from what they read in training; None without norms.
+    """How far the inputs of batch norms are from the norms' running means and variances. None
+    without norms, or where it is no finite number.
 
     Of each channel it is the Kullback-Leibler divergence of two normal distributions: one with the
     mean and variance that were read now, one with the running mean and variance of the training.
@@ -2101,7 +2143,8 @@ def measure_norm_mismatch(norm_inputs: dict) -> float | None:
 
 
 def is_near_guessing(accuracy: float, classes: int) -> bool:
-    """ours: whether a net is no better than guessing, or so little that it learned nothing."""
+    """ours: whether an accuracy is at most a little better than guessing: by less than a tenth of
+    what is missing to 1."""
     guessing = 1 / classes
     return accuracy < guessing + 0.1 * (1 - guessing)
 
@@ -2211,6 +2254,8 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     channels come back wherever the target is reached with them, too. Returns `child` where even
     that does not reach the target.
     """
+    # Every channel to remove, as (share of its layer's removals that is done with it, layer).
+    # Sorted, this is the order of removal: all layers are at about the same share at any time.
     removals = [
         (step / (before - after), layer)
         for layer, (before, after) in enumerate(zip(parent, child))
@@ -2232,7 +2277,8 @@ def prune_to_target(parent, child, reduction_of, target: float) -> tuple[int, ..
     structure = remove_first(removed_count)
     if reduction_of(structure) < target:
         return structure
-    # The last channel may have removed more than was missing: channels of other layers come back.
+    # The last removal may have overshot the target. So each layer that lost channels may get some
+    # back, the layer of the last removal first. (dict.fromkeys keeps each layer once, in order.)
     layers = dict.fromkeys(reversed(order[:removed_count]))
     return give_channels_back(structure, parent, layers, reduction_of, target)
 
@@ -2256,13 +2302,14 @@ def give_channels_back(
 def prune_further(structure, widths, reduction_of, target: float, rate: float) -> tuple[int, ...]:
     """The structure, made smaller until it reaches the target; unchanged where it does already.
 
-    First one layer that is pruned already is narrowed, if that alone reaches the target. Else all
-    pruned layers are narrowed, step by step, and, where each of them has one channel left, all
-    layers. Raises UserError where no structure reaches the target.
+    First it tries to narrow one layer that is pruned already (`narrow_one_layer`). If that is not
+    enough, all pruned layers lose channels, step by step. If none of them can, or none is pruned,
+    all layers do. Raises UserError where no structure reaches the target.
     """
     check_reachable(widths, reduction_of, target)
     if reduction_of(structure) < target:
         structure = narrow_one_layer(structure, widths, reduction_of, target) or structure
+    # This ends: each step makes the structure smaller, and one channel in every layer is enough.
     while reduction_of(structure) < target:
         smaller = shrink(structure, actions_between(widths, structure), rate)
         if smaller == structure:
@@ -2285,7 +2332,10 @@ def narrow_one_layer(structure, widths, reduction_of, target: float) -> tuple[in
             if surplus >= 0:
                 options.append((lost / width, surplus, narrower))
                 break
-    return min(options)[2] if options else None
+    if not options:
+        return None
+    _, _, narrowest_loss = min(options)
+    return narrowest_loss
 
 
 # ours: a layer may get back this share of its channels, and one more channel that rounding took, so
@@ -2304,8 +2354,8 @@ def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
     reduction is nearest to `target`.
 
     It reaches the target, or it is `widths` themselves if these are nearest. Layers may get some
-    channels back (UNIFORM_TOLERANCE). A structure that is not even (`is_even`) is taken only if no
-    even one was found.
+    channels back (UNIFORM_TOLERANCE). A structure whose shares differ much (`has_similar_shares`)
+    is taken only if no other was found.
     """
     found = []
     # Layers whose channels cost the most MACs get theirs back first.
@@ -2324,14 +2374,14 @@ def uniform_structure(widths, reduction_of, target: float) -> tuple[int, ...]:
         if found and reduction_of(structure) - target > UNIFORM_EXCESS:
             break
         found.append(structure)
-    even = [structure for structure in found if is_even(structure, widths)]
+    similar = [structure for structure in found if has_similar_shares(structure, widths)]
     return min(
-        [tuple(widths), *(even or found)],
+        [tuple(widths), *(similar or found)],
         key=lambda structure: abs(reduction_of(structure) - target),
     )
 
 
-def is_even(structure, widths) -> bool:
+def has_similar_shares(structure, widths) -> bool:
     """Whether the largest share of channels that a layer keeps is at most UNIFORM_MAX_RATIO times
     the smallest. A layer with one channel left may have a larger share, because its last channel
     has to stay."""
@@ -2379,18 +2429,19 @@ def check_reachable(widths, reduction_of, target: float | None, multiple: int = 
 def round_structure(
     structure, widths, reduction_of, target: float | None, multiple: int
 ) -> tuple[int, ...]:
-    """The structure at multiples of `multiple` that is nearest to `structure`, layer by layer.
+    """A structure near `structure`, with all widths at multiples of `multiple`.
 
-    A layer may also keep all its channels. With a `target` layers are narrowed further until the
-    structure reaches it. Two rules say which layer comes first. Neither is always better, so both
-    are tried, and the nearer result is taken. Raises UserError where no structure reaches the
-    target.
+    A layer may also keep all its channels. Without a `target` each layer goes to its nearest
+    multiple. With a `target` layers are then narrowed until the structure reaches it, and layers
+    that are narrower than in `structure` get wider again where the target allows it. There are two
+    orders of narrowing. Neither is always better, so both are tried, and the result with the
+    smaller `Rounding.distance` is taken. Raises UserError where no structure reaches the target.
     """
     check_reachable(widths, reduction_of, target, multiple)
     choices = [sorted({width, *range(multiple, width + 1, multiple)}) for width in widths]
     rounding = Rounding(structure, choices, cache(reduction_of), target)
     if target is None:
-        return rounding.nearest()
+        return rounding.round_each_layer()
     orders = (rounding.distance_per_reduction, rounding.widest_first)
     return min(map(rounding.reach_target, orders), key=rounding.distance)
 
@@ -2404,7 +2455,7 @@ class Rounding:
     reduction_of: Callable
     target: float | None
 
-    def nearest(self) -> tuple[int, ...]:
+    def round_each_layer(self) -> tuple[int, ...]:
         """Each layer at its nearest choice; of two at the wider, which can still be narrowed."""
         return tuple(
             min(choice, key=lambda width: (abs(width - wanted_width), -width))
@@ -2417,20 +2468,20 @@ class Rounding:
         return sum(math.log(width / wanted) ** 2 for width, wanted in zip(structure, self.wanted))
 
     def reach_target(self, order: Callable) -> tuple[int, ...]:
-        """The nearest structure, narrowed until it reaches the target: at each step the layer with
+        """`round_each_layer`, narrowed until it reaches the target: at each step the layer with
         the lowest order(structure, layer). The last steps may have removed more than needed, so
         layers that are narrower than wanted grow again while the target is still reached."""
         layers = range(len(self.wanted))
-        structure = self.nearest()
+        structure = self.round_each_layer()
         while self.reduction_of(structure) < self.target:
             reducible = [layer for layer in layers if structure[layer] > self.choices[layer][0]]
             first = min(reducible, key=partial(order, structure))
             structure = self.move_to_next_choice(structure, first, -1)
-        growing = self.layers_that_fit_wider(structure)
+        growing = self.list_growable_layers(structure)
         while growing:
             narrowest = min(growing, key=partial(self.relative_width, structure))
             structure = self.move_to_next_choice(structure, narrowest, 1)
-            growing = self.layers_that_fit_wider(structure)
+            growing = self.list_growable_layers(structure)
         return structure
 
     def move_to_next_choice(self, structure, layer: int, direction: int) -> tuple[int, ...]:
@@ -2457,13 +2508,13 @@ class Rounding:
         """An order for `reach_target`: the relatively widest layer comes first."""
         return -self.relative_width(structure, layer)
 
-    def layers_that_fit_wider(self, structure) -> list[int]:
+    def list_growable_layers(self, structure) -> list[int]:
         """The layers that are narrower than wanted, and whose next choice still reaches the
         target."""
         return [
             layer
             for layer, width in enumerate(structure)
-            if width < min(self.wanted[layer], self.choices[layer][-1])
+            if width < self.wanted[layer]
             and self.reduction_of(self.move_to_next_choice(structure, layer, 1)) >= self.target
         ]
 

@@ -81,15 +81,15 @@ class Experiment:
     final_epochs: int = 250  # of the final training (paper)
     baseline_epochs: int = 200  # ours: no source gives the baseline's training
     baseline_lr: float = 0.1  # ours
-    # ours: the final trainings in one cycle (RESULTS.md, section 5). The short one has the epochs
-    # and the peak rate below. The long one has `final_epochs` and the peak rate below.
+    # ours: the final trainings in one cycle (RESULTS.md, section 5).
     short_final_epochs: int = 20
-    short_final_lr: float = 0.005
-    long_final_lr: float = 0.02
+    short_final_lr: float = 0.005  # the peak rate of a short one
+    long_final_lr: float = 0.02  # the peak rate of a long one, which has `final_epochs`
 
 
+# Of MNIST; `digits` is trained in the same way.
 # ours: MNIST is neither cropped nor flipped, for a mirrored digit is another sign.
-GRAY = {
+MNIST_NUMBERS = {
     "channels": 1,
     "size": 28,
     "crop": 0,
@@ -109,13 +109,13 @@ LARGE_SIZE = 224  # pixels of a side, of photographs for torchvision's nets
 
 # fmt: off
 EXPERIMENTS = {
-    "mnist": Experiment("lenet5", "mnist", train_images=60_000, **GRAY),
+    "mnist": Experiment("lenet5", "mnist", train_images=60_000, **MNIST_NUMBERS),
     "vgg-cifar10": Experiment("vgg19", "cifar10", **VGG),
     "vgg16-cifar10": Experiment("vgg16", "cifar10", **VGG),
     "vgg-cifar100": Experiment("vgg19", "cifar100", classes=100, **VGG),
     "resnet56-cifar10": Experiment("resnet56", "cifar10", target=RESNET_CUT),
     "resnet56-cifar100": Experiment("resnet56", "cifar100", classes=100, target=RESNET_CUT),
-    "digits": Experiment("lenet5", "digits", train_images=6_000, **GRAY),
+    "digits": Experiment("lenet5", "digits", train_images=6_000, **MNIST_NUMBERS),
 }
 # fmt: on
 
@@ -278,7 +278,7 @@ def settings_for(
 ):
     """The numbers of a run: the schedule's, or the experiment's where the schedule has none.
 
-    `pruning_rate`, `baseline_epochs` and `final_epochs` are the user's own, and go first.
+    `pruning_rate`, `baseline_epochs` and `final_epochs` are the user's own, and take precedence.
     `train_images` is the number of the run's images that train or validate; None: all of the
     experiment's.
     """
@@ -345,16 +345,20 @@ def estimate_search(settings, method: str, finished_methods, images: int) -> flo
     if method == "uniform":
         is_one_step = settings.searches_by_regression(settings.target)
         return recovery if is_one_step else EXPECTED_UNIFORM_STEPS * recovery
-    if method == "sep" and settings.max_candidates is not None:
+    # Without a target, a search aims at the cut of the row that was made first, if there is one.
+    # How large that cut is does not matter here.
+    target = settings.target
+    if target is None and finished_methods:
+        target = 0.5
+    by_regression = settings.searches_by_regression(target)
+    if method == "sep" and by_regression:
         # `sep` takes the structure that `lstm` found, or searches for one as `lstm` does. Then it
         # recovers two nets: one of that structure, and a smaller one that leaves MACs for gates.
         search = 0
         if "lstm" not in finished_methods:
             search = estimate_search(settings, "lstm", finished_methods, images)
         return search + 2 * recovery
-    # Without a target, a search aims at the cut of the row that was made first, if there is one.
-    has_cut = settings.target is not None or bool(finished_methods)
-    if settings.max_candidates is not None and has_cut:
+    if by_regression:
         return settings.max_candidates * recovery + estimate_trials(settings, images)
     lstm_epochs = settings.patience + EXPECTED_LSTM_EPOCHS
     return lstm_epochs * settings.candidates_per_lstm_epoch * recovery
@@ -369,14 +373,14 @@ def estimate_trials(settings, images: int) -> float:
 
 
 def estimate_gate_trials(settings, images: int) -> float:
-    """How many epochs `sep` may spend on where to put gates: one trial without and six with gates,
-    as for ResNet-56, in 1, 2, 4, 8, 16 and all 27 layers. Deeper nets have one or two more."""
+    """How many epochs `sep` may spend on where to put gates: one trial without gates and six with
+    gates. So many has a ResNet-56, in 1, 2, 4, 8, 16 and 27 layers; LeNets and VGGs have fewer."""
     from controller import plan_trial, split_epochs
 
-    plain_epochs, gated_epochs = split_epochs(plan_trial(settings.final, images))
-    trial_without = len(plain_epochs) + len(gated_epochs)
+    epochs_before_gates, epochs_with_gates = split_epochs(plan_trial(settings.final, images))
+    trial_without = len(epochs_before_gates) + len(epochs_with_gates)
     # The trials with gates begin with one net, so they share its epochs without gates.
-    trials_with_gates = len(plain_epochs) + 6 * len(gated_epochs)
+    trials_with_gates = len(epochs_before_gates) + 6 * len(epochs_with_gates)
     return trial_without + trials_with_gates
 
 
@@ -428,9 +432,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-# Once an epoch has taken so many seconds, a run says how long it may take, also before its end.
+# Once an epoch has taken so many seconds, a run says how long it may take, even before it ends.
 SECONDS_UNTIL_ESTIMATE = 10
-# An epoch counts as long if it has more than this share of the steps of a full epoch.
+# An epoch counts as long if it has more than this share of the steps of a full epoch. The first
+# epoch of a training also waits for the outputs of the teacher, which are kept for later ones. In a
+# short epoch they take most of the time, so an estimate leaves them out, or waits for the second
+# epoch. In a long epoch they count, and the estimate is an upper bound.
 LONG_EPOCH_SHARE = 0.9
 
 
@@ -443,7 +450,8 @@ class ScreenReporter:
 
         self.console = make_console(is_stderr=True)
         self.has_bars = can_show_bars(self.console)
-        # A full epoch shows all images that train. The whole run may take so many full epochs.
+        # How many epochs the whole run may take, counted in full epochs. A full epoch shows every
+        # image that trains once.
         self.planned_epochs = 0.0
         self.steps_per_epoch = 1  # of a full epoch
         # The steps of one epoch of the current training, as a share of those of a full epoch. It is
@@ -457,7 +465,7 @@ class ScreenReporter:
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[unit]},"),
             progress.TimeElapsedColumn(),
-            progress.TextColumn("gone, left"),
+            progress.TextColumn("elapsed, remaining"),
             progress.TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -505,10 +513,6 @@ class ScreenReporter:
             completed=self.training_epochs_done * len(steps),
         )
         start = time.monotonic()
-        # Before the first step of an epoch the teacher computes its outputs for the epoch's images.
-        # They are kept, so later recoveries do not wait for them. In a short epoch this time would
-        # make the estimate far too large, so it is left out. In a long epoch it counts, and the
-        # estimate is an upper bound.
         seconds_of_teacher = 0.0
         if self.epoch_share > LONG_EPOCH_SHARE:
             seconds_of_teacher = start - self.epoch_start
@@ -524,14 +528,13 @@ class ScreenReporter:
         self.epoch_start = time.monotonic()
         self.bars.advance(self.run_bar, self.epoch_share)
         if not self.has_bars:
-            accuracy = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
+            accuracy_text = ""
+            if accuracy is not None:
+                accuracy_text = f", validation accuracy {accuracy:.2%}"
             self.say(
-                f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{accuracy}, "
+                f"{title}: epoch {epoch + 1}/{epochs}, loss {loss:.4f}{accuracy_text}, "
                 f"{seconds_per_epoch:.1f} s an epoch"
             )
-        # In the first epoch the teacher computes its outputs, too, and a GPU is prepared. If the
-        # epoch is short, this makes it far slower than the others, so no estimate is made from it.
-        # If it is long, this makes little difference.
         is_long = self.epoch_share > LONG_EPOCH_SHARE and seconds_per_epoch > SECONDS_UNTIL_ESTIMATE
         if self.has_finished_epoch or is_long:
             self.say_estimate(seconds_per_epoch)
@@ -551,6 +554,16 @@ class ScreenReporter:
 
 
 # ---- on the screen: tables ---------------------------------------------------------------------
+
+# `results` is what results.json holds:
+#   rows      a dict per finished row, in the order in which they were made
+#   search    per method: its rule, target, candidates and layer_scores; of `sep` also gate_trials.
+#             The rules: "reinforce", "regression", "uniform", and "shared", where `sep` took the
+#             structure of `lstm`'s search.
+#   curves    per row: [training loss, validation accuracy or None] of each epoch
+#   rounded   per method, with --round-to: the net "before" and "after" its widths were rounded
+#   layers    the names of the prunable layers
+#   and what the run is: experiment, schedule, data, source, seed, settings, device, ...
 
 # Up to so many layers are named one by one; more would fill lines.
 FEW_LAYERS = 8
@@ -698,7 +711,8 @@ def describe_pruned_layers(results: dict, method: str) -> str:
 
 
 def describe_gates(trials: list[dict], *, is_rounded: bool) -> str:
-    """What became of the structure that `sep` took from `lstm`'s search."""
+    """How many gates `sep` has, or why it has none; for a `sep` that took the structure of `lstm`'s
+    search."""
     from controller import best_gate_count
 
     gates = best_gate_count(trials)
@@ -736,12 +750,11 @@ def describe_shortfall(row: dict, target: float | None):
     """A line for a row that did not get where it should."""
     method = row["method"]
     cut = row["macs_reduction"]
-    # `uniform` lands within half a point.
-    if target and cut < target - 0.005:
+    if target and cut < target:
         reason = "; its search found nothing smaller"
         if method in ("uniform", "static"):
             reason = ""  # these do not search
-        yield f"{method} did not reach the target: a cut of {cut:.1%}, not {target:.1%}{reason}"
+        yield f"{method} did not reach the target: a cut of {cut:.2%}, not {target:.2%}{reason}"
     elif cut == 0 and method != "uniform":
         yield f"{method} kept the whole net: by the reward, nothing smaller was better"
 
@@ -790,7 +803,7 @@ def draw_report(results: dict, path: Path, usage: dict | None = None) -> None:
     results = replace_unwritable(results)
     panels = list_panels(results, replace_unwritable(usage))
     with matplotlib.rc_context(PICTURE_STYLE):
-        panel_rows = max(1, -(-len(panels) // 2))  # two panels a row
+        panel_rows = max(1, math.ceil(len(panels) / 2))  # two panels a row
         figure = Figure(figsize=(PICTURE_WIDTH, PANEL_HEIGHT * panel_rows), layout="constrained")
         figure.suptitle(describe_run(results), parse_math=False)
         all_axes = figure.subplots(panel_rows, 2, squeeze=False).flatten()
@@ -855,7 +868,7 @@ def draw_kept_channels(axes, results: dict) -> None:
 
 def label_layers(axis, layers: list[str]) -> None:
     """Ticks for the layers: their names, or only some of them where they are many."""
-    step = -(-len(layers) // 28)
+    step = math.ceil(len(layers) / 28)
     places = range(0, len(layers), step)
     is_many = len(layers) > FEW_LAYERS
     rotation = 90 if is_many and axis.axis_name == "x" else 0
@@ -1130,10 +1143,16 @@ class UserNet:
     A foreign state dict, which this tool has not written, may be several nets: its `readings`.
     `net` is the likeliest of them until images tell which it is. Where the file has an example of
     what the net computes (models.Example), the reading that computes it is the only one.
+
+    This object changes: `fit_size` drops readings, `load_images_and_choose_reading` sets `net` and
+    `accuracy`, `use_reading_of_run` makes it a known net.
     """
 
     path: Path
     net: object  # models.Net
+    # What the file says beside the weights. A file of this tool says data, test_images, names (of
+    # the classes), split (its seed), mean, std and, of a pruned net, its baseline's row. A foreign
+    # file says at most mean and std.
     facts: dict
     readings: list  # of models.Reading, the likeliest first; none for a file of this tool
     has_example: bool = False  # then the only reading is the right one
@@ -1145,33 +1164,38 @@ class UserNet:
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether only images can tell which of its readings is right."""
+        """Whether the file alone does not say which net it is."""
         return bool(self.readings) and not self.has_example
 
     def fit_size(self, size: int) -> None:
         """Keep the readings that take images of that size. Raises UserError where none does."""
         from models import UserError
 
+        if not self.readings:
+            return  # a file of this tool: `check_net_fits` compares the sizes
         fitting = [reading.for_size(size) for reading in self.readings]
         fitting = [reading for reading in fitting if reading is not None]
-        if fitting:
-            self.readings = fitting
-            self.net = fitting[0].build()
-        elif self.readings:
+        if not fitting:
+            # Too small images have an error of their own.
             self.readings[0].architecture.check_size(size)
-            advice = (
-                "; if it has strides, or other poolings than 2 x 2, put some inputs and outputs of "
-                "it into the file (docs/your-net.md)"
-            )
-            if self.has_example:
-                advice = (
-                    f"; its inputs in the file have {self.net.size} x {self.net.size}; make the "
-                    "images so, or name others by --data-dir"
-                )
             raise UserError(
-                f"{self.path}: no reading of its weights takes images of {size} x {size} pixels"
-                f"{advice}"
+                f"{self.path}: no reading of its weights takes images of {size} x {size} pixels; "
+                f"{self.advise_on_size()}"
             )
+        self.readings = fitting
+        self.net = fitting[0].build()
+
+    def advise_on_size(self) -> str:
+        """What to do where no reading takes the images."""
+        if self.has_example:
+            return (
+                f"its inputs in the file have {self.net.size} x {self.net.size}; make the images "
+                "so, or name others by --data-dir"
+            )
+        return (
+            "if it has strides, or other poolings than 2 x 2, put some inputs and outputs of it "
+            "into the file (docs/your-net.md)"
+        )
 
     @cached_property
     def source(self) -> str:
@@ -1276,11 +1300,12 @@ def find_experiment_for(user_net: UserNet, data_dir: Path) -> Experiment:
     def family(arch):
         return arch.rstrip("0123456789").removeprefix("pre")  # resnet of preresnet20
 
-    def likeness(experiment):
+    def preference(experiment):
+        has_same_data = experiment.data == data
         has_same_family = family(experiment.arch) == family(net.arch)
-        return experiment.data == data, has_same_family
+        return has_same_data, has_same_family  # the data set comes first; True is more than False
 
-    return max(fitting, key=likeness)
+    return max(fitting, key=preference)
 
 
 def explain_missing_data_set(user_net: UserNet, data_dir: Path):
@@ -1291,7 +1316,9 @@ def explain_missing_data_set(user_net: UserNet, data_dir: Path):
     net = user_net.net
     channels = "1 channel" if net.channels == 1 else f"{net.channels} channels"
     if is_image_folder(data_dir):
-        return UserError(f"images are gray or RGB, but {user_net.path} reads {channels}")
+        return UserError(
+            f"{user_net.path} reads {channels}; only gray images (1) and RGB images (3) can be read"
+        )
     check_is_no_image_folder(data_dir)
     return UserError(
         f"no data set here has {channels} and {net.classes} classes, and "
@@ -1460,12 +1487,14 @@ def choose_reading(user_net: UserNet, train, say) -> ChosenReading:
     from controller import choose_norm_place, stored_normalisation
 
     stored = stored_normalisation(user_net.net, user_net.facts)
-    if stored is None or user_net.is_ambiguous:
-        chosen = try_readings(user_net, train, stored, say)
-    else:
+    is_normalisation_known = stored is not None
+    if is_normalisation_known and not user_net.is_ambiguous:
         chosen = ChosenReading(user_net.net, *stored)
+    else:
+        chosen = try_readings(user_net, train, stored, say)
     if user_net.has_example:
-        # Outputs do not show whether late norms stand before or after a pooling.
+        # Outputs do not show whether a batch norm after an activation stands before or after the
+        # pooling.
         images = train.normalised_by(chosen.mean, chosen.std)
         chosen = replace(chosen, net=choose_norm_place(chosen.net, images))
     return chosen
@@ -1525,19 +1554,22 @@ def describe_found_reading(user_net: UserNet, found):
     )
     if found.has_strange_norms and not user_net.has_example:
         yield (
-            "its batch norms remember other values than they read now: most likely this is not the "
-            "net that was trained, or these are not the images that trained it"
+            "the running means and variances of its batch norms do not match these images: most "
+            "likely the net is read wrongly, or was trained on other images"
         )
     if user_net.has_example:
         yield "if images were normalised in another way, put mean and std into the file"
     if user_net.is_ambiguous:
-        advice = "compare that with what you know of the net"
+        advice = "is this your net?"
         if user_net.activation is None:
             advice += (
-                "; if its activation is not the one above, name it by --activation: accuracy "
-                "hardly tells relu from GELU or leaky relu"
+                " If it has another activation, name it by --activation: accuracy hardly tells "
+                "relu from GELU or leaky relu."
             )
-        yield f"{advice}; inputs, outputs, mean and std in the file tell surely (docs/your-net.md)"
+        yield (
+            f"{advice} To be sure, put inputs, outputs, mean and std into the file "
+            "(docs/your-net.md)"
+        )
 
 
 # Seconds between two lines about attempts, where there are no bars.
@@ -1586,12 +1618,37 @@ def check_net_fits(net, facts: dict, images, description: str) -> None:
     raise UserError(f"{description}: not the classes that the net was trained on ({difference})")
 
 
+def use_reading_of_run(user_net: UserNet, folder: Path) -> None:
+    """If this run folder has a baseline already, make that the user's net.
+
+    A run that goes on has to keep its net: on another machine another reading might come out ahead,
+    by one image. Afterwards `user_net` has no readings, and of its facts only mean and std.
+    """
+    import sep
+    from controller import read_results
+    from models import UserError
+
+    baseline = folder / "baseline.pt"
+    if not user_net.readings or not baseline.exists():
+        return
+    try:
+        results = read_results(folder, missing_ok=True)
+        if results is None or results["source"] != user_net.source:
+            return
+        user_net.net, facts = sep.load(baseline)
+    except UserError:
+        return  # `open_run` will say what is wrong with the folder
+    user_net.readings = []
+    user_net.has_example = False
+    user_net.facts = {"mean": facts.get("mean"), "std": facts.get("std")}
+
+
 # ---- opening a run: checks and warnings --------------------------------------------------------
 
 WHY_A_NET_GUESSES = (
-    "it was hardly trained, or it is another net (weights do not show strides, nor all poolings; "
-    "docs/your-net.md says what does), for other images, for images normalised in another way, or "
-    "with its classes in another order"
+    "the net was hardly trained; or its strides or poolings were read wrongly, for weights do not "
+    "show them; or these images, their normalisation or the order of their classes are not those "
+    "of its training (docs/your-net.md)"
 )
 
 
@@ -1810,8 +1867,9 @@ def finish_run(run) -> None:
     show_results(run.results)
     warn_of_lost_nets(run)
     print_line(
-        f"{run.folder.path / 'results.json'}; {format_duration(run.results['seconds'])} in all; "
-        f"python wtp.py report {shlex.quote(str(run.folder.path))} draws it"
+        f"{run.folder.path / 'results.json'} has the results; "
+        f"{format_duration(run.results['seconds'])} in all; for pictures: "
+        f"python wtp.py report {shlex.quote(str(run.folder.path))}"
     )
 
 
@@ -1831,8 +1889,8 @@ def check_output(
 ) -> None:
     """Raise UserError (status 2) unless a new file can be written at `path`.
 
-    An existing file is refused, unless `may_replace`. So is a name that a run gives its own files,
-    if `path` is in `run_folder`, where a run will work, or in any folder with a results.json. The
+    Refused are an existing file, unless `may_replace`; a folder; and in a run folder the names of
+    the run's own files. Run folders are `run_folder`, and any folder with a results.json. The
     message ends with `advice` if a file exists already, with `advice_on_folder` if the folder is
     read-only.
     """
@@ -2028,14 +2086,15 @@ def run_experiment(
         check_is_unpruned(user_net, name)
     if target is not None:
         experiment = replace(experiment, target=target)
-    if not is_image_folder(options.data_dir):  # else their size is not known yet
+    # The size of a user's own images is not known before they are read.
+    if not is_image_folder(options.data_dir):
         check_target(build_net(experiment), methods, experiment.target, options.round_to)
     folder = folder_of_experiment(name, target, options, user_net)
     if user_net is not None and not options.fresh:
         check_source(folder, user_net.source)  # before images are read
-        adopt_reading(user_net, folder)
+        use_reading_of_run(user_net, folder)
     if methods == ["uniform"] and experiment.target is None:
-        check_has_row(folder, options)
+        check_uniform_has_cut(folder, options)
     reporter = ScreenReporter()
     run = open_run(folder, name, experiment, options, reporter, user_net, methods)
     announce(run, reporter, list_rows_to_make(methods))
@@ -2078,8 +2137,8 @@ def check_is_unpruned(user_net: UserNet, name: str) -> None:
         )
 
 
-def check_has_row(folder: Path, options: RunOptions) -> None:
-    """Raise UserError where `uniform` is asked for alone, and no row says what to cut."""
+def check_uniform_has_cut(folder: Path, options: RunOptions) -> None:
+    """Raise UserError unless the folder has a pruned row, whose cut `uniform` can take."""
     from controller import read_results
     from models import UserError
 
@@ -2116,7 +2175,7 @@ def measure_durations(device) -> dict[str, list[float]]:
     each net are timed for it."""
     from controller import VALIDATION_SHARE, measure_training_speed
 
-    print_note(f"times a few steps of each net on {device}, about a minute")
+    print_note(f"timing a few training steps of each net on {device}; this takes about a minute")
     images_per_second = {}
     durations = {}
     for name, experiment in EXPERIMENTS.items():
@@ -2215,12 +2274,19 @@ def choose_training(
             f"images, as in `train vgg-cifar10 --arch {arch}`",
             2,
         )
-    experiment = find_experiment(name or ("mnist" if arch == "lenet5" else "resnet56-cifar10"))
     run_name = name
+    if name:
+        experiment = find_experiment(name)
+    else:
+        # Images of the user's own: gray ones for a LeNet-5, else RGB.
+        experiment = EXPERIMENTS["mnist" if arch == "lenet5" else "resnet56-cifar10"]
     if arch:
+        experiment = replace(experiment, arch=arch)
         run_name = f"{arch}-{experiment.data}" if name else arch
-        # If `run_name` is an experiment itself, as resnet56-cifar10, the numbers are that one's.
-        experiment = EXPERIMENTS.get(run_name, replace(experiment, arch=arch))
+        for other_name, other in EXPERIMENTS.items():
+            # It may be an experiment itself: then it is that one's baseline.
+            if name and (other.arch, other.data) == (arch, experiment.data):
+                run_name, experiment = other_name, other
     if size is not None or (arch in LARGE_RESNETS and is_image_folder(data_dir)):
         experiment = replace(experiment, size=size or LARGE_SIZE)
     return run_name, experiment
@@ -2348,7 +2414,7 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
         check_target(user_net.net, [row], target, options.round_to)  # before images are read
     folder = folder_of_prune(user_net, row, target, options)
     if not options.fresh:
-        adopt_reading(user_net, folder)
+        use_reading_of_run(user_net, folder)
     is_done = is_delivered(
         folder,
         row,
@@ -2392,31 +2458,6 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     print_line(f"wrote {output}")
 
 
-def adopt_reading(user_net: UserNet, folder: Path) -> None:
-    """Take the reading of a foreign state dict that this run folder chose when it began.
-
-    A run that goes on has to keep its net. On another machine another reading might come out ahead,
-    by one image. Changes `user_net`: of its facts only mean and std stay.
-    """
-    import sep
-    from controller import read_results
-    from models import UserError
-
-    baseline = folder / "baseline.pt"
-    if not user_net.readings or not baseline.exists():
-        return
-    try:
-        results = read_results(folder, missing_ok=True)
-        if results is None or results["source"] != user_net.source:
-            return
-        user_net.net, facts = sep.load(baseline)
-    except UserError:
-        return  # `open_run` will say what is wrong with the folder
-    user_net.readings = []
-    user_net.has_example = False
-    user_net.facts = {"mean": facts.get("mean"), "std": facts.get("std")}
-
-
 def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) -> Path:
     """The run folder of a prune; it says what was asked for beyond the defaults."""
     method = "sep" if row == "static" else row
@@ -2456,7 +2497,7 @@ def evaluate(
     test, description = load_test_images(user_net, experiment, data_dir, device, print_note)
     say_where_size_is_unused(user_net.photograph_size, test, print_note)
     say_what_is_read(user_net, test, description)
-    net = prepare_for_inference(user_net.net, device)
+    net = to_channels_last(user_net.net, device)
     with sep.record_usage(net) as usage:
         accuracy = measure_accuracy(net, test, in_float32=True)
     if is_near_guessing(accuracy, net.classes):
@@ -2465,8 +2506,8 @@ def evaluate(
     baseline = known_baseline(user_net.facts, baseline_net, len(test), description)
     own = measure_size(net) | {"test_accuracy": accuracy}
     print_note(
-        f"{accuracy:.2%} of the test images right; now it measures how long one image takes, and "
-        "128 at once: minutes for a large net"
+        f"{accuracy:.2%} of the test images right; now measuring the latency of 1 and of 128 "
+        "images, which takes minutes for a large net"
     )
     own_latencies, baseline_latencies = compare_latencies(net, baseline_net, test)
     own |= own_latencies
@@ -2489,13 +2530,13 @@ def say_what_is_read(user_net: UserNet, test, description: str) -> None:
     # The name of images of one's own begins with "images in".
     is_own = description.startswith(OWN_IMAGES)
     test_images = description if is_own else f"images of {description}"
-    note = f"reads {len(test):,} test {test_images}"
+    note = f"measuring on {len(test):,} test {test_images}"
     if user_net.facts.get("data") not in (None, description):
-        note += f"; it was trained on {user_net.facts['data']}"
+        note += f"; the net was trained on {user_net.facts['data']}"
     print_note(note)
 
 
-def prepare_for_inference(net, device):
+def to_channels_last(net, device):
     import torch
 
     return net.to(device).to(memory_format=torch.channels_last)
@@ -2507,7 +2548,7 @@ def build_untrained_baseline(user_net: UserNet, device):
 
     baseline = user_net.facts.get("baseline") or {}
     try:
-        return prepare_for_inference(build_like(user_net.net, baseline["widths"]), device)
+        return to_channels_last(build_like(user_net.net, baseline["widths"]), device)
     except (UserError, KeyError, TypeError):
         return None
 
@@ -2523,8 +2564,8 @@ def known_baseline(facts: dict, baseline_net, test_images: int, description: str
     if "test_accuracy" in baseline and not has_same_images:
         del baseline["test_accuracy"]
         print_note(
-            "the baseline's accuracy is not shown: it was measured on "
-            f"{facts.get('test_images')} test images of {facts.get('data')}"
+            "the baseline's accuracy is not shown: it was measured on other test images, "
+            f"{facts.get('test_images')} of {facts.get('data')}"
         )
     if baseline_net is not None:
         baseline["bytes"] = measure_size(baseline_net)["bytes"]
@@ -2742,8 +2783,9 @@ def check_export(user_net: UserNet, file: Path, *, is_static: bool, may_replace:
         raise UserError(f"{file} is a folder; name a file in it", 2)
     if is_static and user_net.net.gates is None:
         raise UserError(f"{user_net.path} has no gates: it is plain already, leave out --static", 2)
-    if not may_replace or not os.path.lexists(file):
-        check_output(file, advice=FORCE_ADVICE, advice_on_folder="name another file")
+    check_output(
+        file, advice=FORCE_ADVICE, advice_on_folder="name another file", may_replace=may_replace
+    )
 
 
 def prepare_export(
@@ -2902,7 +2944,8 @@ def explain(error: Exception) -> tuple[str, int]:
     try:
         from models import UserError
     except Exception as import_error:
-        # As where a library of CUDA is missing. What was raised first says most.
+        # models.py cannot be imported either, for example because a library of CUDA is missing. If
+        # the first error was about an import, it names the cause best.
         first_error = error if isinstance(error, ImportError | OSError) else import_error
         reason = " ".join(str(first_error).split())
         return f"PyTorch cannot be loaded: {reason}; pip install -r requirements.txt", 1

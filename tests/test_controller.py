@@ -1169,10 +1169,10 @@ def test_a_uniform_structure_is_even_where_few_channels_are_left():
 
 
 def test_the_last_channel_of_a_layer_does_not_make_a_structure_uneven():
-    assert controller.is_even((1, 5, 3), (4, 100, 60))
-    assert not controller.is_even((2, 5, 3), (8, 100, 60))
-    assert not controller.is_even((5, 1), (20, 20))
-    assert controller.is_even((1, 1), (2, 50))
+    assert controller.has_similar_shares((1, 5, 3), (4, 100, 60))
+    assert not controller.has_similar_shares((2, 5, 3), (8, 100, 60))
+    assert not controller.has_similar_shares((5, 1), (20, 20))
+    assert controller.has_similar_shares((1, 1), (2, 50))
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "vgg19", "resnet56"])

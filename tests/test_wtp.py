@@ -675,7 +675,8 @@ def test_batch_norms_that_read_something_else_than_in_training_are_named(tmp_pat
 
     wtp.choose_reading(wtp.load_user_net(tmp_path / "net.pt"), images, lines.append)
 
-    assert any("its batch norms remember other values" in line for line in lines) == is_strange
+    words = "of its batch norms do not match these images"
+    assert any(words in line for line in lines) == is_strange
 
 
 def test_a_foreign_net_that_only_guesses_is_exported_by_force_alone(capsys, tmp_path):
@@ -743,7 +744,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
 
     status, out, err = call(capsys, "evaluate", tmp_path / "my-pruned.pt")
     assert status == 0
-    assert "reads 2,000 test images of digits" in err
+    assert "measuring on 2,000 test images of digits" in err
     (folder,) = (tmp_path / "runs").iterdir()
     assert not list(folder.glob("*-pool"))
     row = rows_by_method(read_results(folder))[method]
@@ -1811,8 +1812,8 @@ def test_a_net_of_the_drawn_digits_reads_images_of_ones_own(capsys, smoke, tmp_p
     status, _, err = call(capsys, "evaluate", net, "--data-dir", tmp_path / "p")
 
     assert status == 0, err
-    assert "reads 120 test images in" in err
-    assert "it was trained on digits" in err
+    assert "measuring on 120 test images in" in err
+    assert "the net was trained on digits" in err
 
 
 def test_a_net_and_images_that_are_an_experiment_have_its_numbers(tmp_path):
@@ -1827,6 +1828,9 @@ def test_a_net_and_images_that_are_an_experiment_have_its_numbers(tmp_path):
 def test_torchvisions_nets_take_photographs_at_a_size_that_one_names(tmp_path):
     save_photographs(tmp_path)
 
+    for experiment_name, arch in (("vgg-cifar10", "vgg19"), ("mnist", "lenet5")):
+        name, experiment = wtp.choose_training(experiment_name, arch, None, tmp_path)
+        assert (name, experiment) == (experiment_name, wtp.EXPERIMENTS[experiment_name])
     name, experiment = wtp.choose_training("", "resnet18", None, tmp_path)
     assert (name, experiment.arch, experiment.size) == ("resnet18", "resnet18", 224)
     assert wtp.choose_training("", "resnet18", 96, tmp_path)[1].size == 96
@@ -2425,9 +2429,10 @@ def test_a_baselines_accuracy_on_other_images_is_not_shown():
 @pytest.mark.parametrize(
     ("method", "cut", "target", "words"),
     [
-        ("lstm", 0.3, 0.5, "not 50.0%; its search found nothing smaller"),
-        ("uniform", 0.3, 0.5, "did not reach the target: a cut of 30.0%, not 50.0%"),
-        ("lstm", 0.496, 0.5, None),
+        ("lstm", 0.3, 0.5, "not 50.00%; its search found nothing smaller"),
+        ("uniform", 0.3, 0.5, "did not reach the target: a cut of 30.00%, not 50.00%"),
+        ("lstm", 0.4996, 0.5, "a cut of 49.96%, not 50.00%"),
+        ("lstm", 0.5, 0.5, None),
         ("lstm", 0.0, None, "kept the whole net"),
     ],
 )

@@ -475,6 +475,7 @@ class ScreenReporter:
         self.training_bar = None
         self.training_epochs = 0  # all that the training under way has
         self.training_epochs_done = 0
+        self.epochs_to_leave_out = 0
         self.epoch_start = time.monotonic()
 
     def __enter__(self):
@@ -499,14 +500,17 @@ class ScreenReporter:
         self.training_bar = self.bars.add_task(title, unit="steps", total=None)
         self.training_epochs = epochs
         self.training_epochs_done = first_epoch
+        self.epochs_to_leave_out = first_epoch  # of the plan: an earlier process trained them
         self.epoch_start = time.monotonic()
         if first_epoch:
-            self.planned_epochs = max(0, self.planned_epochs - first_epoch)
-            self.bars.update(self.run_bar, total=self.planned_epochs)
             self.say(f"{title}: goes on after epoch {first_epoch} of {epochs}")
 
     def wrap_steps(self, steps):
         self.epoch_share = len(steps) / self.steps_per_epoch
+        left_out = self.epochs_to_leave_out * self.epoch_share
+        self.planned_epochs = max(0, self.planned_epochs - left_out)
+        self.epochs_to_leave_out = 0
+        self.bars.update(self.run_bar, total=self.planned_epochs)
         self.bars.update(
             self.training_bar,
             total=self.training_epochs * len(steps),

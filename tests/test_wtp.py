@@ -1143,8 +1143,11 @@ def test_the_bar_of_a_run_leaves_out_the_epochs_that_an_earlier_process_trained(
     reporter.plan(10, 4)
 
     reporter.start_training("a", 6, 4)
+    for _ in range(2):
+        list(reporter.wrap_steps(range(2)))
 
-    assert reporter.bars.tasks[reporter.run_bar].total == 6
+    # Four epochs of two steps are two full epochs of four.
+    assert reporter.bars.tasks[reporter.run_bar].total == 8
     assert "a: goes on after epoch 4 of 6" in capsys.readouterr().err
 
 

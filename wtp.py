@@ -203,45 +203,50 @@ def build_net(experiment: Experiment, *, classes: int | None = None, size: int |
     )
 
 
-def epochs_for_steps(steps: int, images: int) -> int:
-    """The number of epochs, at least 1, that comes nearest to `steps` training steps. `images` also
-    counts those that validate, which take no part in training."""
+def epochs_for_steps(steps: int, image_count: int) -> int:
+    """The number of epochs, at least 1, that comes nearest to `steps` training steps. `image_count`
+    also counts those that validate, which take no part in training."""
     from controller import BATCH_SIZE, VALIDATION_SHARE
 
-    return max(1, round(steps * BATCH_SIZE / ((1 - VALIDATION_SHARE) * images)))
+    return max(1, round(steps * BATCH_SIZE / ((1 - VALIDATION_SHARE) * image_count)))
 
 
 def lengthen_for_few_images(
-    experiment: Experiment, images: int, epochs: int, fewest_steps: int
+    experiment: Experiment, image_count: int, epochs: int, fewest_steps: int
 ) -> int:
-    """`epochs`, or more where `images` are fewer than the experiment's: then enough for at least
-    `fewest_steps` steps. With `fewest_steps` 0 it is always `epochs`."""
+    """`epochs`, or more where there are fewer images than the experiment's: then enough for at
+    least `fewest_steps` steps. `image_count` also counts those that validate. With `fewest_steps` 0
+    it is always `epochs`."""
     from controller import BATCH_SIZE, VALIDATION_SHARE
 
-    if images >= experiment.train_images or not fewest_steps:
+    if image_count >= experiment.train_images or not fewest_steps:
         return epochs
-    steps_per_epoch = max(1, int((1 - VALIDATION_SHARE) * images) // BATCH_SIZE)
+    steps_per_epoch = max(1, int((1 - VALIDATION_SHARE) * image_count) // BATCH_SIZE)
     return max(epochs, math.ceil(fewest_steps / steps_per_epoch))
 
 
-def plan_baseline(experiment: Experiment, schedule: Schedule, images: int):
+def plan_baseline(experiment: Experiment, schedule: Schedule, image_count: int):
     """The training of the baseline, on so many images."""
     from controller import TrainingPlan
 
     epochs = schedule.baseline_epochs or experiment.baseline_epochs
-    epochs = lengthen_for_few_images(experiment, images, epochs, schedule.fewest_baseline_steps)
+    epochs = lengthen_for_few_images(
+        experiment, image_count, epochs, schedule.fewest_baseline_steps
+    )
     return TrainingPlan(epochs, experiment.baseline_lr, is_one_cycle=True)
 
 
-def plan_recovery(experiment: Experiment, schedule: Schedule, images: int):
+def plan_recovery(experiment: Experiment, schedule: Schedule, image_count: int):
     """The recovery of a candidate, on so many images."""
     from controller import TrainingPlan
 
     if schedule.recovery_steps:
-        epochs = epochs_for_steps(schedule.recovery_steps, images)
+        epochs = epochs_for_steps(schedule.recovery_steps, image_count)
     else:
         epochs = schedule.recovery_epochs or experiment.recovery_epochs
-        epochs = lengthen_for_few_images(experiment, images, epochs, schedule.fewest_recovery_steps)
+        epochs = lengthen_for_few_images(
+            experiment, image_count, epochs, schedule.fewest_recovery_steps
+        )
     return TrainingPlan(
         epochs,
         schedule.lr,
@@ -250,7 +255,7 @@ def plan_recovery(experiment: Experiment, schedule: Schedule, images: int):
     )
 
 
-def plan_final_training(experiment: Experiment, schedule: Schedule, images: int):
+def plan_final_training(experiment: Experiment, schedule: Schedule, image_count: int):
     """The papers' final training, or one of ours in one cycle, on so many images."""
     from controller import TrainingPlan
 
@@ -260,7 +265,7 @@ def plan_final_training(experiment: Experiment, schedule: Schedule, images: int)
     elif schedule.is_one_cycle:
         epochs, lr = experiment.short_final_epochs, experiment.short_final_lr
     epochs = schedule.final_epochs or epochs
-    epochs = lengthen_for_few_images(experiment, images, epochs, schedule.fewest_final_steps)
+    epochs = lengthen_for_few_images(experiment, image_count, epochs, schedule.fewest_final_steps)
     return TrainingPlan(
         epochs, lr, is_one_cycle=schedule.is_one_cycle, temperature=schedule.temperature
     )
@@ -284,12 +289,12 @@ def settings_for(
     """
     from controller import Settings
 
-    images = train_images or experiment.train_images
-    baseline = plan_baseline(experiment, schedule, images)
-    final = plan_final_training(experiment, schedule, images)
+    image_count = train_images or experiment.train_images
+    baseline = plan_baseline(experiment, schedule, image_count)
+    final = plan_final_training(experiment, schedule, image_count)
     return Settings(
         baseline=replace(baseline, epochs=baseline_epochs or baseline.epochs),
-        recovery=plan_recovery(experiment, schedule, images),
+        recovery=plan_recovery(experiment, schedule, image_count),
         final=replace(final, epochs=final_epochs or final.epochs),
         pruning_rate=pruning_rate or schedule.pruning_rate,
         target=experiment.target,
@@ -307,9 +312,10 @@ EXPECTED_UNIFORM_STEPS = 10
 
 
 def estimate_epochs(
-    settings, methods, images: int, *, trains_baseline: bool = True, finished_methods=()
+    settings, methods, train_count: int, *, trains_baseline: bool = True, finished_methods=()
 ) -> float:
-    """How many epochs of so many training images the rows of `methods` may take.
+    """How many epochs the rows of `methods` may take. An epoch has `train_count` images, without
+    those that validate.
 
     `finished_methods` are those of the pruned rows that are there already.
     """
@@ -319,29 +325,29 @@ def estimate_epochs(
     finished = list(finished_methods)
     for method in methods:
         if method == "static":
-            total += estimate_recovery(settings, images)
+            total += estimate_recovery(settings, train_count)
             continue
-        total += estimate_search(settings, method, finished, images)
+        total += estimate_search(settings, method, finished, train_count)
         if method == "sep":
-            total += estimate_gate_trials(settings, images)
+            total += estimate_gate_trials(settings, train_count)
         total += settings.final.epochs / (1 - VALIDATION_SHARE)  # it trains on all images
         finished.append(method)
     return total
 
 
-def estimate_recovery(settings, images: int) -> float:
+def estimate_recovery(settings, train_count: int) -> float:
     """How many epochs of so many images a recovery takes."""
     from controller import BATCH_SIZE
 
     share_of_epoch = 1.0
     if settings.recovery.max_steps:
-        share_of_epoch = min(1.0, settings.recovery.max_steps * BATCH_SIZE / images)
+        share_of_epoch = min(1.0, settings.recovery.max_steps * BATCH_SIZE / train_count)
     return settings.recovery.epochs * share_of_epoch
 
 
-def estimate_search(settings, method: str, finished_methods, images: int) -> float:
+def estimate_search(settings, method: str, finished_methods, train_count: int) -> float:
     """How many epochs it may take to find the structure of a row, and to recover it."""
-    recovery = estimate_recovery(settings, images)
+    recovery = estimate_recovery(settings, train_count)
     if method == "uniform":
         is_one_step = settings.searches_by_regression(settings.target)
         return recovery if is_one_step else EXPECTED_UNIFORM_STEPS * recovery
@@ -356,28 +362,28 @@ def estimate_search(settings, method: str, finished_methods, images: int) -> flo
         # recovers two nets: one of that structure, and a smaller one that leaves MACs for gates.
         search = 0
         if "lstm" not in finished_methods:
-            search = estimate_search(settings, "lstm", finished_methods, images)
+            search = estimate_search(settings, "lstm", finished_methods, train_count)
         return search + 2 * recovery
     if by_regression:
-        return settings.max_candidates * recovery + estimate_trials(settings, images)
+        return settings.max_candidates * recovery + estimate_trials(settings, train_count)
     lstm_epochs = settings.patience + EXPECTED_LSTM_EPOCHS
     return lstm_epochs * settings.candidates_per_lstm_epoch * recovery
 
 
-def estimate_trials(settings, images: int) -> float:
+def estimate_trials(settings, train_count: int) -> float:
     """How many epochs the trials of a search's finalists may take."""
     from controller import RegressionSearch, plan_trial
 
     finalists = min(RegressionSearch.finalists_by_reward + 1, settings.max_candidates)
-    return finalists * plan_trial(settings.final, images).epochs
+    return finalists * plan_trial(settings.final, train_count).epochs
 
 
-def estimate_gate_trials(settings, images: int) -> float:
+def estimate_gate_trials(settings, train_count: int) -> float:
     """How many epochs `sep` may spend on where to put gates: one trial without gates and six with
     gates. So many has a ResNet-56, in 1, 2, 4, 8, 16 and 27 layers; LeNets and VGGs have fewer."""
     from controller import plan_trial, split_epochs
 
-    epochs_before_gates, epochs_with_gates = split_epochs(plan_trial(settings.final, images))
+    epochs_before_gates, epochs_with_gates = split_epochs(plan_trial(settings.final, train_count))
     trial_without = len(epochs_before_gates) + len(epochs_with_gates)
     # The trials with gates begin with one net, so they share its epochs without gates.
     trials_with_gates = len(epochs_before_gates) + 6 * len(epochs_with_gates)
@@ -2406,7 +2412,6 @@ def choose_method(methods, *, is_static: bool, target: float | None) -> str:
 
 def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, output: Path) -> None:
     """Prune a user's net into `output`. Raises UserError."""
-    import controller
     from models import UserError
 
     if user_net.net.gates is not None:
@@ -2414,23 +2419,8 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
             f"{user_net.path} is soft-pruned already; prune its baseline, or a net without gates", 2
         )
     experiment = replace(find_experiment_for(user_net, options.data_dir), target=target)
-    if not user_net.is_ambiguous:
-        check_target(user_net.net, [row], target, options.round_to)  # before images are read
     folder = folder_of_prune(user_net, row, target, options)
-    if not options.fresh:
-        use_reading_of_run(user_net, folder)
-    is_done = is_delivered(
-        folder,
-        row,
-        output,
-        options,
-        source=user_net.source,
-        data=controller.describe_data(experiment.data, options.data_dir),
-    )
-    if not is_done:
-        check_checkpoint_output(output, folder, may_replace=options.force, source=user_net.path)
-    if not options.fresh:
-        controller.check_source(folder, user_net.source)  # before images are read
+    is_done = check_prune(user_net, row, experiment, options, folder, output)
     reporter = ScreenReporter()
     name = f"prune {user_net.path.name}"
     run = open_run(folder, name, experiment, options, reporter, user_net, [row])
@@ -2462,6 +2452,35 @@ def prune_user_net(user_net: UserNet, row: str, target, options: RunOptions, out
     print_line(f"wrote {output}")
 
 
+def check_prune(
+    user_net: UserNet,
+    row: str,
+    experiment: Experiment,
+    options: RunOptions,
+    folder: Path,
+    output: Path,
+) -> bool:
+    """Refuse what can be refused before images are read, which may take minutes. Returns whether
+    this command was completed before: then `output` has its net. Raises UserError.
+
+    A net whose reading this run has chosen already becomes that reading.
+    """
+    from controller import check_source, describe_data
+
+    if not user_net.is_ambiguous:
+        check_target(user_net.net, [row], experiment.target, options.round_to)
+    if not options.fresh:
+        use_reading_of_run(user_net, folder)
+    data = describe_data(experiment.data, options.data_dir)
+    is_done = is_delivered(folder, row, output, options, source=user_net.source, data=data)
+    # An output that exists is refused before a folder of another checkpoint.
+    if not is_done:
+        check_checkpoint_output(output, folder, may_replace=options.force, source=user_net.path)
+    if not options.fresh:
+        check_source(folder, user_net.source)
+    return is_done
+
+
 def folder_of_prune(user_net: UserNet, row: str, target, options: RunOptions) -> Path:
     """The run folder of a prune; it says what was asked for beyond the defaults."""
     method = "sep" if row == "static" else row
@@ -2491,24 +2510,29 @@ def evaluate(
     device: Device = "auto",
 ):
     """Accuracy, MACs, parameters, size, latency of a checkpoint."""
-    import sep
-    from controller import is_near_guessing, measure_accuracy
-
     user_net = load_user_net(ckpt, photograph_size=size, activation=activation)
     data_dir = find_data_dir(data_dir, user_net.facts)
     experiment = find_experiment_for(user_net, data_dir)
-    device = select_device(device)
-    test, description = load_test_images(user_net, experiment, data_dir, device, print_note)
+    torch_device = select_device(device)
+    test, description = load_test_images(user_net, experiment, data_dir, torch_device, print_note)
     say_where_size_is_unused(user_net.photograph_size, test, print_note)
     say_what_is_read(user_net, test, description)
-    net = to_channels_last(user_net.net, device)
+    evaluate_net(user_net, test, description)
+
+
+def evaluate_net(user_net: UserNet, test, description: str) -> None:
+    """Measure a net on its test images, and show the measures beside its baseline's."""
+    import sep
+    from controller import is_near_guessing, measure_accuracy
+
+    net = to_channels_last(user_net.net, test.device)
     with sep.record_usage(net) as usage:
         accuracy = measure_accuracy(net, test, in_float32=True)
     if is_near_guessing(accuracy, net.classes):
         print_note(f"{accuracy:.2%} is hardly more than guessing: {WHY_A_NET_GUESSES}")
-    baseline_net = build_untrained_baseline(user_net, device)
-    baseline = known_baseline(user_net.facts, baseline_net, len(test), description)
-    own = measure_size(net) | {"test_accuracy": accuracy}
+    baseline_net = build_untrained_baseline(user_net, test.device)
+    baseline = collect_baseline_measures(user_net.facts, baseline_net, len(test), description)
+    own = count_costs(net) | {"test_accuracy": accuracy}
     print_note(
         f"{accuracy:.2%} of the test images right; now measuring the latency of 1 and of 128 "
         "images, which takes minutes for a large net"
@@ -2517,9 +2541,9 @@ def evaluate(
     own |= own_latencies
     baseline |= baseline_latencies
     gated = ", gated" if net.gates else ""
-    title = f"{ckpt}: {net.arch}{gated}, on {description}, {len(test):,} test images"
+    title = f"{user_net.path}: {net.arch}{gated}, on {description}, {len(test):,} test images"
     make_console().print(evaluation_table(title, own, baseline))
-    if device.type == "cpu":
+    if test.device.type == "cpu":
         print_line(describe_tuning(own, baseline))
     if net.gates is not None:
         print_line(describe_usage(net, usage))
@@ -2557,7 +2581,9 @@ def build_untrained_baseline(user_net: UserNet, device):
         return None
 
 
-def known_baseline(facts: dict, baseline_net, test_images: int, description: str) -> dict:
+def collect_baseline_measures(
+    facts: dict, baseline_net, test_images: int, description: str
+) -> dict:
     """What the facts of a pruned net say of its baseline; with a `baseline_net` also how many bytes
     the baseline's weights take.
 
@@ -2572,11 +2598,11 @@ def known_baseline(facts: dict, baseline_net, test_images: int, description: str
             f"{facts.get('test_images')} of {facts.get('data')}"
         )
     if baseline_net is not None:
-        baseline["bytes"] = measure_size(baseline_net)["bytes"]
+        baseline["bytes"] = count_costs(baseline_net)["bytes"]
     return baseline
 
 
-def measure_size(net) -> dict:
+def count_costs(net) -> dict:
     """MACs, parameters, and the bytes of the state dict in a file."""
     import io
 

@@ -2425,8 +2425,8 @@ def test_memory_that_ran_out_is_one_line(capsys, monkeypatch, error):
 def test_a_baselines_accuracy_on_other_images_is_not_shown():
     facts = {"data": "mnist", "test_images": 9, "baseline": {"test_accuracy": 0.99}}
 
-    assert "test_accuracy" in wtp.known_baseline(facts, None, 9, "mnist")
-    assert "test_accuracy" not in wtp.known_baseline(facts, None, 9, "digits")
+    assert "test_accuracy" in wtp.collect_baseline_measures(facts, None, 9, "mnist")
+    assert "test_accuracy" not in wtp.collect_baseline_measures(facts, None, 9, "digits")
 
 
 @pytest.mark.parametrize(

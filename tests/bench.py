@@ -957,38 +957,55 @@ def make_gate_variant(name, baseline, structure):
 def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
     """One structure, as 2-9-72, by several gates, each with the same final training: test accuracy,
     MACs, kernels for no, some and all test images, and how many bits the use of a kernel tells of
-    the class."""
+    the class.
+
+    The trainings are kept in files gates-*.pt in this folder. The same command goes on from there,
+    and measures finished ones again.
+    """
     baseline = load_baseline(folder, checkpoint)
+    work = f"gates-{Path(checkpoint).stem}-{structure}-epochs{epochs}-peak{peak}-s{seed}"
     structure = tuple(map(int, structure.split("-")))
     plan = TrainingPlan(int(epochs), float(peak), is_one_cycle=True, temperature=4.0)
     teacher = Teacher(baseline.net, baseline.all, int(seed))
 
-    def train_part(net, epochs):
-        net = net.to(DEVICE).to(memory_format=torch.channels_last)
-        options = {"optimizer": make_optimizer(net, plan.lr), "seed": int(seed)}
-        trainings = controller.fit(
-            net, baseline.all, plan, teacher=teacher, epochs=epochs, **options
-        )
-        for _ in trainings:
-            pass
-        return net
+    def train_part(net, epochs, path):
+        return train_resumably(net, plan, baseline.all, teacher, epochs, path)
 
     for name in variants or ("hard", "scales", "groups", "groups-at-once", "kernels", "strongest"):
         torch.manual_seed(int(seed))
         net, gate_sizes = make_gate_variant(name, baseline, structure)
         if gate_sizes is None:
-            net = train_part(net, range(plan.epochs))
+            net = train_part(net, range(plan.epochs), Path(f"{work}-{name}.pt"))
         else:
             ungated_epochs, gated_epochs = controller.split_epochs(plan)
             if name.startswith("groups-at-once"):
                 ungated_epochs, gated_epochs = range(0), range(plan.epochs)
-            net = train_part(net, ungated_epochs)
+            net = train_part(net, ungated_epochs, Path(f"{work}-{name}-ungated.pt"))
             chunks = torch.arange(controller.CLUSTERED_IMAGES).split(500)
             net = sep.add_gates(net, gate_sizes, baseline.all.batches(chunks))
-            net = train_part(net, gated_epochs)
+            net = train_part(net, gated_epochs, Path(f"{work}-{name}.pt"))
         say(f"{name}, seed {seed}: {describe_gated(net, baseline)}")
         if gate_sizes is not None:
             say(f"{name} made plain, seed {seed}: {describe_static(net, baseline, plan, teacher)}")
+
+
+def train_resumably(net, plan, images, teacher, epochs, path):
+    """Train these epochs of the plan, and keep the training in `path` after every fifth epoch."""
+    net = net.to(DEVICE).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(net, plan.lr)
+    content = models.read_unfinished_work(path, path.stem, {"net", "optimizer", "epochs"})
+    finished = 0
+    if content is not None:
+        net.load_state_dict(content["net"])
+        optimizer.load_state_dict(content["optimizer"])
+        finished = content["epochs"]
+    options = {"optimizer": optimizer, "seed": teacher.seed, "teacher": teacher}
+    for _ in controller.fit(net, images, plan, epochs=epochs[finished:], **options):
+        finished += 1
+        if finished % 5 == 0 or finished == len(epochs):
+            weights = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            models.write_tensors(path, weights | {"title": path.stem, "epochs": finished})
+    return net
 
 
 def describe_static(net, baseline, plan, teacher):

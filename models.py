@@ -326,7 +326,7 @@ class ResNetArchitecture:
         if self.stages[0][0].stride > 1:
             words.append("stride 2 in its first block")
         blocks = [block for stage in self.stages for block in stage]
-        places = "averaged" if self.is_shortcut_averaged else "every second place"
+        places = "averaged places" if self.is_shortcut_averaged else "every second place"
         if any(not block.has_convolution and block.stride > 1 for block in blocks):
             zeros = "after" if self.has_zeros_behind else "around"
             words.append(f"shortcuts of {places} with zeros {zeros} the channels")

@@ -12,6 +12,7 @@ import sys
 import warnings
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import zoo
 from torch import nn
 from torch.nn.utils import prune
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -91,13 +93,15 @@ def largest(tensor):
     ("arch", "million_macs", "parameters"),
     [
         ("lenet5", 2.293, 431_080),
+        ("vgg11", 152.77, None),
+        ("vgg13", 228.27, None),
         ("vgg16", 313.20, None),
         ("vgg19", 398.14, 20_035_018),
         ("resnet56", 125.49, 853_018),
     ],
 )
 def test_macs_and_parameters_are_the_published_counts(arch, million_macs, parameters):
-    net = build(arch, **NETS[arch])
+    net = build(arch, **NETS.get(arch, {}))
 
     # The counts are published in two decimals.
     assert count_macs(net) / 1e6 == pytest.approx(million_macs, abs=0.005)
@@ -130,6 +134,137 @@ def test_a_net_takes_any_class_count_and_any_channels(options):
 def test_unknown_nets_are_refused(arch):
     with pytest.raises(UserError, match="unknown network"):
         build(arch)
+
+
+@pytest.mark.parametrize("widths", [(2, 2), (2, 2, 2, 2), (2, 0, 2)])
+def test_widths_that_fit_no_net_are_refused(widths):
+    with pytest.raises(UserError, match="lenet5 has 3 prunable layers, each at least 1 wide"):
+        build("lenet5", widths, channels=1, size=28)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation": "sine"}, "unknown activation 'sine'"),
+        ({"convolutions": (models.Convolution(pooling="min"),) * 2}, "unknown pooling 'min'"),
+        (
+            {"convolutions": (models.Convolution(norm_place="nowhere"),) * 2},
+            "place of a batch norm 'nowhere'",
+        ),
+    ],
+)
+def test_an_architecture_with_something_unknown_is_refused(changes, words):
+    architecture = models.named_architecture("lenet5", channels=1, size=28)
+
+    with pytest.raises(UserError, match=words):
+        models.build_net(replace(architecture, **changes), (2, 2, 2))
+
+
+@pytest.mark.parametrize("arch", models.LARGE_RESNETS)
+@torch.no_grad()
+def test_the_large_resnets_are_torchvisions(arch):
+    case = zoo.Case("pytorch/vision", partial(zoo.make_torchvision, arch), size=64)
+    torchvision_net, x = zoo.make_lively(case)
+    state = {
+        key.replace("fc.", "linear."): value for key, value in torchvision_net.state_dict().items()
+    }
+    net = build(arch, classes=7, size=64).eval()
+
+    net.load_state_dict(state)
+
+    assert zoo.largest_difference(net(x), torchvision_net(x)) < 1e-4
+    assert count_macs(net) * 2 == count_flops(torchvision_net, x[:1])
+
+
+def test_a_residual_net_is_described_as_it_is_read():
+    architecture = models.named_architecture("resnet8")
+    unusual = replace(
+        architecture,
+        stem_stride=2,
+        has_stem_pooling=True,
+        is_shortcut_averaged=True,
+        has_zeros_behind=True,
+        activation="gelu",
+    )
+
+    assert architecture.in_words() == (
+        "resnet8, shortcuts of every second place with zeros around the channels, "
+        "stride in convolution 1 of a block, relu"
+    )
+    assert unusual.in_words() == (
+        "resnet8, stride 2 in its first convolution, a pooling of 3 x 3 after its first "
+        "convolution, shortcuts of averaged places with zeros after the channels, "
+        "stride in convolution 1 of a block, gelu"
+    )
+
+
+def test_fresh_weights_have_the_variance_of_he_and_no_bias():
+    torch.manual_seed(0)
+
+    for module in build("vgg16").modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            inputs = module.weight[0].numel()
+            assert module.weight.var().item() == pytest.approx(2 / inputs, rel=0.15)
+            assert module.bias is None or not module.bias.any()
+
+
+MODULES_OF_ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "leaky_relu_0.01": nn.LeakyReLU(),
+    "leaky_relu_0.1": nn.LeakyReLU(0.1),
+    "leaky_relu_0.2": nn.LeakyReLU(0.2),
+    "elu": nn.ELU(),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+    "relu6": nn.ReLU6(),
+    "selu": nn.SELU(),
+    "hardswish": nn.Hardswish(),
+    "mish": nn.Mish(),
+}
+
+
+@pytest.mark.parametrize("name", models.ACTIVATIONS)
+def test_an_activation_is_that_of_pytorchs_module(name):
+    x = torch.linspace(-8, 8, 101)
+
+    assert_close(models.activate(x, name), MODULES_OF_ACTIVATIONS[name](x))
+
+
+@pytest.mark.parametrize("name", models.ACTIVATIONS)
+def test_a_max_pooling_reads_what_the_activation_puts_out(name):
+    torch.manual_seed(0)
+    y = 3 * torch.randn(2, 16, 16, 16)
+    prunable = models.PrunableLayer("conv", None, "next", "max", name)
+
+    found = models.finish_layer(y, None, prunable)
+
+    assert_close(found, nn.functional.max_pool2d(MODULES_OF_ACTIVATIONS[name](y), 2))
+
+
+MODULES_OF_POOLINGS = {
+    "max": nn.MaxPool2d(2),
+    "average": nn.AvgPool2d(2),
+    "max 3 x 3": nn.MaxPool2d(3, 2),
+    "padded max 3 x 3": nn.MaxPool2d(3, 2, 1),
+    "average 3 x 3": nn.AvgPool2d(3, 2),
+    "padded average 3 x 3": nn.AvgPool2d(3, 2, 1),
+    "max 3 x 3, stride 3": nn.MaxPool2d(3),
+    "max 4 x 4": nn.MaxPool2d(4),
+    "average 4 x 4": nn.AvgPool2d(4),
+}
+
+
+@pytest.mark.parametrize("size", [7, 8, 9])
+@pytest.mark.parametrize("name", models.POOLINGS)
+def test_a_pooling_is_that_of_pytorchs_module(name, size):
+    x = torch.randn(2, 3, size, size)
+
+    expected = MODULES_OF_POOLINGS[name](x)
+
+    assert_close(models.POOLINGS[name](x), expected)
+    assert models.POOLINGS[name].map_size(size) == expected.shape[3]
 
 
 def test_a_strided_shortcut_takes_every_second_pixel_and_keeps_the_layout_of_gradients():
@@ -244,6 +379,20 @@ def test_compensation_keeps_the_energy_of_hurt_filters_and_leaves_the_others():
     assert net.fc2.weight[1, 0].item() == pytest.approx(4.0)
 
 
+def test_a_filter_is_rescaled_where_one_of_its_lost_channels_is_strong():
+    net, _ = make_lively_net("lenet5", (2, 2, 4))
+    with torch.no_grad():
+        net.fc2.weight.zero_()
+        # The energy of each filter is 10, and a channel is strong with more than 0.8 / 4 of it.
+        # Here one of the lost channels is, with 2.1; and none of the next filter's, with 1.9.
+        net.fc2.weight[0] = torch.tensor([6.0, 2.1, 1.0, 0.9]).sqrt()
+        net.fc2.weight[1] = torch.tensor([6.0, 1.9, 1.9, 0.2]).sqrt()
+
+    models.rescale_next_filters(net, [torch.arange(2), torch.arange(2), torch.tensor([0])])
+
+    assert_close(net.fc2.weight[:2, 0].detach().square(), torch.tensor([10.0, 6.0]))
+
+
 # ---- checkpoints
 
 
@@ -258,6 +407,56 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, arch):
     assert facts == {"seed": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
     assert torch.equal(loaded_net.eval()(x), small(x))
+
+
+def test_a_checkpoint_with_a_number_that_is_not_finite_is_refused(tmp_path):
+    net, _ = make_lively_net("lenet5")
+    net.fc2.bias.data[3] = float("nan")
+    models.save_checkpoint(tmp_path / "a.pt", net, {})
+
+    with pytest.raises(UserError, match=r"a\.pt: .*not finite.*fc2\.bias"):
+        sep.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda content: content | {"format": models.CHECKPOINT_FORMAT + 1},
+            "another checkpoint format",
+        ),
+        (lambda content: without("facts")(content), "is damaged: it lacks facts"),
+        (lambda content: content | {"widths": [20, 50, 0]}, "is no positive whole number"),
+        (
+            lambda content: content | {"widths": [20, 50, 400]},
+            r"do not fit a lenet5 .*: fc1\.weight is 500 x 800, not 400 x 800",
+        ),
+        (
+            lambda content: content | {"state": without("fc2.bias")(content["state"])},
+            r"fc2\.bias is missing",
+        ),
+        (
+            lambda content: content | {"state": content["state"] | {"fc3.bias": torch.ones(1)}},
+            r"fc3\.bias is not in this net",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_says_why(tmp_path, change, words):
+    models.save_checkpoint(tmp_path / "a.pt", build("lenet5", channels=1, size=28), {})
+    torch.save(change(torch.load(tmp_path / "a.pt")), tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match=words):
+        sep.load(tmp_path / "a.pt")
+
+
+def test_a_residual_checkpoint_of_before_hidden_widths_comes_back(tmp_path):
+    net, x = make_lively_net("resnet8")
+    models.save_checkpoint(tmp_path / "a.pt", net, {})
+    content = torch.load(tmp_path / "a.pt")
+    del content["architecture"]["hidden_widths"]
+    torch.save(content, tmp_path / "a.pt")
+
+    assert torch.equal(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x))
 
 
 def prefix_keys(state, prefix):
@@ -296,13 +495,14 @@ def find_right_reading(name):
 def test_the_nets_of_public_repositories_are_read(name):
     _, x, expected, readings = read_case(name)
 
-    def is_right(reading):
-        return zoo.largest_difference(reading.build().eval()(x), expected) < 1e-4
-
     with torch.no_grad():
-        # Where names and shapes settle it, it is the first.
-        assert is_right(readings[0]) or not zoo.CASES[name].is_first_reading
-        assert any(map(is_right, readings))
+        differences = [
+            zoo.largest_difference(reading.build().eval()(x), expected) for reading in readings
+        ]
+
+    assert min(differences) < 1e-4
+    # Where names and shapes settle it, it is the first.
+    assert differences[0] < 1e-4 or not zoo.CASES[name].is_first_reading
 
 
 @pytest.mark.parametrize("name", zoo.CASES)
@@ -323,6 +523,11 @@ def check_pruning(net, x):
     small = prune_channels(net, structure).eval()
     soft = sep.prune_softly(net, structure, [x]).eval()
 
+    kept_channels = models.most_important_channels(net, structure)
+    masked = deepcopy(net)
+    models.rescale_next_filters(masked, kept_channels)
+    mask_inputs(masked, kept_channels)
+    assert zoo.largest_difference(small(x), masked(x)) < 1e-4
     assert zoo.largest_difference(small(x), soft(x)) < 1e-4
     tuned = sep.TunedNet(soft)
     assert zoo.largest_difference(tuned(x[:1]), soft(x[:1])) < 1e-4
@@ -330,6 +535,34 @@ def check_pruning(net, x):
     for candidate in (net, small):
         assert count_macs(candidate) * 2 == count_flops(candidate, x[:1])
     assert small.structure == structure
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("ResNet-18 of torchvision", 224),
+        ("ResNet-50 of torchvision", 224),
+        ("VGG-11 of torchvision", 224),
+        ("ResNet, option B", 32),
+        ("VGG-16, one linear layer", 32),
+        ("LeNet of 10, 20 and 50", 28),
+    ],
+)
+def test_a_state_dict_alone_is_read_for_images_of_the_usual_size(name, size):
+    state = zoo.CASES[name].make().state_dict()
+
+    readings = models.recognise_state_dict(state, Path("a.pt"))["readings"]
+
+    assert readings[0].architecture.size == size
+
+
+@torch.no_grad()
+def test_a_resnet_d_averages_maps_of_odd_sides_as_timm_does():
+    foreign_net, *_ = read_case("ResNet-D")
+    net, *_ = find_right_reading("ResNet-D")
+    x = torch.randn(2, 3, 33, 33)
+
+    assert_close(net(x), foreign_net(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -525,6 +758,14 @@ def without(part):
         (
             lambda state: state | {"gates.0.initial_scale": torch.ones(16)},
             "do not say how many kernels its gates keep",
+        ),
+        (
+            lambda state: state | {"layer1.0.conv1.weight": torch.ones(16, 16, 3, 1)},
+            r"layer1\.0\.conv1 has kernels that are not square",
+        ),
+        (
+            lambda state: state | {"layer1.0.conv1.weight": torch.ones(16, 16, 1, 1)},
+            "of different kinds, of kernels 1 x 3 and of 3 x 3",
         ),
     ],
 )
@@ -939,11 +1180,21 @@ def test_an_infinite_number_that_is_of_no_layer_is_ignored(tmp_path):
     assert torch.allclose(sep.load(tmp_path / "a.pt")[0].eval()(x), net(x), atol=1e-5)
 
 
-def test_a_residual_net_with_averaged_shortcuts_takes_no_image_whose_half_is_uneven():
-    architecture = models.named_architecture("resnet8")
+@pytest.mark.parametrize(
+    "start",
+    [
+        {},
+        {"stem_stride": 2},
+        {"has_stem_pooling": True},
+        {"has_stem_pooling": True, "stem_pooling_kernel": 2},
+    ],
+)
+def test_a_residual_net_with_averaged_shortcuts_takes_no_image_whose_half_is_uneven(start):
+    architecture = replace(models.named_architecture("resnet8"), **start)
     averaged = replace(architecture, is_shortcut_averaged=True)
 
-    for size in range(8, 40):
+    # In smaller images a shortcut of one place would be added to all places of the map.
+    for size in range(20, 52):
         net = models.build_net(replace(averaged, size=size), models.default_widths("resnet8"))
         try:
             net.eval()(torch.zeros(1, 3, size, size))
@@ -1172,6 +1423,27 @@ def test_nets_are_read_from_tensors_by_the_alphabet(name):
         )
 
 
+def test_a_net_that_only_an_example_tells_is_refused_with_the_advice_to_add_one(tmp_path):
+    net, _ = zoo.make_lively(zoo.EXAMPLE_CASES["AlexNet"])
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+
+    with pytest.raises(UserError, match=r"probably strided .* holds inputs and outputs, too"):
+        sep.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [("swa_model", "swa_model"), ("average", "average"), ("ema", "ema"), ("schema", "model")],
+)
+def test_an_averaged_copy_is_known_by_its_name(tmp_path, name, taken):
+    state = build("resnet8").state_dict()
+    torch.save({"model": state, name: state}, tmp_path / "a.pt")
+
+    (note,) = models.read_checkpoint(tmp_path / "a.pt")["notes"]
+
+    assert f"taken is {taken}, not " in note
+
+
 def test_the_first_state_dict_that_is_a_net_is_taken(tmp_path):
     net, x = make_lively_net("resnet8")
     state = net.state_dict()
@@ -1260,6 +1532,10 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path,
     assert refusal.value.status == 2
 
 
+def test_an_error_for_the_user_is_one_line():
+    assert str(UserError("what\n  went wrong\n")) == "what went wrong"
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     models.write_tensors(tmp_path / "a.pt", {"old": 1})
 
@@ -1334,6 +1610,30 @@ def test_an_exported_net_runs_without_this_project(tmp_path, arch, is_gated):
         assert torch.allclose(logits, net((images - 0.4) / 0.2), atol=1e-3)
 
 
+@torch.no_grad()
+def test_an_exported_net_normalises_each_channel_by_its_own_mean_and_std(tmp_path):
+    net, _ = make_lively_net("resnet8")
+    mean, std = [0.1, 0.4, 0.8], [0.2, 0.3, 0.5]
+    images = torch.rand(2, 3, 32, 32)
+
+    models.export_net(net, tmp_path / "a.pt2", mean, std, 32)
+
+    exported = torch.export.load(tmp_path / "a.pt2").module()
+    normalised = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert_close(exported(images), net(normalised), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_net_is_exported_for_images_of_the_size_that_is_asked_for(tmp_path):
+    net, _ = make_lively_net("resnet8")
+    images = torch.rand(2, 3, 40, 40)
+
+    models.export_net(net, tmp_path / "a.pt2", [0.5] * 3, [0.25] * 3, 40)
+
+    exported = torch.export.load(tmp_path / "a.pt2").module()
+    assert_close(exported(images), net((images - 0.5) / 0.25), rtol=1e-3, atol=1e-3)
+
+
 def run_in_another_process(folder, images):
     """The logits of folder/net.pt2 in a Python that does not know this project."""
     torch.save(images, folder / "images")
@@ -1373,13 +1673,23 @@ def test_onnxruntime_runs_an_exported_net(tmp_path, is_gated):
 
     assert difference < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    assert session.get_inputs()[0].shape == ["batch", 3, 32, 32]
-    assert session.get_outputs()[0].shape == ["batch", 10]
+    (found_input,), (found_output,) = session.get_inputs(), session.get_outputs()
+    assert (found_input.name, found_input.shape) == ("images", ["batch", 3, 32, 32])
+    assert (found_output.name, found_output.shape) == ("logits", ["batch", 10])
     for x in (images, images[:1]):
         logits = session.run(None, {"images": x.numpy()})[0]
         with torch.no_grad():
             expected = net((x - 0.4) / 0.2).numpy()
         assert abs(logits - expected).max() < 1e-3
+
+
+def test_the_ending_of_an_export_may_be_in_capitals(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, _ = make_lively_net("lenet5")
+
+    models.export_net(net, tmp_path / "a.ONNX", [0.5], [0.5], 28)
+
+    assert onnxruntime.InferenceSession(tmp_path / "a.ONNX").get_inputs()[0].name == "images"
 
 
 @pytest.mark.parametrize("ending", ["pt2", "onnx"])
@@ -1466,6 +1776,24 @@ def test_an_exported_net_that_differs_is_refused_and_leaves_the_old_file(tmp_pat
         models.export_net(net, tmp_path / "a.pt2", [0.5], [0.5], 28, may_replace=True)
 
     assert read_texts(tmp_path) == {"a.pt2": "old"}
+
+
+def test_an_export_whose_folded_norms_compute_something_else_is_refused(tmp_path, monkeypatch):
+    net, _ = make_lively_net("resnet8")
+    fold_batch_norms = models.fold_batch_norms
+
+    def fold_wrongly(net):
+        folded = fold_batch_norms(net)
+        for parameter in folded.linear.parameters():
+            parameter.data *= 1.05
+        return folded
+
+    monkeypatch.setattr(models, "fold_batch_norms", fold_wrongly)
+
+    with pytest.raises(UserError, match=r"differs from the original, by 5\.0e-02"):
+        models.export_net(net, tmp_path / "a.pt2", [0.5] * 3, [0.25] * 3, 32)
+
+    assert not list(tmp_path.iterdir())
 
 
 def read_texts(folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_models import NETS, largest, let_groups_differ, make_lively_net, smaller_structure
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -64,6 +65,33 @@ def test_a_gate_chooses_in_full_precision_under_autocast():
 
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(gate.choose_groups(x, layer), expected)
+
+
+def test_a_gate_averages_maps_in_float32():
+    x = torch.randn(50, 8, 6, 6).bfloat16()
+
+    assert_close(sep.squeeze(x, is_linear=False), x.float().mean((2, 3)))
+
+
+def test_gates_are_fitted_on_the_first_images_alone(monkeypatch):
+    monkeypatch.setattr(sep, "MIN_CLUSTERED_IMAGES", 6)
+    monkeypatch.setattr(sep, "MAX_CLUSTERED_NUMBERS", 0)
+    net, _ = make_lively_net("lenet5")
+
+    squeezed = sep.collect_squeezed(net, ["conv2"], torch.randn(5, 4, 1, 28, 28))["conv2"]
+
+    assert len(squeezed) == 8  # six, and up to a batch more
+    assert_close(sep.fit_gate(squeezed, 2), sep.fit_gate(squeezed[:6], 2), rtol=0, atol=0)
+
+
+def test_numbers_that_are_not_finite_do_not_stop_the_clustering():
+    squeezed = torch.randn(50, 3)
+    squeezed[7, 1], squeezed[8, 2] = float("nan"), float("inf")
+
+    weight, bias = sep.fit_gate(squeezed, 2)
+
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()
 
 
 @pytest.mark.parametrize("arch", NETS)
@@ -261,6 +289,29 @@ def test_where_all_images_use_all_channels_it_is_a_usual_batch_norm(momentum, dt
         assert torch.allclose(masked.state_dict()[name], value, atol=1e-5), name
 
 
+def test_statistics_in_bfloat16_are_counted_in_float32():
+    torch.manual_seed(0)
+    masked, usual = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    y = (20 + torch.randn(16, 3, 8, 8)).bfloat16()
+
+    found = sep.masked_batch_norm(y, torch.ones(16, 3), masked)
+
+    usual(y.float())
+    assert found.dtype == torch.bfloat16
+    assert_close(masked.running_mean, usual.running_mean, rtol=1e-4, atol=0)
+    assert_close(masked.running_var, usual.running_var, rtol=1e-3, atol=0)
+
+
+def test_a_single_value_of_a_channel_leaves_its_running_statistics():
+    norm, mask = nn.BatchNorm1d(2), torch.ones(4, 2)
+    mask[1:, 1] = 0
+
+    sep.masked_batch_norm(torch.randn(4, 2), mask, norm)
+
+    assert (norm.running_mean[1], norm.running_var[1]) == (0, 1)
+    assert norm.running_mean[0] != 0
+
+
 # ---- gated nets
 
 
@@ -421,6 +472,26 @@ def test_in_a_static_net_a_group_counts_by_the_images_that_choose_it():
         for group, images in enumerate(images_of_group)
     )
     assert largest(small.conv1.weight - expected) < 1e-6
+
+
+def test_a_static_net_has_the_mean_of_its_groups_norms():
+    net, x = make_gated_net("vgg16")
+    usages = sep.measure_usage(net, [x])
+    before = net.state_dict()
+
+    after = sep.to_static(net, [x]).state_dict()
+
+    assert any(usage.groups_in_use > 1 for usage in usages if usage is not None)
+    for prunable, gate, usage in zip(net.prunable, net.gates, usages):
+        if gate is None:
+            continue
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            name = f"{prunable.norm_name}.{part}"
+            expected = sum(
+                share * before[name][gate.channels_of_group(group)]
+                for group, share in enumerate(usage.share_of_group.tolist())
+            )
+            assert_close(after[name], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["lenet5", "vgg16", "resnet20"])

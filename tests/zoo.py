@@ -698,6 +698,13 @@ def make_averaged_cnn():
                   block=layers, classifier=nn.Linear(20, 10))  # fmt: skip
 
 
+def make_wide_resnet_with_biases():
+    net = make_resnet((16, 24, 32), stem_norm=False, last_norm="bn1", shortcut="shortcut",
+                      last="linear", strided=1, bias=True, **PREACTIVATED)  # fmt: skip
+    net.conv1 = conv(3, 8, bias=True)
+    return net
+
+
 def make_torchvision(name):
     import torchvision
 
@@ -734,6 +741,9 @@ CASES = {
     "LeNet by letters": Case("activatedgeek/LeNet-5", make_named_lenet, 1, 32, False),
     "LeNet with batch norms": Case("written for this test", make_normed_lenet, 1, 28),
     "perceptron": Case("mil-ad/snip", make_perceptron, 1, 28),
+    "perceptron of colour images": Case(
+        "written for this test", partial(make_perceptron, 3 * 32 * 32)
+    ),
     "perceptron, norms in a list": Case("written for this test", make_listed_perceptron, 1, 28),
     "CNN in blocks": Case(
         "written for this test",
@@ -956,6 +966,46 @@ CASES = {
     "pre-activated with biases, no last norm": Case(
         "weiaicunzai/pytorch-cifar100",
         partial(make_resnet, (16, 24, 32), shortcut="shortcut", bias=True, **PREACTIVATED),
+    ),
+    "wide ResNet with biases, in its first convolution, too": Case(
+        "timgaripov/swa", make_wide_resnet_with_biases, is_first_reading=False
+    ),
+    "wide ResNet with biases, shortcuts behind a norm": Case(
+        "written for this test",
+        partial(
+            make_resnet,
+            (16, 24, 32),
+            stem_norm=False,
+            last_norm="bn1",
+            shortcut="shortcut",
+            bias=True,
+            **(PREACTIVATED | {"run": partial(run_preactivated, is_shortcut_activated=True)}),
+        ),
+        is_first_reading=False,
+    ),
+    "pre-activated with biases, option A": Case(
+        "written for this test",
+        partial(
+            make_resnet,
+            (16, 24, 32),
+            stem_norm=False,
+            last_norm="bn1",
+            shortcut_of=pad_around,
+            bias=True,
+            **PREACTIVATED,
+        ),
+        is_first_reading=False,
+    ),
+    "ResNet with biases": Case(
+        "written for this test", partial(make_resnet, shortcut="downsample", bias=True)
+    ),
+    "ResNet, no norms in its shortcuts": Case(
+        "written for this test", partial(make_resnet, shortcut="downsample", shortcut_norm=False)
+    ),
+    "ResNet, a norm before its average": Case(
+        "written for this test",
+        partial(make_resnet, shortcut="downsample", last_norm="bn"),
+        is_first_reading=False,
     ),
     "pre-activated, first identity activated": Case(
         "hysts/pytorch_image_classification",

@@ -287,18 +287,21 @@ def test_an_image_of_16_bits_is_refused_by_its_header(tmp_path):
 
 
 def test_a_download_is_told(tmp_path, monkeypatch):
+    parts, lines = [], []
+
     class FakeDataset:
         def __init__(self, folder, *, train, download=False):
             if not download:
                 raise RuntimeError("Dataset not found")
+            parts.append("train" if train else "test")
             self.data, self.targets = torch.zeros(3, 28, 28, dtype=torch.uint8), [0, 1, 2]
 
     monkeypatch.setattr("torchvision.datasets.MNIST", FakeDataset)
-    lines = []
 
     train, test, name = controller.load_data("mnist", tmp_path, only_test=True, say=lines.append)
 
     assert (train, len(test), name) == (None, 3, "mnist")
+    assert parts == ["test"]
     assert lines == [f"mnist was not in {tmp_path} and has been downloaded to it"]
 
 
@@ -374,6 +377,58 @@ def test_digits_are_ten_learnable_classes():
     assert images.pixels.shape == (1500, 28, 28, 1)
     assert torch.bincount(images.labels, minlength=10).min() > 100
     assert measure_accuracy(net, make_digits(500, seed=9)) > 0.8
+
+
+@pytest.mark.parametrize("option", [{"crop": 2}, {"flip": True}, {"zooms": True}])
+def test_images_are_augmented_as_before_wherever_they_go(option):
+    images = Images(*controller.draw_digits(20, 0), mean=(0.16,), std=(0.33,), **option)
+
+    others = (
+        images.select(torch.arange(5)),
+        images.to("cpu"),
+        images.normalised_by((0.5,), (0.5,)),
+        images.load_into_memory(),
+    )
+
+    for other in others:
+        assert (other.crop, other.zooms, other.flip) == (images.crop, images.zooms, images.flip)
+
+
+@pytest.mark.parametrize("options", [{"crop": 2}, {"zooms": True}])
+def test_what_is_not_to_be_flipped_is_not(options):
+    images = Images(*controller.draw_digits(50, 0), mean=(0.16,), std=(0.33,), **options)
+
+    crops = images.draw_epoch(0, 0)[1]
+
+    # The last number of a crop says whether it is flipped; of a zoom it is the sign of its width.
+    assert set(crops[:, -1].tolist()) == ({1.0} if images.zooms else {0})
+
+
+def test_a_split_that_is_moved_is_the_same_split():
+    split = tiny_data()
+
+    moved = split.to("cpu")
+
+    assert moved.seed == split.seed
+    for name in ("all", "train", "validation", "test"):
+        before, after = getattr(split, name), getattr(moved, name)
+        assert torch.equal(before.pixels, after.pixels), name
+        assert torch.equal(before.labels, after.labels), name
+
+
+def test_a_hundred_images_are_enough_to_split():
+    assert len(controller.split_images(make_digits(100), 0)[1]) == 10
+    with pytest.raises(UserError, match="99 training images are too few"):
+        controller.split_images(make_digits(99), 0)
+
+
+def test_imagenets_statistics_are_torchvisions():
+    from torchvision.models import ResNet18_Weights
+
+    preset = ResNet18_Weights.DEFAULT.transforms()
+
+    found = controller.COMMON_NORMALISATIONS[3]["ImageNet's mean and std"]
+    assert found == (tuple(preset.mean), tuple(preset.std))
 
 
 # ---- training
@@ -856,6 +911,104 @@ def smooth(pixels):
     return x.permute(0, 2, 3, 1).to(torch.uint8)
 
 
+def make_net_with_norms():
+    """(a net with batch norms in training mode, images for it)."""
+    torch.manual_seed(0)
+    net = models.build("resnet8", (4, 4, 4)).train()
+    pixels = torch.randint(0, 256, (256, 32, 32, 3), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(256) % 10, mean=(0.5,) * 3, std=(0.25,) * 3)
+    return net, images
+
+
+def compute_as_teacher(net, images):
+    return controller.Teacher(net, images, 0).probabilities(0, len(images))
+
+
+@pytest.mark.parametrize("compute", [controller.compute_logits, compute_as_teacher])
+def test_norms_are_used_and_not_taught_where_nothing_is_trained(compute):
+    net, images = make_net_with_norms()
+    before = clone_state(net)
+
+    computed = compute(net, images)
+
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert torch.equal(computed, compute(deepcopy(net).eval(), images))
+
+
+def test_norms_go_on_learning_after_a_validation():
+    net, images = make_net_with_norms()
+    norm = next(module for module in net.modules() if isinstance(module, nn.BatchNorm2d))
+    batch_counts = []
+
+    epochs = fit(net, images, TrainingPlan(3, 0.01), optimizer=make_optimizer(net, 0.01), seed=0)
+    for _ in epochs:
+        batch_counts.append(int(norm.num_batches_tracked))
+        measure_accuracy(net, images)
+
+    assert batch_counts == [2, 4, 6]
+
+
+def test_a_batch_has_the_labels_and_the_teachers_outputs_of_its_images():
+    images, order = make_digits(10), torch.tensor([7, 2, 9, 0, 4])
+    teacher_probs = torch.arange(10.0)[:, None].expand(10, 10)
+
+    batches = controller.draw_batches(images, teacher_probs, order, None, 2)
+
+    for index, (x, labels, probs) in zip(order.split(2), batches, strict=True):
+        assert torch.equal(x, images.batch(index))
+        assert torch.equal(labels, images.labels[index])
+        assert torch.equal(probs, teacher_probs[index])
+
+
+def test_a_training_has_the_temperature_of_its_plan(monkeypatch):
+    compute, temperatures = controller.distillation_loss, []
+
+    def record(logits, labels, teacher_probs=None, temperature=None):
+        temperatures.append(temperature)
+        return compute(logits, labels, teacher_probs, temperature)
+
+    monkeypatch.setattr(controller, "distillation_loss", record)
+    images = make_digits(128)
+    teacher = controller.Teacher(make_lenet(), images, 0)
+
+    train_net(make_lenet(), images, replace(SHORT_PLAN, temperature=4.0), teacher=teacher)
+
+    assert temperatures == [4.0, 4.0]
+
+
+def test_a_teacher_keeps_no_more_than_it_may(monkeypatch):
+    images = make_digits(100)
+    images.flip = True
+    monkeypatch.setattr(controller, "TEACHER_BYTES", 2 * 100 * 10 * 4)  # the outputs of two epochs
+    teacher = controller.Teacher(make_lenet(), images, 0)
+
+    for epoch in range(4):
+        teacher.probabilities(epoch, 100)
+
+    assert list(teacher.kept_probabilities) == [(0, 100), (1, 100)]
+
+
+def test_readings_are_tried_on_images_of_all_classes(monkeypatch):
+    images = make_digits(2000)
+    images = images.select(images.labels.argsort())  # as the files of class folders come
+    labels_read = []
+
+    def score(net, images):
+        labels_read.append(set(images.labels.tolist()))
+        return controller.AttemptScore(torch.ones(len(images), dtype=torch.bool), 0.0, None)
+
+    monkeypatch.setattr(controller, "score_net", score)
+    controller.find_reading([controller.KnownNet(make_lenet())], images)
+
+    assert labels_read[-1] == set(range(10))
+
+
+@pytest.mark.parametrize("mean", [[0.5] * 3, [math.nan], [math.inf], (0.5,)])
+def test_a_normalisation_that_cannot_be_is_passed_over(mean):
+    assert controller.stored_normalisation(make_lenet(), {"mean": mean, "std": [0.5]}) is None
+
+
 # ---- training on a GPU, as far as a CPU can show it
 
 
@@ -1077,6 +1230,20 @@ def test_a_replayed_step_trains_as_plain_ones_do(is_gated, layout):
         # A rate of 0 moves nothing.
         assert torch.allclose(losses[:4], losses[0].expand(4), rtol=1e-3)
         assert losses[-1] < 0.98 * losses[0]
+
+
+def test_a_padded_net_gives_its_weights_back_after_an_epoch():
+    net = make_lenet((6, 13, 20))
+    before = clone_state(net)
+    step = controller.GraphTrainStep(net, make_optimizer(net, 0.1))
+
+    step.start_epoch()
+    step.update(torch.randn(4, 1, 28, 28), torch.arange(4), None)
+    step.finish_epoch()
+
+    assert step.net is not net
+    assert not torch.equal(net.fc2.weight, before["fc2.weight"])
+    assert torch.equal(net.fc2.weight, step.net.fc2.weight[:, :20])
 
 
 # ---- timing
@@ -1337,6 +1504,16 @@ def test_the_lstm_reads_type_and_size_of_each_layer_and_the_next(arch):
     if arch == "resnet20":
         in_channels = features * torch.tensor([1, 64, 1, 64])
         assert in_channels[3].tolist() == [0, 32, 0, 32]
+
+
+def test_the_lstm_reads_the_widths_that_are_left():
+    net = models.build("vgg16")
+    structure = tuple(range(1, 14))
+
+    features = controller.layer_features(net, structure) * torch.tensor([1, 512, 1, 512])
+
+    assert features[:, 1].tolist() == list(structure)
+    assert features[4].tolist() == [0, 5, 0, 6]
 
 
 def test_the_lstm_learns_which_layers_to_spare():
@@ -1656,6 +1833,39 @@ def test_what_the_lstm_thinks_is_kept_and_changes_no_number(
     assert list(search.candidates.values()) == list(without_scores.candidates.values())
 
 
+def test_reinforce_learns_from_the_reward_less_the_parents(monkeypatch):
+    search = MadeUpProblem(0).make_search(None, search_class=controller.ReinforceSearch)
+    widths = search.net.widths
+    parent = make_candidate(controller.shrink_all(widths, 0.2), 0.8, 0.3)
+    child = make_candidate(controller.shrink_all(parent.structure, 0.2), 0.8, 0.5)
+    parent.reward, child.reward = 0.5, 0.7
+    search.add_candidate(parent)
+    search.waiting_parents = [parent.structure, widths]
+    steps = []
+    monkeypatch.setattr(controller, "take_reinforce_step", lambda *step: steps.append(step))
+    actions = (1,) * len(widths)
+
+    search.record(controller.Proposal(parent.structure, actions, child.structure, "logits"), child)
+
+    ((optimizer, logits, taken, advantage),) = steps
+    assert (optimizer, logits, tuple(taken.tolist())) == (search.optimizer, "logits", actions)
+    assert advantage == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.6])
+def test_a_search_goes_on_for_its_own_target_alone(tmp_path, target):
+    folder = controller.RunFolder(tmp_path, Reporter())
+    problem = MadeUpProblem(0)
+    search = problem.make_search(5)
+    problem.take_turn(search)
+    controller.save_search(search, folder)
+    other = MadeUpProblem(0, target=target).make_search(5)
+
+    controller.load_search(other, folder)
+
+    assert bool(other.candidates) == (target == 0.5)
+
+
 # ---- the run
 
 TINY = Settings(
@@ -1914,6 +2124,87 @@ def test_a_row_has_to_reach_the_target_or_the_cut_of_another_row(tmp_path):
     run.results["rows"].append({"method": "lstm", "macs_reduction": 0.71})
     assert run.goal_for("sep") == Goal(0.7, is_required=True)
     assert run.goal_for("uniform") == Goal(0.71, is_required=False)  # lands where `lstm` landed
+
+
+def test_student_and_teacher_see_the_same_crops_by_the_runs_seed(tmp_path, monkeypatch):
+    run = make_run(tmp_path, settings=replace(TINY, seed=5))
+    run.make_baseline(make_lenet(), is_trained=True)
+    images = run.data.train.select(slice(None))
+    images.flip = True
+    draw_epoch, drawn = Images.draw_epoch, []
+
+    def record(self, seed, epoch):
+        drawn.append((seed, epoch))
+        return draw_epoch(self, seed, epoch)
+
+    monkeypatch.setattr(Images, "draw_epoch", record)
+    run.trainer.train("lstm: any", make_lenet(), images, TrainingPlan(2, 0.05))
+
+    assert drawn == [(5, 0), (5, 0), (5, 1), (5, 1)]
+
+
+def test_all_nets_but_the_baseline_learn_from_it(tmp_path, monkeypatch):
+    train, teachers, spy = controller.fit, [], Spy()
+
+    def record(*arguments, teacher, **options):
+        teachers.append(teacher and teacher.net)
+        return train(*arguments, teacher=teacher, **options)
+
+    monkeypatch.setattr(controller, "fit", record)
+    run = make_run(tmp_path, spy, replace(TINY, target=0.4))
+    baseline = run.make_baseline(make_lenet())
+    run.make_row("uniform", run.goal_for("uniform"))
+
+    assert len(teachers) == len(spy.titles) > 2
+    assert teachers[0] is None
+    assert all(net is baseline for net in teachers[1:])
+
+
+def test_trials_are_compared_by_the_loss_of_the_final_training(tmp_path):
+    settings = replace(TINY, final=replace(TINY.final, temperature=4.0))
+    run = make_run(tmp_path, settings=settings)
+    baseline = run.make_baseline(make_lenet(), is_trained=True)
+    net, images = make_lenet((3, 4, 10)), run.data.validation
+
+    loss = run.trainer.measure_validation_loss(net)
+
+    logits = controller.compute_logits(net, images)
+    teacher_probs = controller.compute_logits(baseline, images).softmax(1)
+    expected = controller.distillation_loss(logits, images.labels, teacher_probs, 4.0).item()
+    assert loss == pytest.approx(expected, abs=2e-5)
+    net.fc2.bias.data.fill_(math.nan)
+    assert run.trainer.measure_validation_loss(net) is None
+
+
+def test_a_candidate_is_scored_by_the_images_that_validate_and_by_its_target(tmp_path):
+    run = make_run(tmp_path)
+    baseline = run.make_baseline(make_lenet())
+
+    net, candidate = run.trainer.make_candidate(
+        "lstm",
+        run.trainer.load_baseline(),
+        (3, 4, 10),
+        actions=(1, 1, 1),
+        target=0.2,
+        lstm_epoch=1,
+        number=1,
+    )
+
+    validation = run.data.validation
+    row_accuracy = run.find_row("baseline")["validation_accuracy"]
+    assert row_accuracy == measure_accuracy(baseline, validation)
+    assert candidate.validation_accuracy == measure_accuracy(net, validation)
+    assert candidate.macs_reduction > 0.5
+    assert candidate.reward == pytest.approx(candidate.validation_accuracy - 0.16 * 0.8)
+
+
+@pytest.mark.parametrize("temperature", [None, 4.0])
+def test_the_published_schedule_is_advised_where_it_is_another(temperature):
+    plan = TrainingPlan(2, 0.1, temperature=temperature)
+
+    text = controller.explain_divergence("lstm: final", 1, plan)
+
+    assert ("--schedule published" in text) == (temperature is not None)
 
 
 # ---- the run: stopped, resumed, fresh
@@ -2209,6 +2500,49 @@ def test_a_folder_of_another_run_is_left_alone(undisturbed):
     assert (folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "experiment",
+        "schedule",
+        "seed",
+        "data",
+        "train_images",
+        "test_images",
+        "images",
+        "settings",
+        "source",
+        "normalisation",
+        "round_to",
+    ],
+)
+def test_a_run_that_differs_in_anything_is_refused(tmp_path, key):
+    make_run(tmp_path)
+    path = tmp_path / "results.json"
+    results = json.loads(path.read_text())
+    numbers = {"train_images": 7, "test_images": 7}
+    others = numbers | {"settings": results["settings"] | {"patience": 99}}
+    path.write_text(json.dumps(results | {key: others.get(key, "another")}))
+
+    with pytest.raises(UserError, match="holds a run with"):
+        make_run(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["pixels", "labels"])
+def test_other_test_images_are_another_run(tmp_path, part):
+    make_run(tmp_path)
+    test = tiny_data().test
+    pixels, labels = test.pixels, test.labels
+    if part == "pixels":
+        pixels = pixels.flip(0)
+    else:
+        labels = labels.flip(0)
+    data = replace(tiny_data(), test=test.replace(pixels, labels))
+
+    with pytest.raises(UserError, match="holds a run with other images"):
+        Run(tmp_path, TINY, DESCRIPTION, data, Spy())
+
+
 def test_results_of_another_version_are_refused_and_kept(undisturbed, tmp_path):
     shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -2410,6 +2744,41 @@ def test_only_final_trainings_see_the_images_that_validate(tmp_path, monkeypatch
 
     for title, images in images_of.items():
         assert images is (run.data.all if ": final" in title else run.data.train), title
+
+
+def test_trials_see_no_image_that_validates(tmp_path, monkeypatch):
+    images_of = {}
+    train = controller.Trainer.train
+
+    def record(self, title, net, images, *arguments, **options):
+        images_of[title] = images
+        return train(self, title, net, images, *arguments, **options)
+
+    monkeypatch.setattr(controller.Trainer, "train", record)
+    run = make_run(tmp_path, settings=TINY_FAST)
+    baseline = run.make_baseline(make_lenet())
+    run.make_row("lstm", Goal(0.5, is_required=True))
+    halves = models.prune_channels(baseline, [width // 2 for width in baseline.widths])
+    run.folder.log_search("sep", "shared", 0.5, [])
+    run.sep_row.select_layers(halves, halves)
+
+    trials = [title for title in images_of if "trial" in title]
+    assert {title.split(":")[0] for title in trials} == {"lstm", "sep"}
+    for title in trials:
+        assert images_of[title] is run.data.train, title
+
+
+def test_a_cut_that_multiples_cannot_reach_is_refused_only_where_it_is_required(tmp_path):
+    settings = replace(TINY, recovery=TrainingPlan(1, 0.05))
+    run = make_run(tmp_path, settings=settings, round_to=4)
+    run.make_baseline(make_lenet(), is_trained=True)  # 4-4-4 cuts less than half
+
+    with pytest.raises(UserError, match="with widths at multiples of 4"):
+        run.make_row("uniform", Goal(0.6, is_required=True))
+    run.make_row("uniform", Goal(0.6))
+
+    for width, whole in zip(run.find_row("uniform")["widths"], (6, 8, 20)):
+        assert width % 4 == 0 or width == whole
 
 
 def test_a_candidate_has_the_weights_of_its_best_epoch(tmp_path, monkeypatch):
@@ -2799,6 +3168,25 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     assert all(loss > 0 for loss in losses[:2])
 
 
+@pytest.mark.parametrize("title", ["sep: gates, trial without", "sep: gates, before the trials"])
+def test_a_trial_that_diverges_without_gates_ends_the_row(tmp_path, monkeypatch, title):
+    train = controller.Trainer.train
+
+    def diverge(self, its_title, *arguments, **options):
+        if its_title == title:
+            raise controller.DivergenceError(title, seconds=1.0)
+        return train(self, its_title, *arguments, **options)
+
+    monkeypatch.setattr(controller.Trainer, "train", diverge)
+    run = make_run(tmp_path, settings=replace(TINY, final=TrainingPlan(4, 0.01)))
+    baseline = run.make_baseline(make_lenet(), is_trained=True)
+    net = models.prune_channels(baseline, [width // 2 for width in baseline.widths])
+    run.folder.log_search("sep", "shared", 0.5, [])
+
+    with pytest.raises(controller.DivergenceError):
+        run.sep_row.select_layers(net, net)
+
+
 def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
     settings = replace(TINY, final=TrainingPlan(4, 0.01))
     best = 2
@@ -2957,4 +3345,5 @@ def test_seeds_differ_by_place():
     places = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1)]
 
     assert len({seed_for(*place) for place in places}) == 4
-    assert seed_for(0, "a") == seed_for(0, "a")
+    # The same on every machine, in every process.
+    assert seed_for(0, "a") == 5_775_574_390_210_881

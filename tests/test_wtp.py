@@ -168,6 +168,53 @@ def test_the_full_schedule_searches_as_fast_and_trains_as_long_as_the_papers(nam
     assert full.final.temperature == 4
 
 
+def test_the_experiments_are_those_of_the_papers_and_their_data():
+    numbers = {
+        name: (
+            each.classes,
+            each.channels,
+            each.size,
+            each.crop,
+            each.flip,
+            each.train_images,
+            each.target,
+        )
+        for name, each in wtp.EXPERIMENTS.items()
+    }
+
+    assert numbers == {
+        "mnist": (10, 1, 28, 0, False, 60_000, None),
+        "vgg-cifar10": (10, 3, 32, 4, True, 50_000, 0.701),
+        "vgg16-cifar10": (10, 3, 32, 4, True, 50_000, 0.701),
+        "vgg-cifar100": (100, 3, 32, 4, True, 50_000, 0.701),
+        "resnet56-cifar10": (10, 3, 32, 4, True, 50_000, 0.475),
+        "resnet56-cifar100": (100, 3, 32, 4, True, 50_000, 0.475),
+        "digits": (10, 1, 28, 0, False, 6_000, None),
+    }
+
+
+def test_the_numbers_that_are_ours_are_those_of_the_documents():
+    plan = controller.TrainingPlan
+
+    baselines = [settings_of(name, "published").baseline for name in ("vgg-cifar10", "mnist")]
+    fast, full = (settings_of("resnet56-cifar10", schedule) for schedule in ("fast", "full"))
+
+    assert baselines == [plan(200, 0.1, is_one_cycle=True), plan(20, 0.05, is_one_cycle=True)]
+    assert fast.baseline == plan(20, 0.1, is_one_cycle=True)
+    assert fast.recovery == plan(1, 0.02, is_one_cycle=True, max_steps=50)
+    assert (fast.candidates_per_lstm_epoch, fast.patience, fast.max_candidates) == (3, 3, 60)
+    assert full.final == plan(250, 0.02, is_one_cycle=True, temperature=4.0)
+
+
+def test_the_times_of_the_list_are_half_of_all_planned_epochs(monkeypatch):
+    monkeypatch.setattr(controller, "measure_training_speed", lambda *_: 1000.0)
+
+    smoke_seconds = wtp.measure_durations(torch.device("cpu"))["digits"][-1]
+
+    # 6 + 24 + 2 + 7 + 10 epochs and three final ones on all images; 2,700 images each.
+    assert smoke_seconds == pytest.approx((49 + 3 / 0.9) * 2.7 / 2)
+
+
 def test_what_a_run_may_take_is_counted():
     def count(schedule, *methods):
         settings = settings_of("resnet56-cifar10", schedule)
@@ -315,6 +362,37 @@ def test_bars_are_drawn_where_a_terminal_can_show_them(monkeypatch, name, can_sh
     assert not wtp.can_show_bars(Console(force_terminal=False))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (5, "5 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "120 min"),
+        (7200, "2.0 h"),
+        (172_800, "2 days"),
+    ],
+)
+def test_a_duration_has_the_largest_unit_that_fits_twice(seconds, text):
+    assert wtp.format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("name", ["auto", "gpu", "cuda"])
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+
+    assert wtp.select_device(name).type == "cuda"
+
+
+@pytest.mark.parametrize("name", typer.main.get_command(wtp.app).commands)
+def test_every_command_has_help(capsys, name):
+    status, out, err = call(capsys, name, "--help")
+
+    assert (status, err) == (0, "")
+    assert "--help" in out
+
+
 def test_a_sep_without_trials_says_that_there_was_no_room_for_gates():
     tried = [{"gates": 0, "validation_loss": 0.1}, {"gates": 1, "validation_loss": 0.2}]
 
@@ -406,6 +484,61 @@ def copy_row(smoke, row, path):
     """A checkpoint of the smoke run as a user's own file."""
     shutil.copyfile(smoke[0] / f"{row}.pt", path)
     return path
+
+
+def read_columns(table):
+    """The cells of each column of a table, by its heading."""
+    return {column.header: [*column.cells] for column in table.columns}
+
+
+def test_each_number_of_a_row_stands_under_its_name(smoke):
+    row = {"method": "lstm", "test_accuracy": 0.9, "validation_accuracy": 0.8}
+    row |= {"macs": 1_234_000, "macs_reduction": 0.25, "params": 4321, "seconds": 7200}
+
+    table = wtp.results_table(read_results(smoke[0]), [row], is_wide=True)
+
+    assert read_columns(table) == {
+        "method": ["lstm"],
+        "test accuracy": ["90.00%"],
+        "validation": ["80.00%"],
+        "MACs": ["1.234 M"],
+        "cut": ["25.0%"],
+        "parameters": ["4,321"],
+        "time": ["2.0 h"],
+    }
+
+
+def test_the_channels_that_are_left_stand_before_those_of_the_baseline():
+    layers = {"layers": ["conv1", "fc1"]}
+
+    assert wtp.describe_widths(layers, [20, 500], [1, 65]) == "conv1 1/20, fc1 65/500"
+
+
+def test_evaluate_shows_each_measure_under_its_net():
+    own = {"test_accuracy": 0.9, "macs": 1e6, "params": 10, "bytes": 100}
+    own |= {"latency_1": 0.001, "latency_128": 0.02}
+    baseline = {"test_accuracy": 0.95, "macs": 2e6, "latency_1": 0.004}
+
+    columns = read_columns(wtp.evaluation_table("a", own, baseline))
+
+    assert list(columns) == ["", "baseline", "this net", "ratio"]
+    assert columns["baseline"] == ["95.00%", "2.000 M", "", "", "4.00 ms", ""]
+    assert columns["this net"] == ["90.00%", "1.000 M", "10", "100", "1.00 ms", "20.00 ms"]
+    assert columns["ratio"] == ["0.947", "0.500", "", "", "0.250", ""]
+
+
+def test_latencies_are_those_of_1_and_of_128_images(monkeypatch):
+    def measure(nets, images, count):
+        return [count * (number + 1) for number in range(len(nets))]
+
+    monkeypatch.setattr(sep, "tune", lambda net: net)
+    monkeypatch.setattr(controller, "measure_latencies", measure)
+    images = SimpleNamespace(device=torch.device("cpu"))
+
+    own, baseline = wtp.compare_latencies("net", "baseline", images)
+
+    assert own == {"latency_1": 1, "latency_1_tuned": 3, "latency_128": 128}
+    assert baseline == {"latency_1": 2, "latency_1_tuned": 4, "latency_128": 256}
 
 
 @pytest.mark.parametrize("is_same", [False, True])
@@ -502,6 +635,46 @@ def test_two_processes_do_not_share_a_folder(capsys, tmp_path):
 
     assert status == 1
     assert "in use by another process" in err
+
+
+def test_train_is_as_published_by_default(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(wtp, "train_baseline", lambda *each: seen.append(each[2].schedule))
+
+    assert call(capsys, "train", "digits")[0] == 0
+
+    assert seen == ["published"]
+
+
+def test_the_options_of_reproduce_reach_the_run(capsys, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(wtp, "run_experiment", lambda *each: seen.append(each))
+    options = "--schedule fast --seed 3 --round-to 8 --final-epochs 7 --device cpu --fresh"
+    command = ["reproduce", "digits", "--target", "0.5", "--method", "lstm", *options.split()]
+
+    assert call(capsys, *command, "--out", tmp_path)[0] == 0
+
+    expected = wtp.RunOptions(
+        schedule="fast",
+        data_dir=Path(os.devnull),
+        out=tmp_path,
+        device="cpu",
+        seed=3,
+        fresh=True,
+        final_epochs=7,
+        round_to=8,
+    )
+    assert seen == [("digits", ["lstm"], expected, None, 0.5)]
+
+
+def test_the_size_that_one_names_reaches_prune(capsys, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(wtp, "prune_user_net", lambda net, *_: seen.append(net.photograph_size))
+    torch.save(models.build("resnet8").state_dict(), tmp_path / "net.pth")
+
+    assert call(capsys, "prune", tmp_path / "net.pth", "--target", "0.5", "--size", 48)[0] == 0
+
+    assert seen == [48]
 
 
 def test_prune_with_a_target_is_fast_and_without_one_the_papers(capsys, smoke, monkeypatch):
@@ -1499,6 +1672,111 @@ def save_pictures(folder, classes=3, count=40, size=28):
                 save_image(image, class_folder / f"{i}.png")
 
 
+def test_a_run_on_few_images_has_enough_steps(capsys, tmp_path, monkeypatch):
+    seen = []
+
+    def stop_here(run, *_):
+        seen.append((run.settings.baseline.epochs, run.settings.final.epochs))
+        raise UserError("stopped")
+
+    monkeypatch.setattr(wtp, "announce", stop_here)
+    save_pictures(tmp_path / "pictures")
+    command = ["train", "--arch", "resnet8", "--schedule", "fast"]
+
+    call(capsys, *command, "--data-dir", tmp_path / "pictures", "--out", tmp_path / "runs")
+
+    # 108 of 120 images train, in one step an epoch.
+    assert seen == [(2000, 1000)]
+
+
+@pytest.mark.parametrize("has_example", [True, False])
+def test_only_an_example_asks_images_where_norms_stand(tmp_path, monkeypatch, has_example):
+    monkeypatch.setattr(controller, "choose_norm_place", lambda *_: "moved")
+    net, facts = build_net("digits"), {"mean": [0.5], "std": [0.5]}
+    user_net = wtp.UserNet(tmp_path / "a.pt", net, facts, [], has_example)
+    images = controller.Images(*controller.draw_digits(200, 0), mean=(0.16,), std=(0.33,))
+
+    found = wtp.choose_reading(user_net, images, print).net
+
+    assert found == ("moved" if has_example else net)
+
+
+@pytest.mark.parametrize("activation", ["tanh", None])
+def test_no_other_activation_is_tried_than_the_users(smoke, tmp_path, monkeypatch, activation):
+    def stop_here(*_, tries_activations, **__):
+        raise UserError(f"tries: {tries_activations}")
+
+    torch.save(sep.load(smoke[0] / "baseline.pt")[0].state_dict(), tmp_path / "a.pt")
+    monkeypatch.setattr(controller, "find_reading", stop_here)
+    user_net = wtp.load_user_net(tmp_path / "a.pt", activation=activation)
+
+    with pytest.raises(UserError, match=f"tries: {activation is None}"):
+        wtp.choose_reading(user_net, None, print)
+
+
+def test_a_lenet_of_ones_own_images_is_trained_with_the_numbers_of_mnist(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+
+    experiment = wtp.choose_training("", "lenet5", None, tmp_path)[1]
+
+    assert (experiment.channels, experiment.size, experiment.baseline_epochs) == (1, 28, 20)
+
+
+def test_images_that_no_reading_takes_are_refused(capsys, smoke, tmp_path):
+    torch.save(sep.load(smoke[0] / "baseline.pt")[0].state_dict(), tmp_path / "a.pt")
+    save_pictures(tmp_path / "pictures", classes=10, count=12, size=40)
+
+    status, out, err = call(
+        capsys, "evaluate", tmp_path / "a.pt", "--data-dir", tmp_path / "pictures"
+    )
+
+    assert (status, out) == (1, "")
+    assert "no reading of its weights takes images of 40 x 40 pixels; if it has strides" in err
+
+
+def test_classes_in_another_order_are_refused():
+    names = list("abcdefghij")
+    pixels = torch.zeros(1, 28, 28, 1)
+    images = SimpleNamespace(pixels=pixels, size=28, classes=10, class_names=names)
+
+    with pytest.raises(UserError, match="they are in another order"):
+        wtp.check_net_fits(build_net("digits"), {"names": names[::-1]}, images, "images")
+
+
+@pytest.mark.parametrize("is_only_best", [True, False])
+def test_a_reading_that_is_not_sure_says_so(smoke, tmp_path, is_only_best):
+    torch.save(sep.load(smoke[0] / "baseline.pt")[0].state_dict(), tmp_path / "a.pt")
+    user_net = wtp.load_user_net(tmp_path / "a.pt")
+    found = SimpleNamespace(
+        net=user_net.net,
+        normalisation=SimpleNamespace(name="x"),
+        accuracy=0.9,
+        image_count=400,
+        has_strange_norms=False,
+        is_only_best=is_only_best,
+    )
+
+    first, *_ = wtp.describe_found_reading(user_net, found)
+
+    assert "90.00% of 400 training images right" in first
+    assert ("others are about as accurate" in first) != is_only_best
+
+
+def test_the_file_of_the_sure_way_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = read_code_blocks("docs/your-net.md", "python")
+    names = {"torch": torch, "net": models.build("resnet8")}
+
+    exec(snippet, names)
+
+    user_net = wtp.load_user_net(Path("mine.pth"))
+    assert user_net.has_example
+    assert user_net.facts["mean"] == [0.49, 0.48, 0.45]
+    outputs = user_net.net.eval()(names["inputs"])
+    assert torch.allclose(outputs, names["outputs"], atol=1e-4)
+
+
 def test_a_users_own_images_are_a_data_set(capsys, tmp_path, monkeypatch):
     pictures = tmp_path / "pictures"
     save_pictures(pictures)
@@ -2190,6 +2468,94 @@ def test_a_target_out_of_reach_is_refused(capsys, smoke, tmp_path):
     assert not out
 
 
+def test_the_net_itself_is_no_output_in_another_spelling(capsys, smoke, tmp_path):
+    net = copy_row(smoke, "baseline", tmp_path / "net.pt")
+    (tmp_path / "a").mkdir()
+    given = net.read_bytes()
+    command = ["prune", net, "--method", "uniform", "--target", "0.5", "--schedule", "smoke"]
+    command += ["--out", tmp_path / "runs", "--output", tmp_path / "a" / ".." / "net.pt"]
+
+    status, _, err = call(capsys, *command, "--force")
+
+    assert status == 2
+    assert "is the net that is to be pruned" in err
+    assert net.read_bytes() == given
+
+
+@pytest.mark.parametrize("command", ["prune net.pt --method uniform --target 0.5", "train digits"])
+def test_a_file_that_came_to_the_output_during_a_run_is_kept(
+    capsys, smoke, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    copy_row(smoke, "baseline", tmp_path / "net.pt")
+    monkeypatch.setattr(wtp, "announce", lambda *_: Path("a.pt").write_text("mine"))
+
+    status, _, err = call(capsys, *command.split(), "--schedule", "smoke", "--output", "a.pt")
+
+    assert status == 2
+    assert "the net is in runs/" in err
+    assert Path("a.pt").read_text() == "mine"
+
+
+def test_a_file_that_came_to_an_exports_place_is_kept(capsys, smoke, tmp_path, monkeypatch):
+    net = copy_row(smoke, "lstm", tmp_path / "net.pt")
+    export_net = models.export_net
+
+    def write_first(net, file, *arguments, **options):
+        file.write_text("mine")
+        return export_net(net, file, *arguments, **options)
+
+    monkeypatch.setattr(models, "export_net", write_first)
+
+    assert call(capsys, "export", net, tmp_path / "a.pt2")[0] == 2
+    assert (tmp_path / "a.pt2").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["results.json", "sep-usage.json", "report.svg", "lock"])
+def test_the_other_files_of_a_run_are_no_output(capsys, smoke, tmp_path, name):
+    net = copy_row(smoke, "baseline", tmp_path / "net.pt")
+    before = fingerprint_files(smoke[0])
+    command = ["prune", net, "--target", "0.5", "--schedule", "smoke", "--out", tmp_path / "runs"]
+
+    status, _, err = call(capsys, *command, "--output", smoke[0] / name, "--force")
+
+    assert status == 2
+    assert err.endswith("is a run's own file; give another --output\n")
+    assert fingerprint_files(smoke[0]) == before
+
+
+def test_the_row_of_a_finished_run_is_no_output(capsys, smoke, tmp_path):
+    folder = tmp_path / "digits-smoke-s0"
+    shutil.copytree(smoke[0], folder)
+    command = ["train", "digits", "--schedule", "smoke", "--out", tmp_path]
+
+    status, out, err = call(capsys, *command, "--output", folder / "baseline.pt")
+
+    assert (status, out) == (2, "")
+    assert "is a run's own file" in err
+
+
+def test_train_overwrites_its_output_by_force(capsys, smoke, tmp_path):
+    shutil.copytree(smoke[0], tmp_path / "digits-smoke-s0")
+    (tmp_path / "a.pt").write_text("mine")
+    command = ["train", "digits", "--schedule", "smoke", "--out", tmp_path, "--force"]
+
+    status, _, err = call(capsys, *command, "--output", tmp_path / "a.pt")
+
+    assert status == 0, err
+    assert filecmp.cmp(tmp_path / "a.pt", smoke[0] / "baseline.pt", shallow=False)
+
+
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    """As root every folder may be written to, so the answer is made here."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    with pytest.raises(UserError, match="its folder is read-only; give another") as raised:
+        wtp.check_output(tmp_path / "a.pt")
+
+    assert raised.value.status == 2
+
+
 # ---- bad input: one clear line, the right status, nothing overwritten
 
 
@@ -2295,6 +2661,15 @@ WRONG_CALLS = [
     (2, "digits are drawn", "reproduce digits --data-dir pictures"),
     (2, "name an experiment: ", "reproduce --schedule fast"),
     (2, "name an experiment: ", "reproduce --seed 3 --time"),
+    (2, "is one level too deep: give --data-dir", "evaluate net.pt --data-dir small/train"),
+    (
+        2,
+        "(export reads images for finding out what its weights do not tell)",
+        "export unread.pt a.pt2 --data-dir small/train",
+    ),
+    (2, "folder is a folder; name a file in it", "prune drawn.pt --output folder"),
+    (1, "odd.pt reads 2 channels; only gray images (1)", "evaluate odd.pt --data-dir small"),
+    (1, "of 10 classes is taken to be for mnist", "evaluate net.pt --data-dir folder"),
 ]
 
 
@@ -2313,6 +2688,7 @@ def write_nets(folder):
     for name, (each, facts) in nets.items():
         models.save_checkpoint(folder / f"{name}.pt", each, facts)
     torch.save(models.build("vgg16", [2] * 13, classes=2).state_dict(), folder / "vgg.pt")
+    torch.save(net.state_dict(), folder / "unread.pt")
 
 
 @pytest.fixture(scope="module")
@@ -2412,6 +2788,16 @@ def test_what_a_gpu_says_is_one_line():
         wtp.explain(RuntimeError("size mismatch"))
 
 
+def test_an_error_of_the_system_is_one_line(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EACCES, "Permission denied", "a.pt")
+
+    monkeypatch.setattr(wtp, "load_user_net", fail)
+
+    expected = (1, "", "wtp: [Errno 13] Permission denied: 'a.pt'\n")
+    assert call(capsys, "evaluate", "a.pt") == expected
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.")])
 def test_memory_that_ran_out_is_one_line(capsys, monkeypatch, error):
     def fail(*_, **__):
@@ -2427,6 +2813,7 @@ def test_a_baselines_accuracy_on_other_images_is_not_shown():
 
     assert "test_accuracy" in wtp.collect_baseline_measures(facts, None, 9, "mnist")
     assert "test_accuracy" not in wtp.collect_baseline_measures(facts, None, 9, "digits")
+    assert "test_accuracy" not in wtp.collect_baseline_measures(facts, None, 8, "mnist")
 
 
 @pytest.mark.parametrize(
@@ -2528,6 +2915,14 @@ def test_a_pytorch_that_cannot_be_loaded_is_one_line(monkeypatch):
 
     assert message.startswith("PyTorch cannot be loaded: libcublas.so.12: cannot open")
     assert status == 1
+
+
+def test_the_command_puts_the_home_in(capsys, smoke, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["wtp.py", "report", str(smoke[0]), "--output=~/a.gif"])
+
+    assert wtp.main() == 2
+    assert "/home/me/a.gif: the ending says the format" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_nothing_runs_yet(tmp_path):

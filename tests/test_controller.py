@@ -2064,7 +2064,7 @@ def test_a_training_that_diverges_says_so_and_stops(tmp_path):
     assert not (tmp_path / "baseline.pt").exists()
 
 
-def test_a_candidate_that_diverges_is_judged_as_it_was_before_and_the_search_goes_on(tmp_path):
+def test_a_candidate_that_diverges_is_judged_as_it_was_before_its_recovery(tmp_path):
     settings = replace(TINY, recovery=TrainingPlan(1, 1e9), target=0.5)
     run = make_run(tmp_path, settings=settings)
     run.make_baseline(make_lenet())
@@ -2357,7 +2357,8 @@ def test_a_training_goes_on_although_other_rows_were_made_since_it_was_stopped(t
 def test_a_finished_run_keeps_no_unfinished_work(undisturbed):
     _, _, folder = undisturbed
 
-    names = {path.name for path in folder.iterdir()}
+    # What gates chose is there only if trials found that gates help.
+    names = {path.name for path in folder.iterdir()} - {"sep-usage.json"}
 
     assert names == {"baseline.pt", "lstm.pt", "sep.pt", "uniform.pt", "results.json", "lock"}
 
@@ -2485,7 +2486,7 @@ def test_what_validated_a_baseline_validates_again(tmp_path):
 
     facts = sep.load(tmp_path / "baseline.pt")[1]
     assert (facts["seed"], facts["split"]) == (1, 0)
-    validation = controller.split_images(tiny_data().all, 0)[1]
+    validation = controller.split_images(run.data.all, facts["split"])[1]
     assert torch.equal(run.data.validation.pixels, validation.pixels)
 
 

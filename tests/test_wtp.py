@@ -554,7 +554,7 @@ def test_a_search_that_chose_what_uniform_has_says_so(smoke, is_same):
     assert (line in lines) == is_same
 
 
-def test_reproduce_makes_every_row(smoke):
+def test_reproduce_makes_the_rows_of_a_table(smoke):
     folder, out, err = smoke
     results = read_results(folder)
     rows = rows_by_method(results)
@@ -626,7 +626,7 @@ def test_kill_and_go_on(capsys, smoke, tmp_path, monkeypatch):
         assert curve == whole["curves"][method]
 
 
-def test_two_processes_do_not_share_a_folder(capsys, tmp_path):
+def test_a_run_folder_in_use_is_refused(capsys, tmp_path):
     (tmp_path / "digits-smoke-s0").mkdir()
     lock = (tmp_path / "digits-smoke-s0" / "lock").open("w")
     controller.fcntl.flock(lock, controller.fcntl.LOCK_EX)
@@ -2437,7 +2437,7 @@ def test_a_runs_own_files_are_no_output(capsys, smoke, tmp_path):
     assert not runs.exists()
 
 
-def test_a_full_disk_and_a_closed_output_end_in_one_line(smoke):
+def test_a_full_disk_ends_in_one_line_and_a_closed_output_in_none(smoke):
     command = [sys.executable, wtp.__file__, "report", smoke[0], "--output"]
 
     for redirection, status in ((">/dev/full", 1), (">&-", 0), (">&- 2>&-", 0)):

@@ -571,7 +571,10 @@ def open_image_folder(folder: Path, size: int, *, is_gray: bool) -> OwnImages:
             for part, classes in unshared.items()
             if classes
         )
-        raise UserError(f"{folder}: train and test have different classes ({different})")
+        raise UserError(
+            f"{folder}: train and test have different classes ({different}); each class needs a "
+            "folder in both"
+        )
     sizes = Counter()
     examples = {}
     errors = {}
@@ -3269,7 +3272,8 @@ class RunFolder:
                 self.remove_run()
         except BlockingIOError as error:
             raise UserError(
-                f"{self.path} is in use by another process; wait for it, or give another --out"
+                f"{self.path} is in use by another process; wait for it, or give another --out "
+                "(and with `prune` or `train` another --output)"
             ) from error
         except OSError as error:
             raise UserError(

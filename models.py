@@ -1920,11 +1920,8 @@ def read_first_net(
     if not isinstance(main_error, UnreadableError):
         reason = f"its tensors are of no net that this tool knows ({main_error!r})"
     if isinstance(main_error, UnusualError) and example is None:
-        reason += (
-            "; some such nets are taken where the file holds inputs and outputs, too "
-            "(docs/your-net.md)"
-        )
-    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS}") from main_error
+        reason += "; some such nets are taken where the file holds inputs and outputs, too"
+    raise UserError(f"{path}: {reason}; known are {KNOWN_NETS} (docs/your-net.md)") from main_error
 
 
 # ---- checkpoints: an example of what a foreign net computes
@@ -2849,8 +2846,8 @@ def explain_break(before: FoundModule, after: FoundModule, convolutions) -> str:
         guess = " (a dense net, or a branch?)"
     unit = "channels" if after.is_convolution else "numbers"
     return (
-        f"{after.name} reads {after.inputs} {unit} and {before.name}, before it, puts out "
-        f"{before.outputs}{guess}"
+        f"layer {after.name} reads {after.inputs} {unit} and layer {before.name}, before it, "
+        f"puts out {before.outputs}{guess}"
     )
 
 

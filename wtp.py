@@ -643,7 +643,8 @@ def describe_results(results: dict, rows: list[dict]):
         final_epochs = describe_epochs(results["settings"]["final"]["epochs"])
         yield f"validation: of what the search chose, before its final training of {final_epochs}"
     for row in rows[1:]:
-        yield f"{row['method']} keeps {describe_widths(results, rows[0]['widths'], row['widths'])}"
+        kept = describe_widths(results["layers"], rows[0]["widths"], row["widths"])
+        yield f"{row['method']} keeps {kept}"
     widths_of = {row["method"]: row["widths"] for row in rows}
     if {"lstm", "uniform"} <= widths_of.keys() and widths_of["lstm"] == widths_of["uniform"]:
         yield "lstm chose exactly the structure of uniform: they differ by chance alone"
@@ -667,12 +668,15 @@ def describe_results(results: dict, rows: list[dict]):
             yield from describe_shortfall(row, results["settings"]["target"])
 
 
-def describe_widths(results: dict, baseline_widths, widths) -> str:
-    """What is left of each layer."""
-    shares = [f"{width}/{before}" for width, before in zip(widths, baseline_widths)]
+def describe_widths(layers, baseline_widths, widths) -> str:
+    """What is left of each layer, by the layers' names where they are few. Without
+    `baseline_widths` only the widths are named."""
+    texts = [str(width) for width in widths]
+    if baseline_widths is not None:
+        texts = [f"{text}/{before}" for text, before in zip(texts, baseline_widths)]
     if len(widths) > FEW_LAYERS:
-        return " ".join(shares)
-    return ", ".join(f"{layer} {share}" for layer, share in zip(results["layers"], shares))
+        return " ".join(texts)
+    return ", ".join(f"{layer} {text}" for layer, text in zip(layers, texts))
 
 
 def has_shared_search(results: dict) -> bool:
@@ -995,10 +999,14 @@ def draw_usage(axes, classes: list[str], layer: str, shares: list[list[float]]) 
 # ---- options -----------------------------------------------------------------------------------
 
 
+MIN_LIKELY_PERCENTAGE = 5  # ours: who writes 1.5 hardly means 1.5 %
+
+
 def check_share(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
+        suggestion = suggest_share(value) if value >= MIN_LIKELY_PERCENTAGE else ""
         raise typer.BadParameter(
-            f"{value:g} is no share above 0 and below 1, as 0.9 is for 90 %{suggest_share(value)}"
+            f"{value:g} is no share above 0 and below 1, as 0.9 is for 90 %{suggestion}"
         )
     return value
 
@@ -1362,9 +1370,9 @@ def select_device(name: str):
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "gpu" or name.startswith("gpu:"):
             name = name.replace("gpu", "cuda")
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        if name.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError("only cpu and cuda are known")
+        device = torch.device(name)
         torch.zeros(1, device=device)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs are the current device's
@@ -2547,8 +2555,9 @@ def evaluate_net(user_net: UserNet, test, description: str) -> None:
         print_line(describe_tuning(own, baseline))
     if net.gates is not None:
         print_line(describe_usage(net, usage))
-    baseline_widths = baseline_net.widths if baseline_net else net.widths
-    print_line(f"widths: {describe_structure(net.structure, baseline_widths)}")
+    layers = [prunable.layer_name for prunable in net.prunable]
+    baseline_widths = baseline_net.widths if baseline_net else None
+    print_line(f"widths: {describe_widths(layers, baseline_widths, net.structure)}")
 
 
 def say_what_is_read(user_net: UserNet, test, description: str) -> None:
@@ -2689,14 +2698,6 @@ def describe_usage(net, usage) -> str:
             f"{prunable.layer_name} {never}/{sometimes}/{always} ({layer_usage.groups_in_use})"
         )
     return f"kernels used for no image / some / all (groups in use): {', '.join(layers)}"
-
-
-def describe_structure(structure, baseline_widths) -> str:
-    """The widths, beside the baseline's where they are less."""
-    return " ".join(
-        str(width) if width == before else f"{width}/{before}"
-        for width, before in zip(structure, baseline_widths)
-    )
 
 
 # ---- commands: report and export ---------------------------------------------------------------

@@ -715,7 +715,7 @@ def without(part):
             lambda state: (
                 state | {"linear2.weight": torch.ones(10, 9), "linear2.bias": torch.ones(10)}
             ),
-            "linear2 reads 9 numbers and linear, before it, puts out 10",
+            "layer linear2 reads 9 numbers and layer linear, before it, puts out 10",
         ),
         (without("layer1.0.bn1.running_var"), "of no net that this tool knows .*running_var"),
         (

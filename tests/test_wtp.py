@@ -509,9 +509,10 @@ def test_each_number_of_a_row_stands_under_its_name(smoke):
 
 
 def test_the_channels_that_are_left_stand_before_those_of_the_baseline():
-    layers = {"layers": ["conv1", "fc1"]}
+    layers = ["conv1", "fc1"]
 
     assert wtp.describe_widths(layers, [20, 500], [1, 65]) == "conv1 1/20, fc1 65/500"
+    assert wtp.describe_widths(layers, None, [1, 65]) == "conv1 1, fc1 65"
 
 
 def test_evaluate_shows_each_measure_under_its_net():
@@ -2583,6 +2584,11 @@ WRONG_CALLS = [
     ),
     (2, "50% is no number, as 0.9 is for 90 %; did you mean 0.5?", "prune net.pt --target 50%"),
     (2, "half is no number, as 0.9 is for 90 %", "prune net.pt --target half"),
+    (
+        2,
+        "1.5 is no share above 0 and below 1, as 0.9 is for 90 %; see python",
+        "prune net.pt --target 1.5",
+    ),
     (2, "--time is for the list of experiments", "reproduce mnist --time"),
     (2, "unknown activation 'sine'", "evaluate net.pt --activation sine"),
     (2, "drawn.pt says its activation, relu", "prune drawn.pt --activation tanh"),
@@ -2600,7 +2606,11 @@ WRONG_CALLS = [
     (2, "--seed", "reproduce digits --seed -1"),
     (2, ". is a folder", "prune ."),
     (2, "device 'meta' cannot be used", "reproduce digits --device meta"),
-    (2, "device 'tpu9' cannot be used", "reproduce digits --device tpu9"),
+    (
+        2,
+        "device 'tpu9' cannot be used here; try cpu or auto (only cpu and cuda are known)",
+        "reproduce digits --device tpu9",
+    ),
     (2, "taken.pt exists already", "prune net.pt --output taken.pt"),
     (2, "taken.pt exists already", "train digits --output taken.pt"),
     (2, "no folder nowhere; make it first", "prune net.pt --output nowhere/a.pt"),

@@ -3272,8 +3272,8 @@ class RunFolder:
                 self.remove_run()
         except BlockingIOError as error:
             raise UserError(
-                f"{self.path} is in use by another process; wait for it, or give another --out "
-                "(and with `prune` or `train` another --output)"
+                f"{self.path} is in use by another process; wait for it, or give another --out, "
+                "and another --output where both write one"
             ) from error
         except OSError as error:
             raise UserError(

@@ -999,7 +999,7 @@ def draw_usage(axes, classes: list[str], layer: str, shares: list[list[float]]) 
 # ---- options -----------------------------------------------------------------------------------
 
 
-MIN_LIKELY_PERCENTAGE = 5  # ours: who writes 1.5 hardly means 1.5 %
+MIN_LIKELY_PERCENTAGE = 5  # ours: 50 is taken for 50 %, but 1.5 hardly for 1.5 %
 
 
 def check_share(value: float | None) -> float | None:
@@ -1037,7 +1037,7 @@ def parse_share(text: str) -> float:
         value = float(text.removesuffix("%").replace(",", "."))
         if 0 < value < 1 and not text.endswith("%"):
             suggestion = f"; did you mean {value:g}?"
-        else:
+        elif text.endswith("%") or value >= MIN_LIKELY_PERCENTAGE:
             suggestion = suggest_share(value)
     raise typer.BadParameter(f"{text} is no number, as 0.9 is for 90 %{suggestion}")
 

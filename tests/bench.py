@@ -36,6 +36,7 @@ checkpoint of `train` or `reproduce`, RUN a run folder, GROUP one checkpoint or 
 between. This file has the measurements in that order.
 """
 
+import hashlib
 import io
 import math
 import resource
@@ -959,52 +960,58 @@ def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
     MACs, kernels for no, some and all test images, and how many bits the use of a kernel tells of
     the class.
 
-    The trainings are kept in files gates-*.pt in this folder. The same command goes on from there,
-    and measures finished ones again.
+    The trainings are kept in files gates-*.pt in the folder in which you are. The same command goes
+    on from there, and measures finished ones again.
     """
     baseline = load_baseline(folder, checkpoint)
-    work = f"gates-{Path(checkpoint).stem}-{structure}-epochs{epochs}-peak{peak}-s{seed}"
+    # Another checkpoint may have the same name: every run calls its baseline baseline.pt.
+    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:8]
+    work = f"gates-{Path(checkpoint).stem}-{digest}-{structure}-epochs{epochs}-peak{peak}-s{seed}"
     structure = tuple(map(int, structure.split("-")))
     plan = TrainingPlan(int(epochs), float(peak), is_one_cycle=True, temperature=4.0)
     teacher = Teacher(baseline.net, baseline.all, int(seed))
 
-    def train_part(net, epochs, path):
-        return train_resumably(net, plan, baseline.all, teacher, epochs, path)
+    def train_part(net, epochs, title):
+        return train_resumably(net, plan, teacher, epochs, Path(f"{work}-{title}.pt"))
 
     for name in variants or ("hard", "scales", "groups", "groups-at-once", "kernels", "strongest"):
         torch.manual_seed(int(seed))
         net, gate_sizes = make_gate_variant(name, baseline, structure)
         if gate_sizes is None:
-            net = train_part(net, range(plan.epochs), Path(f"{work}-{name}.pt"))
+            net = train_part(net, range(plan.epochs), name)
         else:
             ungated_epochs, gated_epochs = controller.split_epochs(plan)
             if name.startswith("groups-at-once"):
                 ungated_epochs, gated_epochs = range(0), range(plan.epochs)
-            net = train_part(net, ungated_epochs, Path(f"{work}-{name}-ungated.pt"))
+            net = train_part(net, ungated_epochs, f"{name}-ungated")
             chunks = torch.arange(controller.CLUSTERED_IMAGES).split(500)
             net = sep.add_gates(net, gate_sizes, baseline.all.batches(chunks))
-            net = train_part(net, gated_epochs, Path(f"{work}-{name}.pt"))
+            net = train_part(net, gated_epochs, name)
         say(f"{name}, seed {seed}: {describe_gated(net, baseline)}")
         if gate_sizes is not None:
             say(f"{name} made plain, seed {seed}: {describe_static(net, baseline, plan, teacher)}")
 
 
-def train_resumably(net, plan, images, teacher, epochs, path):
-    """Train these epochs of the plan, and keep the training in `path` after every fifth epoch."""
+def train_resumably(net, plan, teacher, epochs, path):
+    """Train these epochs of the plan on the teacher's images, and keep the training in `path` after
+    every fifth epoch."""
     net = net.to(DEVICE).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(net, plan.lr)
     content = models.read_unfinished_work(path, path.stem, {"net", "optimizer", "epochs"})
-    finished = 0
+    finished_epochs = 0
     if content is not None:
         net.load_state_dict(content["net"])
         optimizer.load_state_dict(content["optimizer"])
-        finished = content["epochs"]
+        finished_epochs = content["epochs"]
     options = {"optimizer": optimizer, "seed": teacher.seed, "teacher": teacher}
-    for _ in controller.fit(net, images, plan, epochs=epochs[finished:], **options):
-        finished += 1
-        if finished % 5 == 0 or finished == len(epochs):
+    trainings = controller.fit(
+        net, teacher.images, plan, epochs=epochs[finished_epochs:], **options
+    )
+    for _ in trainings:
+        finished_epochs += 1
+        if finished_epochs % 5 == 0 or finished_epochs == len(epochs):
             weights = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
-            models.write_tensors(path, weights | {"title": path.stem, "epochs": finished})
+            models.write_tensors(path, weights | {"title": path.stem, "epochs": finished_epochs})
     return net
 
 

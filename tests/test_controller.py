@@ -380,14 +380,13 @@ def test_digits_are_ten_learnable_classes():
 
 
 @pytest.mark.parametrize("option", [{"crop": 2}, {"flip": True}, {"zooms": True}])
-def test_images_are_augmented_as_before_wherever_they_go(option):
+def test_copies_of_images_keep_their_augmentation(option):
     images = Images(*controller.draw_digits(20, 0), mean=(0.16,), std=(0.33,), **option)
 
     others = (
         images.select(torch.arange(5)),
         images.to("cpu"),
         images.normalised_by((0.5,), (0.5,)),
-        images.load_into_memory(),
     )
 
     for other in others:
@@ -395,12 +394,13 @@ def test_images_are_augmented_as_before_wherever_they_go(option):
 
 
 @pytest.mark.parametrize("options", [{"crop": 2}, {"zooms": True}])
-def test_what_is_not_to_be_flipped_is_not(options):
+def test_without_flip_no_crop_and_no_zoom_is_flipped(options):
     images = Images(*controller.draw_digits(50, 0), mean=(0.16,), std=(0.33,), **options)
 
     crops = images.draw_epoch(0, 0)[1]
 
-    # The last number of a crop says whether it is flipped; of a zoom it is the sign of its width.
+    # The last number of a crop says whether it is flipped; of a zoom it is the direction, -1 if
+    # flipped.
     assert set(crops[:, -1].tolist()) == ({1.0} if images.zooms else {0})
 
 
@@ -594,7 +594,11 @@ def test_only_a_usable_normalisation_is_taken_from_the_facts():
     stored = controller.stored_normalisation(net, {"mean": [0.5], "std": [0.25]})
     assert stored == ([0.5], [0.25])
 
-    for facts in ({}, {"mean": [0.5], "std": [0.0]}, {"mean": [1], "std": [2]}, {"mean": [0.5]}):
+    unusable = [
+        {"mean": mean, "std": [0.5]} for mean in ([0.5] * 3, [math.nan], [math.inf], (0.5,))
+    ]
+    unusable += [{}, {"mean": [0.5], "std": [0.0]}, {"mean": [1], "std": [2]}, {"mean": [0.5]}]
+    for facts in unusable:
         assert controller.stored_normalisation(net, facts) is None
 
 
@@ -925,7 +929,7 @@ def compute_as_teacher(net, images):
 
 
 @pytest.mark.parametrize("compute", [controller.compute_logits, compute_as_teacher])
-def test_norms_are_used_and_not_taught_where_nothing_is_trained(compute):
+def test_an_evaluation_uses_running_statistics_and_leaves_them(compute):
     net, images = make_net_with_norms()
     before = clone_state(net)
 
@@ -950,7 +954,8 @@ def test_norms_go_on_learning_after_a_validation():
 
 
 def test_a_batch_has_the_labels_and_the_teachers_outputs_of_its_images():
-    images, order = make_digits(10), torch.tensor([7, 2, 9, 0, 4])
+    images = make_digits(10)
+    order = torch.tensor([7, 2, 9, 0, 4])
     teacher_probs = torch.arange(10.0)[:, None].expand(10, 10)
 
     batches = controller.draw_batches(images, teacher_probs, order, None, 2)
@@ -962,7 +967,8 @@ def test_a_batch_has_the_labels_and_the_teachers_outputs_of_its_images():
 
 
 def test_a_training_has_the_temperature_of_its_plan(monkeypatch):
-    compute, temperatures = controller.distillation_loss, []
+    compute = controller.distillation_loss
+    temperatures = []
 
     def record(logits, labels, teacher_probs=None, temperature=None):
         temperatures.append(temperature)
@@ -1002,11 +1008,6 @@ def test_readings_are_tried_on_images_of_all_classes(monkeypatch):
     controller.find_reading([controller.KnownNet(make_lenet())], images)
 
     assert labels_read[-1] == set(range(10))
-
-
-@pytest.mark.parametrize("mean", [[0.5] * 3, [math.nan], [math.inf], (0.5,)])
-def test_a_normalisation_that_cannot_be_is_passed_over(mean):
-    assert controller.stored_normalisation(make_lenet(), {"mean": mean, "std": [0.5]}) is None
 
 
 # ---- training on a GPU, as far as a CPU can show it
@@ -1232,7 +1233,7 @@ def test_a_replayed_step_trains_as_plain_ones_do(is_gated, layout):
         assert losses[-1] < 0.98 * losses[0]
 
 
-def test_a_padded_net_gives_its_weights_back_after_an_epoch():
+def test_after_an_epoch_the_net_has_the_weights_of_its_padded_copy():
     net = make_lenet((6, 13, 20))
     before = clone_state(net)
     step = controller.GraphTrainStep(net, make_optimizer(net, 0.1))
@@ -2131,7 +2132,8 @@ def test_student_and_teacher_see_the_same_crops_by_the_runs_seed(tmp_path, monke
     run.make_baseline(make_lenet(), is_trained=True)
     images = run.data.train.select(slice(None))
     images.flip = True
-    draw_epoch, drawn = Images.draw_epoch, []
+    draw_epoch = Images.draw_epoch
+    drawn = []
 
     def record(self, seed, epoch):
         drawn.append((seed, epoch))
@@ -2144,7 +2146,9 @@ def test_student_and_teacher_see_the_same_crops_by_the_runs_seed(tmp_path, monke
 
 
 def test_all_nets_but_the_baseline_learn_from_it(tmp_path, monkeypatch):
-    train, teachers, spy = controller.fit, [], Spy()
+    train = controller.fit
+    teachers = []
+    spy = Spy()
 
     def record(*arguments, teacher, **options):
         teachers.append(teacher and teacher.net)
@@ -2199,7 +2203,7 @@ def test_a_candidate_is_scored_by_the_images_that_validate_and_by_its_target(tmp
 
 
 @pytest.mark.parametrize("temperature", [None, 4.0])
-def test_the_published_schedule_is_advised_where_it_is_another(temperature):
+def test_only_a_diverging_training_of_our_schedules_is_advised_to_take_published(temperature):
     plan = TrainingPlan(2, 0.1, temperature=temperature)
 
     text = controller.explain_divergence("lstm: final", 1, plan)
@@ -2517,7 +2521,7 @@ def test_a_folder_of_another_run_is_left_alone(undisturbed):
         "round_to",
     ],
 )
-def test_a_run_that_differs_in_anything_is_refused(tmp_path, key):
+def test_a_run_that_differs_in_one_entry_is_refused(tmp_path, key):
     make_run(tmp_path)
     path = tmp_path / "results.json"
     results = json.loads(path.read_text())
@@ -2737,36 +2741,19 @@ def test_only_final_trainings_see_the_images_that_validate(tmp_path, monkeypatch
         return train(self, title, net, images, *arguments, **options)
 
     monkeypatch.setattr(controller.Trainer, "train", record)
-    run = make_run(tmp_path)
-    run.make_baseline(make_lenet())
-
-    for method in ("lstm", "sep", "uniform"):
-        run.make_row(method, run.goal_for(method))
-
-    for title, images in images_of.items():
-        assert images is (run.data.all if ": final" in title else run.data.train), title
-
-
-def test_trials_see_no_image_that_validates(tmp_path, monkeypatch):
-    images_of = {}
-    train = controller.Trainer.train
-
-    def record(self, title, net, images, *arguments, **options):
-        images_of[title] = images
-        return train(self, title, net, images, *arguments, **options)
-
-    monkeypatch.setattr(controller.Trainer, "train", record)
     run = make_run(tmp_path, settings=TINY_FAST)
     baseline = run.make_baseline(make_lenet())
-    run.make_row("lstm", Goal(0.5, is_required=True))
+
+    for method in ("lstm", "uniform"):
+        run.make_row(method, run.goal_for(method))
     halves = models.prune_channels(baseline, [width // 2 for width in baseline.widths])
     run.folder.log_search("sep", "shared", 0.5, [])
-    run.sep_row.select_layers(halves, halves)
+    run.sep_row.train(RecoveredNet(halves, run.trainer.score_baseline(None), 0.0), None)
 
-    trials = [title for title in images_of if "trial" in title]
-    assert {title.split(":")[0] for title in trials} == {"lstm", "sep"}
-    for title in trials:
-        assert images_of[title] is run.data.train, title
+    for kind in ("lstm: candidate", "lstm: trial", "sep: gates, trial", "sep: final"):
+        assert any(title.startswith(kind) for title in images_of), kind
+    for title, images in images_of.items():
+        assert images is (run.data.all if ": final" in title else run.data.train), title
 
 
 def test_a_cut_that_multiples_cannot_reach_is_refused_only_where_it_is_required(tmp_path):
@@ -3002,15 +2989,20 @@ def test_what_the_trials_came_to_is_told():
     )
 
 
-def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypatch):
+def let_diverge(monkeypatch, beginning):
+    """The trainings whose titles begin so diverge after 1000 seconds."""
     train = controller.Trainer.train
 
     def diverge(self, title, *arguments, **options):
-        if title.startswith("static"):
+        if title.startswith(beginning):
             raise controller.DivergenceError(title, seconds=1000.0)
         return train(self, title, *arguments, **options)
 
     monkeypatch.setattr(controller.Trainer, "train", diverge)
+
+
+def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypatch):
+    let_diverge(monkeypatch, "static")
     monkeypatch.setattr(
         Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
     )
@@ -3147,14 +3139,7 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
 
 
 def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
-    train = controller.Trainer.train
-
-    def diverge(self, title, *arguments, **options):
-        if title == "sep: gates, trial with 2":
-            raise controller.DivergenceError(title, seconds=1000.0)
-        return train(self, title, *arguments, **options)
-
-    monkeypatch.setattr(controller.Trainer, "train", diverge)
+    let_diverge(monkeypatch, "sep: gates, trial with 2")
     run = make_run(tmp_path, settings=replace(TINY, final=TrainingPlan(2, 0.01)))
     baseline = run.make_baseline(make_lenet())
     structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
@@ -3171,14 +3156,7 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("title", ["sep: gates, trial without", "sep: gates, before the trials"])
 def test_a_trial_that_diverges_without_gates_ends_the_row(tmp_path, monkeypatch, title):
-    train = controller.Trainer.train
-
-    def diverge(self, its_title, *arguments, **options):
-        if its_title == title:
-            raise controller.DivergenceError(title, seconds=1.0)
-        return train(self, its_title, *arguments, **options)
-
-    monkeypatch.setattr(controller.Trainer, "train", diverge)
+    let_diverge(monkeypatch, title)
     run = make_run(tmp_path, settings=replace(TINY, final=TrainingPlan(4, 0.01)))
     baseline = run.make_baseline(make_lenet(), is_trained=True)
     net = models.prune_channels(baseline, [width // 2 for width in baseline.widths])

@@ -137,7 +137,7 @@ def test_unknown_nets_are_refused(arch):
 
 
 @pytest.mark.parametrize("widths", [(2, 2), (2, 2, 2, 2), (2, 0, 2)])
-def test_widths_that_fit_no_net_are_refused(widths):
+def test_too_few_too_many_and_zero_widths_are_refused(widths):
     with pytest.raises(UserError, match="lenet5 has 3 prunable layers, each at least 1 wide"):
         build("lenet5", widths, channels=1, size=28)
 
@@ -153,7 +153,7 @@ def test_widths_that_fit_no_net_are_refused(widths):
         ),
     ],
 )
-def test_an_architecture_with_something_unknown_is_refused(changes, words):
+def test_an_unknown_activation_pooling_or_norm_place_is_refused(changes, words):
     architecture = models.named_architecture("lenet5", channels=1, size=28)
 
     with pytest.raises(UserError, match=words):
@@ -163,12 +163,12 @@ def test_an_architecture_with_something_unknown_is_refused(changes, words):
 @pytest.mark.parametrize("arch", models.LARGE_RESNETS)
 @torch.no_grad()
 def test_the_large_resnets_are_torchvisions(arch):
-    case = zoo.Case("pytorch/vision", partial(zoo.make_torchvision, arch), size=64)
+    case = zoo.Case("pytorch/vision", partial(zoo.make_torchvision, arch), size=32)
     torchvision_net, x = zoo.make_lively(case)
     state = {
         key.replace("fc.", "linear."): value for key, value in torchvision_net.state_dict().items()
     }
-    net = build(arch, classes=7, size=64).eval()
+    net = build(arch, classes=7, size=32).eval()
 
     net.load_state_dict(state)
 
@@ -383,8 +383,8 @@ def test_a_filter_is_rescaled_where_one_of_its_lost_channels_is_strong():
     net, _ = make_lively_net("lenet5", (2, 2, 4))
     with torch.no_grad():
         net.fc2.weight.zero_()
-        # The energy of each filter is 10, and a channel is strong with more than 0.8 / 4 of it.
-        # Here one of the lost channels is, with 2.1; and none of the next filter's, with 1.9.
+        # Each filter has an energy of 10, and a lost channel with more than 0.8 / 4 of it, 2.0, is
+        # strong. The first filter loses a strong channel (2.1), the second none (1.9).
         net.fc2.weight[0] = torch.tensor([6.0, 2.1, 1.0, 0.9]).sqrt()
         net.fc2.weight[1] = torch.tensor([6.0, 1.9, 1.9, 0.2]).sqrt()
 
@@ -418,6 +418,11 @@ def test_a_checkpoint_with_a_number_that_is_not_finite_is_refused(tmp_path):
         sep.load(tmp_path / "a.pt")
 
 
+def without(part):
+    """A change of a state dict: it loses what has that part in its name."""
+    return lambda state: {key: value for key, value in state.items() if part not in key}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -425,7 +430,7 @@ def test_a_checkpoint_with_a_number_that_is_not_finite_is_refused(tmp_path):
             lambda content: content | {"format": models.CHECKPOINT_FORMAT + 1},
             "another checkpoint format",
         ),
-        (lambda content: without("facts")(content), "is damaged: it lacks facts"),
+        (without("facts"), "is damaged: it lacks facts"),
         (lambda content: content | {"widths": [20, 50, 0]}, "is no positive whole number"),
         (
             lambda content: content | {"widths": [20, 50, 400]},
@@ -449,7 +454,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(tmp_path, change, words):
         sep.load(tmp_path / "a.pt")
 
 
-def test_a_residual_checkpoint_of_before_hidden_widths_comes_back(tmp_path):
+def test_a_residual_checkpoint_without_hidden_widths_comes_back(tmp_path):
     net, x = make_lively_net("resnet8")
     models.save_checkpoint(tmp_path / "a.pt", net, {})
     content = torch.load(tmp_path / "a.pt")
@@ -495,14 +500,13 @@ def find_right_reading(name):
 def test_the_nets_of_public_repositories_are_read(name):
     _, x, expected, readings = read_case(name)
 
-    with torch.no_grad():
-        differences = [
-            zoo.largest_difference(reading.build().eval()(x), expected) for reading in readings
-        ]
+    def is_right(reading):
+        return zoo.largest_difference(reading.build().eval()(x), expected) < 1e-4
 
-    assert min(differences) < 1e-4
-    # Where names and shapes settle it, it is the first.
-    assert differences[0] < 1e-4 or not zoo.CASES[name].is_first_reading
+    with torch.no_grad():
+        # Where names and shapes settle it, it is the first.
+        assert is_right(readings[0]) or not zoo.CASES[name].is_first_reading
+        assert any(map(is_right, readings))
 
 
 @pytest.mark.parametrize("name", zoo.CASES)
@@ -557,7 +561,7 @@ def test_a_state_dict_alone_is_read_for_images_of_the_usual_size(name, size):
 
 
 @torch.no_grad()
-def test_a_resnet_d_averages_maps_of_odd_sides_as_timm_does():
+def test_a_resnet_d_averages_the_cut_windows_of_odd_maps():
     foreign_net, *_ = read_case("ResNet-D")
     net, *_ = find_right_reading("ResNet-D")
     x = torch.randn(2, 3, 33, 33)
@@ -698,11 +702,6 @@ def make_torchvision_vgg(has_bias, dropout_first):
     x = torch.randn(3, 3, 32, 32)
     pooled = nn.functional.adaptive_avg_pool2d(features(x), 2).flatten(1)
     return net, x, net["classifier"](pooled)
-
-
-def without(part):
-    """A change of a state dict: it loses what has that part in its name."""
-    return lambda state: {key: value for key, value in state.items() if part not in key}
 
 
 @pytest.mark.parametrize(
@@ -1181,20 +1180,22 @@ def test_an_infinite_number_that_is_of_no_layer_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "start",
+    ("start", "smallest"),
     [
-        {},
-        {"stem_stride": 2},
-        {"has_stem_pooling": True},
-        {"has_stem_pooling": True, "stem_pooling_kernel": 2},
+        ({}, 8),
+        ({"stem_stride": 2}, 20),
+        ({"has_stem_pooling": True}, 20),
+        ({"has_stem_pooling": True, "stem_pooling_kernel": 2}, 20),
     ],
 )
-def test_a_residual_net_with_averaged_shortcuts_takes_no_image_whose_half_is_uneven(start):
+def test_averaged_shortcuts_take_only_images_whose_maps_are_even_where_they_are_halved(
+    start, smallest
+):
     architecture = replace(models.named_architecture("resnet8"), **start)
     averaged = replace(architecture, is_shortcut_averaged=True)
 
-    # In smaller images a shortcut of one place would be added to all places of the map.
-    for size in range(20, 52):
+    # In smaller images a shortcut of a single place would be broadcast to the whole map.
+    for size in range(smallest, smallest + 32):
         net = models.build_net(replace(averaged, size=size), models.default_widths("resnet8"))
         try:
             net.eval()(torch.zeros(1, 3, size, size))
@@ -1423,7 +1424,7 @@ def test_nets_are_read_from_tensors_by_the_alphabet(name):
         )
 
 
-def test_a_net_that_only_an_example_tells_is_refused_with_the_advice_to_add_one(tmp_path):
+def test_a_strided_net_without_an_example_is_advised_to_add_one(tmp_path):
     net, _ = zoo.make_lively(zoo.EXAMPLE_CASES["AlexNet"])
     torch.save(net.state_dict(), tmp_path / "a.pt")
 
@@ -1611,27 +1612,16 @@ def test_an_exported_net_runs_without_this_project(tmp_path, arch, is_gated):
 
 
 @torch.no_grad()
-def test_an_exported_net_normalises_each_channel_by_its_own_mean_and_std(tmp_path):
+def test_an_export_normalises_each_channel_and_takes_the_size_that_is_asked_for(tmp_path):
     net, _ = make_lively_net("resnet8")
     mean, std = [0.1, 0.4, 0.8], [0.2, 0.3, 0.5]
-    images = torch.rand(2, 3, 32, 32)
+    images = torch.rand(2, 3, 40, 40)
 
-    models.export_net(net, tmp_path / "a.pt2", mean, std, 32)
+    models.export_net(net, tmp_path / "a.pt2", mean, std, 40)
 
     exported = torch.export.load(tmp_path / "a.pt2").module()
     normalised = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert_close(exported(images), net(normalised), rtol=1e-3, atol=1e-3)
-
-
-@torch.no_grad()
-def test_a_net_is_exported_for_images_of_the_size_that_is_asked_for(tmp_path):
-    net, _ = make_lively_net("resnet8")
-    images = torch.rand(2, 3, 40, 40)
-
-    models.export_net(net, tmp_path / "a.pt2", [0.5] * 3, [0.25] * 3, 40)
-
-    exported = torch.export.load(tmp_path / "a.pt2").module()
-    assert_close(exported(images), net((images - 0.5) / 0.25), rtol=1e-3, atol=1e-3)
 
 
 def run_in_another_process(folder, images):
@@ -1668,11 +1658,12 @@ def test_onnxruntime_runs_an_exported_net(tmp_path, is_gated):
     net = small.eval()
     let_groups_differ(net)
     images = torch.rand(3, 3, 32, 32)
+    path = tmp_path / ("net.ONNX" if is_gated else "net.onnx")  # either is taken
 
-    difference = models.export_net(net, tmp_path / "net.onnx", [0.4] * 3, [0.2] * 3, 32)
+    difference = models.export_net(net, path, [0.4] * 3, [0.2] * 3, 32)
 
     assert difference < 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(path)
     (found_input,), (found_output,) = session.get_inputs(), session.get_outputs()
     assert (found_input.name, found_input.shape) == ("images", ["batch", 3, 32, 32])
     assert (found_output.name, found_output.shape) == ("logits", ["batch", 10])
@@ -1681,15 +1672,6 @@ def test_onnxruntime_runs_an_exported_net(tmp_path, is_gated):
         with torch.no_grad():
             expected = net((x - 0.4) / 0.2).numpy()
         assert abs(logits - expected).max() < 1e-3
-
-
-def test_the_ending_of_an_export_may_be_in_capitals(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    net, _ = make_lively_net("lenet5")
-
-    models.export_net(net, tmp_path / "a.ONNX", [0.5], [0.5], 28)
-
-    assert onnxruntime.InferenceSession(tmp_path / "a.ONNX").get_inputs()[0].name == "images"
 
 
 @pytest.mark.parametrize("ending", ["pt2", "onnx"])

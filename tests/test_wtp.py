@@ -193,7 +193,7 @@ def test_the_experiments_are_those_of_the_papers_and_their_data():
     }
 
 
-def test_the_numbers_that_are_ours_are_those_of_the_documents():
+def test_our_own_schedules_keep_their_numbers():
     plan = controller.TrainingPlan
 
     baselines = [settings_of(name, "published").baseline for name in ("vgg-cifar10", "mnist")]
@@ -206,12 +206,13 @@ def test_the_numbers_that_are_ours_are_those_of_the_documents():
     assert full.final == plan(250, 0.02, is_one_cycle=True, temperature=4.0)
 
 
-def test_the_times_of_the_list_are_half_of_all_planned_epochs(monkeypatch):
+def test_listed_times_are_half_of_what_all_planned_epochs_take(monkeypatch):
     monkeypatch.setattr(controller, "measure_training_speed", lambda *_: 1000.0)
 
     smoke_seconds = wtp.measure_durations(torch.device("cpu"))["digits"][-1]
 
-    # 6 + 24 + 2 + 7 + 10 epochs and three final ones on all images; 2,700 images each.
+    # 6 epochs of the baseline, 24 of lstm's search, 2 + 7 of sep's recoveries and trials, 10 of
+    # uniform, each of 2,700 images; and three final ones of 3,000.
     assert smoke_seconds == pytest.approx((49 + 3 / 0.9) * 2.7 / 2)
 
 
@@ -445,12 +446,11 @@ def test_the_snippets_of_the_documents_run(tmp_path, monkeypatch):
         exec(snippet, space)
         spaces.append(space)
 
-    file, exported, module = spaces
-    net_of_file = wtp.load_user_net(tmp_path / "mine.pth").net.eval()
-    assert torch.allclose(net_of_file(file["inputs"]), file["outputs"], atol=1e-4)
+    _, exported, module = spaces
     assert exported["logits"].shape == (2, 10)
     assert torch.allclose(exported["logits"], module["logits"], atol=1e-4)
     assert torch.allclose(module["first"], module["logits"][:1], atol=1e-4)
+    assert sep.load(tmp_path / "mine-2.pt")[0].gates is not None
 
 
 # ---- the commands, from end to end
@@ -668,7 +668,7 @@ def test_the_options_of_reproduce_reach_the_run(capsys, tmp_path, monkeypatch):
     assert seen == [("digits", ["lstm"], expected, None, 0.5)]
 
 
-def test_the_size_that_one_names_reaches_prune(capsys, tmp_path, monkeypatch):
+def test_the_size_option_reaches_prune(capsys, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(wtp, "prune_user_net", lambda net, *_: seen.append(net.photograph_size))
     torch.save(models.build("resnet8").state_dict(), tmp_path / "net.pth")
@@ -888,9 +888,11 @@ def test_force_overwrites_the_output_but_not_the_net_itself(capsys, smoke, tmp_p
     assert "give another --output, or --force overwrites it" in err
     assert output.read_text() == "mine"
 
-    status, _, err = call(capsys, *command, net, "--force")
-    assert status == 2
-    assert "is the net that is to be pruned" in err
+    (tmp_path / "runs").mkdir()
+    for same_net in (net, tmp_path / "runs" / ".." / "net.pt"):
+        status, _, err = call(capsys, *command, same_net, "--force")
+        assert status == 2
+        assert "is the net that is to be pruned" in err
 
     status, _, err = call(capsys, *command, output, "--force")
     assert status == 0, err
@@ -924,6 +926,7 @@ def test_prune_and_evaluate_a_checkpoint_of_the_users(capsys, smoke, tmp_path, m
     row = rows_by_method(read_results(folder))[method]
     assert re.search(rf"test accuracy .*{row['test_accuracy']:.2%}", out)
     assert "latency, batch 128" in out
+    assert re.search(r"widths: conv1 \d+/20, conv2 \d+/50, fc1 \d+/500", out)
     ratio = f"{1 - cut:.3f}"
     for value in (f"{facts['macs'] / 1e6:.3f} M", "2.293 M", ratio, f"{facts['parameters']:,}"):
         assert value in out
@@ -1673,25 +1676,34 @@ def save_pictures(folder, classes=3, count=40, size=28):
                 save_image(image, class_folder / f"{i}.png")
 
 
-def test_a_run_on_few_images_has_enough_steps(capsys, tmp_path, monkeypatch):
-    seen = []
+def stop_at_announcement(monkeypatch):
+    """Let runs stop before their work; the list that gets the settings of each."""
+    settings = []
 
     def stop_here(run, *_):
-        seen.append((run.settings.baseline.epochs, run.settings.final.epochs))
+        settings.append(run.settings)
         raise UserError("stopped")
 
     monkeypatch.setattr(wtp, "announce", stop_here)
+    return settings
+
+
+def test_a_run_on_few_images_has_enough_steps(capsys, tmp_path, monkeypatch):
+    stopped_settings = stop_at_announcement(monkeypatch)
     save_pictures(tmp_path / "pictures")
     command = ["train", "--arch", "resnet8", "--schedule", "fast"]
 
     call(capsys, *command, "--data-dir", tmp_path / "pictures", "--out", tmp_path / "runs")
 
+    (settings,) = stopped_settings
     # 108 of 120 images train, in one step an epoch.
-    assert seen == [(2000, 1000)]
+    assert (settings.baseline.epochs, settings.final.epochs) == (2000, 1000)
 
 
 @pytest.mark.parametrize("has_example", [True, False])
-def test_only_an_example_asks_images_where_norms_stand(tmp_path, monkeypatch, has_example):
+def test_images_decide_where_norms_stand_only_if_the_file_has_an_example(
+    tmp_path, monkeypatch, has_example
+):
     monkeypatch.setattr(controller, "choose_norm_place", lambda *_: "moved")
     net, facts = build_net("digits"), {"mean": [0.5], "std": [0.5]}
     user_net = wtp.UserNet(tmp_path / "a.pt", net, facts, [], has_example)
@@ -1703,7 +1715,9 @@ def test_only_an_example_asks_images_where_norms_stand(tmp_path, monkeypatch, ha
 
 
 @pytest.mark.parametrize("activation", ["tanh", None])
-def test_no_other_activation_is_tried_than_the_users(smoke, tmp_path, monkeypatch, activation):
+def test_other_activations_are_tried_only_if_the_user_names_none(
+    smoke, tmp_path, monkeypatch, activation
+):
     def stop_here(*_, tries_activations, **__):
         raise UserError(f"tries: {tries_activations}")
 
@@ -1715,7 +1729,7 @@ def test_no_other_activation_is_tried_than_the_users(smoke, tmp_path, monkeypatc
         wtp.choose_reading(user_net, None, print)
 
 
-def test_a_lenet_of_ones_own_images_is_trained_with_the_numbers_of_mnist(tmp_path):
+def test_a_lenet_on_ones_own_images_is_trained_with_mnists_numbers(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
 
@@ -1764,9 +1778,10 @@ def test_a_reading_that_is_not_sure_says_so(smoke, tmp_path, is_only_best):
     assert ("others are about as accurate" in first) != is_only_best
 
 
-def test_the_file_of_the_sure_way_is_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("document", ["README.md", "docs/your-net.md"])
+def test_the_file_of_the_sure_way_is_read(tmp_path, monkeypatch, document):
     monkeypatch.chdir(tmp_path)
-    (snippet,) = read_code_blocks("docs/your-net.md", "python")
+    snippet = read_code_blocks(document, "python")[0]
     names = {"torch": torch, "net": models.build("resnet8")}
 
     exec(snippet, names)
@@ -2469,47 +2484,37 @@ def test_a_target_out_of_reach_is_refused(capsys, smoke, tmp_path):
     assert not out
 
 
-def test_the_net_itself_is_no_output_in_another_spelling(capsys, smoke, tmp_path):
-    net = copy_row(smoke, "baseline", tmp_path / "net.pt")
-    (tmp_path / "a").mkdir()
-    given = net.read_bytes()
-    command = ["prune", net, "--method", "uniform", "--target", "0.5", "--schedule", "smoke"]
-    command += ["--out", tmp_path / "runs", "--output", tmp_path / "a" / ".." / "net.pt"]
-
-    status, _, err = call(capsys, *command, "--force")
-
-    assert status == 2
-    assert "is the net that is to be pruned" in err
-    assert net.read_bytes() == given
-
-
-@pytest.mark.parametrize("command", ["prune net.pt --method uniform --target 0.5", "train digits"])
+@pytest.mark.parametrize("name", ["prune", "train"])
 def test_a_file_that_came_to_the_output_during_a_run_is_kept(
-    capsys, smoke, tmp_path, monkeypatch, command
+    capsys, smoke, pruned, tmp_path, monkeypatch, name
 ):
-    monkeypatch.chdir(tmp_path)
-    copy_row(smoke, "baseline", tmp_path / "net.pt")
-    monkeypatch.setattr(wtp, "announce", lambda *_: Path("a.pt").write_text("mine"))
+    shutil.copytree(pruned[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(smoke[0], tmp_path / "runs" / "digits-smoke-s0")
+    command = ["train", "digits", "--schedule", "smoke", "--out", tmp_path / "runs"]
+    if name == "prune":
+        command = prune_command(tmp_path)
+    output = tmp_path / "a.pt"
+    monkeypatch.setattr(wtp, "announce", lambda *_: output.write_text("mine"))
 
-    status, _, err = call(capsys, *command.split(), "--schedule", "smoke", "--output", "a.pt")
+    status, _, err = call(capsys, *command, "--output", output)
 
     assert status == 2
-    assert "the net is in runs/" in err
-    assert Path("a.pt").read_text() == "mine"
+    assert f"the net is in {tmp_path / 'runs'}" in err
+    assert output.read_text() == "mine"
 
 
 def test_a_file_that_came_to_an_exports_place_is_kept(capsys, smoke, tmp_path, monkeypatch):
-    net = copy_row(smoke, "lstm", tmp_path / "net.pt")
-    export_net = models.export_net
+    may_replace = []
 
-    def write_first(net, file, *arguments, **options):
-        file.write_text("mine")
-        return export_net(net, file, *arguments, **options)
+    def export_net(*_, **options):
+        may_replace.append(options["may_replace"])
+        return 0.0
 
-    monkeypatch.setattr(models, "export_net", write_first)
+    monkeypatch.setattr(models, "export_net", export_net)
 
-    assert call(capsys, "export", net, tmp_path / "a.pt2")[0] == 2
-    assert (tmp_path / "a.pt2").read_text() == "mine"
+    assert call(capsys, "export", smoke[0] / "lstm.pt", tmp_path / "a.pt2")[0] == 0
+
+    assert may_replace == [False]
 
 
 @pytest.mark.parametrize("name", ["results.json", "sep-usage.json", "report.svg", "lock"])
@@ -2617,9 +2622,9 @@ WRONG_CALLS = [
     (2, "net.pt is a file, not a folder", "prune net.pt --output net.pt/a.pt"),
     (2, "this is the folder of run folders; `prune`", "prune net.pt --out small.pt"),
     (2, "0,5 is no number, as 0.9 is for 90 %; did you mean 0.5?", "prune net.pt --target 0,5"),
+    (2, "1,5 is no number, as 0.9 is for 90 %; see python", "prune net.pt --target 1,5"),
     (1, "cannot write", "reproduce digits --schedule smoke --out taken.svg"),
     (1, "cannot write", "prune drawn.pt --schedule smoke --out /proc/nothing"),
-    (1, "no complete mnist data", "evaluate net.pt --data-dir folder"),
     (1, "no complete mnist data", "reproduce mnist --data-dir folder"),
     (2, "taken.pt is a file; --data-dir", "reproduce vgg-cifar10 --data-dir taken.pt"),
     (1, "no data set here has 2 channels", "evaluate odd.pt"),
@@ -2798,24 +2803,24 @@ def test_what_a_gpu_says_is_one_line():
         wtp.explain(RuntimeError("size mismatch"))
 
 
-def test_an_error_of_the_system_is_one_line(capsys, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(errno.EACCES, "Permission denied", "a.pt")
-
-    monkeypatch.setattr(wtp, "load_user_net", fail)
-
-    expected = (1, "", "wtp: [Errno 13] Permission denied: 'a.pt'\n")
-    assert call(capsys, "evaluate", "a.pt") == expected
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory.")])
-def test_memory_that_ran_out_is_one_line(capsys, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA out of memory."), "out of memory"),
+        (
+            OSError(errno.EACCES, "Permission denied", "a.pt"),
+            "[Errno 13] Permission denied: 'a.pt'",
+        ),
+    ],
+)
+def test_what_a_machine_refuses_is_one_line(capsys, monkeypatch, error, words):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(wtp, "load_user_net", fail)
 
-    assert call(capsys, "evaluate", "a.pt") == (1, "", "wtp: out of memory\n")
+    assert call(capsys, "evaluate", "a.pt") == (1, "", f"wtp: {words}\n")
 
 
 def test_a_baselines_accuracy_on_other_images_is_not_shown():
@@ -2854,18 +2859,13 @@ def test_the_activation_that_a_user_names_is_taken(smoke, tmp_path):
 
 
 def test_rate_and_seed_reach_the_run(capsys, smoke, tmp_path, monkeypatch):
-    seen = []
-
-    def stop_here(run, *_, **__):
-        seen.append((run.settings.pruning_rate, run.settings.seed))
-        raise UserError("stopped")
-
-    monkeypatch.setattr(wtp, "announce", stop_here)
+    stopped_settings = stop_at_announcement(monkeypatch)
     net = copy_row(smoke, "baseline", tmp_path / "a.pt")
 
     call(capsys, "prune", net, "--rate", "0.3", "--seed", "5", "--out", tmp_path)
 
-    assert seen == [(0.3, 5)]
+    (settings,) = stopped_settings
+    assert (settings.pruning_rate, settings.seed) == (0.3, 5)
 
 
 def test_cifar_is_augmented_in_training_alone(tmp_path, monkeypatch):
@@ -2927,7 +2927,7 @@ def test_a_pytorch_that_cannot_be_loaded_is_one_line(monkeypatch):
     assert status == 1
 
 
-def test_the_command_puts_the_home_in(capsys, smoke, monkeypatch):
+def test_a_tilde_in_an_option_is_the_home_folder(capsys, smoke, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setattr(sys, "argv", ["wtp.py", "report", str(smoke[0]), "--output=~/a.gif"])
 

@@ -699,8 +699,7 @@ def make_averaged_cnn():
 
 
 def make_wide_resnet_with_biases():
-    net = make_resnet((16, 24, 32), stem_norm=False, last_norm="bn1", shortcut="shortcut",
-                      last="linear", strided=1, bias=True, **PREACTIVATED)  # fmt: skip
+    net = CASES["wide ResNet with biases, stride second"].make()
     net.conv1 = conv(3, 8, bias=True)
     return net
 
@@ -713,7 +712,11 @@ def make_torchvision(name):
 
 def make_torchvision_vgg():
     """torchvision's VGG-11, with 128 hidden units in place of 4,096, to save time."""
-    net = make_torchvision("vgg11")
+    from torchvision.models.vgg import VGG, cfgs, make_layers
+
+    features = make_layers(cfgs["A"])
+    with torch.device("meta"):  # its hidden layers of 4,096 units are replaced below
+        net = VGG(features, num_classes=7, init_weights=False)
     inputs = net.classifier[0].in_features
     net.classifier[0] = nn.Linear(inputs, 128)
     net.classifier[3] = nn.Linear(128, 128)

@@ -1046,8 +1046,8 @@ SHARE = {"parser": parse_share, "metavar": "SHARE", "callback": check_share}  # 
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="where the data is, or is downloaded to; default: the folder that the checkpoint "
-        "names, else $WTP_DATA, else data",
+        help="where the data is, or is downloaded to; default: the folder of your own images that "
+        "the checkpoint names, else $WTP_DATA, else data",
         show_default=False,
     ),
 ]

@@ -798,9 +798,10 @@ def test_photographs_for_a_foreign_net_are_brought_to_the_size_that_the_user_say
     save_photographs(tmp_path / "p")
     torch.manual_seed(0)
     net = models.build("resnet8", classes=2, size=48)
-    torch.save(net.state_dict(), tmp_path / "net.pth")
+    # Without a mean and a std, and the activation, a net that only guesses would be tried with all.
+    normalisation = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    torch.save({"net": net.state_dict()} | normalisation, tmp_path / "net.pth")
     command = ["evaluate", tmp_path / "net.pth", "--data-dir", tmp_path / "p", "--size"]
-    # A net that only guesses would be tried with all activations.
     relu = ["--activation", "relu"]
 
     status, _, err = call(capsys, *command, 48, *relu)

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+import zoo
 from PIL import Image
 from rich.console import Console
 from test_controller import rows_by_method, train_net_with_norms, without_seconds
@@ -797,9 +798,9 @@ def test_photographs_for_a_foreign_net_are_brought_to_the_size_that_the_user_say
     monkeypatch.setattr(controller, "measure_latencies", lambda nets, *_: [0.001] * len(nets))
     save_photographs(tmp_path / "p")
     torch.manual_seed(0)
-    net = models.build("resnet8", classes=2, size=48)
     # Without a mean and a std, and the activation, a net that only guesses would be tried with all.
     normalisation = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    net = zoo.make_resnet(shortcut="downsample", classes=2)
     torch.save({"net": net.state_dict()} | normalisation, tmp_path / "net.pth")
     command = ["evaluate", tmp_path / "net.pth", "--data-dir", tmp_path / "p", "--size"]
     relu = ["--activation", "relu"]
@@ -810,7 +811,8 @@ def test_photographs_for_a_foreign_net_are_brought_to_the_size_that_the_user_say
     status, _, err = call(capsys, *command[:-1], *relu)
     assert "in their middle to 32 x 32; the net may have been trained at another size" in err
 
-    models.save_checkpoint(tmp_path / "net.pth", net, {})
+    net_of_48 = models.build("resnet8", classes=2, size=48)
+    models.save_checkpoint(tmp_path / "net.pth", net_of_48, {})
     assert call(capsys, *command, 48)[0] == 0
     status, _, err = call(capsys, *command, 40)
     assert status == 2
@@ -1144,7 +1146,7 @@ def test_widths_that_machines_like(capsys, smoke, tmp_path):
 
 def test_a_file_from_a_state_dict_reads_images_of_the_size_that_were_tried(capsys, tmp_path):
     save_pictures(tmp_path / "pictures", size=64)
-    net = models.build("resnet8", classes=3)
+    net = zoo.make_resnet(shortcut="downsample", classes=3)
     # Without them a net that only guesses would be tried with all normalisations and activations.
     normalisation = {"mean": [0.5] * 3, "std": [0.25] * 3}
     torch.save({"net": net.state_dict()} | normalisation, tmp_path / "net.pt")

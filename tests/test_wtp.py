@@ -2207,13 +2207,14 @@ def test_export_uses_the_mean_and_std_in_a_file(capsys, tmp_path):
     torch.save(content, tmp_path / "a.pt")
     save_pictures(tmp_path / "pictures", classes=10, count=12)
 
-    command = ["export", tmp_path / "a.pt", tmp_path / "a.pt2", "--force"]
+    # A net that only guesses would be tried with all activations.
+    command = ["export", tmp_path / "a.pt", tmp_path / "a.pt2", "--force", "--activation", "relu"]
     status, _, err = call(capsys, *command, "--data-dir", tmp_path / "pictures")
 
     assert status == 0, err
     assert "images normalised by the mean and std in the file, and the net read as" in err
     pictures = controller.load_data("mnist", tmp_path / "pictures")[0]
-    user_net = wtp.load_user_net(tmp_path / "a.pt")
+    user_net = wtp.load_user_net(tmp_path / "a.pt", activation="relu")
     chosen = wtp.choose_reading(user_net, pictures, print)
     images = pictures.normalised_by([0.0], [1.0]).batch(torch.arange(4))
     logits = chosen.net.eval()((images - chosen.mean[0]) / chosen.std[0])

@@ -205,14 +205,20 @@ def find_clusters(points: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def move_centres(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """The centres (count, D) after k-means' iterations: each goes to the mean of its points."""
+    """The centres (count, D) after k-means' iterations: each goes to the mean of its points.
+
+    It ends early where no centre moves any more.
+    """
     for _ in range(CLUSTERING_ITERATIONS):
         nearest = torch.cdist(points, centres).argmin(1)
         is_member = F.one_hot(nearest, len(centres)).to(points.dtype)  # (N, count)
         sizes = is_member.sum(0)[:, None]
         means = is_member.T @ points / sizes.clamp_min(1)
         # A centre without points stays where it is.
-        centres = torch.where(sizes > 0, means, centres)
+        moved_centres = torch.where(sizes > 0, means, centres)
+        if torch.equal(moved_centres, centres):
+            break
+        centres = moved_centres
     return centres
 
 

@@ -612,7 +612,7 @@ def label_by(net, images):
     ("name", "statistics"),
     [
         ("LeNet, averaged, tanh", "mean and std 0.5"),
-        ("LeNet by letters", "mean and std of mnist"),
+        ("CNN of large kernels, averaged", "mean and std of mnist"),
         ("VGG-19 pruned, average at its end", "mean and std 0.5"),
         ("ResNet, averaged shortcut", "ImageNet's mean and std"),
         ("bottlenecks, stride first", "mean and std 0.5"),
@@ -899,7 +899,9 @@ def find_reading_of(net, case, images, min_tried=100):
     """What a net's state dict is taken for; with fewer images than usual, to save time."""
     readings = models.recognise_state_dict(net.state_dict(), Path("a.pt"))["readings"]
     fitting = [reading.for_size(case.size) for reading in readings]
+    rounds = [controller.AttemptRound(24, survivors=50), controller.AttemptRound(100, survivors=12)]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controller, "ATTEMPT_ROUNDS", rounds)
         patch.setattr(controller, "MIN_TRIED_IMAGES", min_tried)
         return controller.find_reading(
             [reading for reading in fitting if reading], images, tries_activations=True

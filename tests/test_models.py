@@ -1093,26 +1093,48 @@ WORDS_OF_EXAMPLE_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", zoo.EXAMPLE_CASES)
 @torch.no_grad()
-def test_unusual_chains_with_an_example_are_read_pruned_gated_and_exported(tmp_path, name):
+def load_example_case(name, path):
+    """(the net of the zoo, a batch, the net that is read from its file with an example)."""
     net, x = zoo.make_lively(zoo.EXAMPLE_CASES[name])
     if "norm" in name:
         for module in net.modules():
             # With a negative scale the order of norm and max-pooling matters.
             if isinstance(module, nn.BatchNorm2d):
                 module.weight[::2] *= -1
-    save_with_example(tmp_path / "a.pt", net, x)
+    save_with_example(path, net, x)
+    return net, x, sep.load(path)[0].eval()
 
-    loaded_net = sep.load(tmp_path / "a.pt")[0].eval()
+
+@pytest.mark.parametrize("name", zoo.EXAMPLE_CASES)
+@torch.no_grad()
+def test_unusual_chains_with_an_example_are_read_pruned_and_gated(tmp_path, name):
+    net, x, loaded_net = load_example_case(name, tmp_path / "a.pt")
 
     assert zoo.largest_difference(loaded_net(x.flip(3)), net(x.flip(3))) < 1e-4
     assert WORDS_OF_EXAMPLE_CASES.get(name, "") in loaded_net.architecture.in_words()
     check_pruning(loaded_net, x)
     models.save_checkpoint(tmp_path / "b.pt", loaded_net, {})
     assert torch.equal(sep.load(tmp_path / "b.pt")[0].eval()(x), loaded_net(x))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AlexNet",
+        "CNN, padded poolings of 3 x 3",
+        "CNN, averages of 3 x 3",
+        "CNN, norm before the pooling",
+        "CNN, norm after the pooling",
+    ],
+)
+@torch.no_grad()
+def test_unusual_chains_are_exported(tmp_path, name):
+    net, x, loaded_net = load_example_case(name, tmp_path / "a.pt")
     statistics = (0.5,) * loaded_net.channels
+
     models.export_net(loaded_net, tmp_path / "a.pt2", statistics, statistics, x.shape[2])
+
     exported = torch.export.load(tmp_path / "a.pt2").module()
     assert zoo.largest_difference(exported(0.5 * x + 0.5), net(x)) < 1e-4
 

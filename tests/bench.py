@@ -1764,9 +1764,9 @@ OTHERS = (
 )
 
 
-def main(folder="data", name="", *arguments):
+def main(folder="", name="", *arguments):
     measures = {measure.__name__: measure for measure in (*USUAL, *OTHERS)}
-    if folder.startswith("-") or name not in ("", *measures):
+    if not folder or folder.startswith("-") or name not in ("", *measures):
         sys.exit(__doc__)
     for measure in [measures[name]] if name else USUAL:
         measure(Path(folder), *arguments)

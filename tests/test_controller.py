@@ -1922,6 +1922,20 @@ def make_run(folder, spy=None, settings=TINY, **options):
     return Run(folder, settings, DESCRIPTION, tiny_data(), spy or Spy(), **options)
 
 
+def let_gates_win(monkeypatch):
+    """Nets with gates have the lower validation loss."""
+    monkeypatch.setattr(
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
+    )
+
+
+def let_gates_lose(monkeypatch):
+    """Nets without gates have the lower validation loss."""
+    monkeypatch.setattr(
+        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is not None)
+    )
+
+
 def make_rows(folder, spy, settings=TINY, methods=("lstm", "sep", "uniform"), round_to=None):
     """The results of a run with these rows."""
     run = make_run(folder, spy, settings, round_to=round_to)
@@ -2737,9 +2751,7 @@ def test_only_final_trainings_see_the_images_that_validate(tmp_path, monkeypatch
 
     monkeypatch.setattr(controller.Trainer, "train", record)
     # Gates win, so that `sep` has a final training of its own.
-    monkeypatch.setattr(
-        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
-    )
+    let_gates_win(monkeypatch)
     run = make_run(tmp_path, settings=TINY_FAST)
     run.make_baseline(make_lenet())
 
@@ -2830,9 +2842,7 @@ def test_the_recovery_of_a_plain_net_stays_only_where_it_helps(tmp_path, monkeyp
 
     monkeypatch.setattr(controller.Trainer, "train", train_and_record)
     monkeypatch.setattr(sep, "to_static", make_worse)
-    monkeypatch.setattr(
-        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
-    )
+    let_gates_win(monkeypatch)
 
     results = make_rows(tmp_path, Spy(), methods=("static",))
 
@@ -3000,9 +3010,7 @@ def let_diverge(monkeypatch, beginning):
 
 def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypatch):
     let_diverge(monkeypatch, "static")
-    monkeypatch.setattr(
-        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
-    )
+    let_gates_win(monkeypatch)
     spy = Spy()
 
     results = make_rows(tmp_path, spy, methods=("static",))
@@ -3014,9 +3022,7 @@ def test_a_plain_net_whose_recovery_diverges_stays_as_it_was(tmp_path, monkeypat
 
 
 def test_sep_gates_the_structure_that_lstm_chose_for_the_cut_of_another_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is None)
-    )
+    let_gates_win(monkeypatch)
     settings = replace(TINY, max_candidates=2, recovery=TrainingPlan(1, 0.05))
     run = make_run(tmp_path, Spy(), settings)
     baseline = run.make_baseline(make_lenet())
@@ -3201,9 +3207,7 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("methods", [("lstm", "sep"), ("sep",)])
 def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
-    monkeypatch.setattr(
-        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is not None)
-    )
+    let_gates_lose(monkeypatch)
     settings = replace(TINY, max_candidates=2, target=0.7)
     lstm_run = make_run(tmp_path / "lstm", settings=settings)
     run = make_run(tmp_path / "sep", spy := Spy(), settings)
@@ -3224,9 +3228,7 @@ def test_without_gates_sep_is_the_net_of_lstm(tmp_path, monkeypatch, methods):
 
 
 def test_without_gates_sep_takes_what_the_papers_search_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is not None)
-    )
+    let_gates_lose(monkeypatch)
     run = make_run(tmp_path, settings=replace(TINY, max_candidates=2))
     run.make_baseline(make_lenet())
 
@@ -3279,9 +3281,7 @@ def test_without_gates_nothing_pays_for_them(tmp_path, monkeypatch, helps):
 
 
 def test_static_is_seps_net_where_that_has_no_gates(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Trainer, "measure_validation_loss", lambda self, net: float(net.gates is not None)
-    )
+    let_gates_lose(monkeypatch)
     spy = Spy()
     settings = replace(TINY, max_candidates=2, target=0.7)
     run = make_run(tmp_path, spy, settings)

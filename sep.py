@@ -130,20 +130,29 @@ class SEGate(nn.Module):
         """(C,): 1 for the channels of a group, else 0."""
         return torch.zeros(self.size.width).index_fill(0, self.channels_of_group(group), 1.0)
 
-    def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-        """The group (B,) of each image; x is what the layer reads."""
+    def score_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """The scores (B, groups) of each image; x is what the layer reads."""
         # Not in autocast's bfloat16: it has three digits, and rounding would change many choices.
         with torch.autocast(x.device.type, enabled=False):
             squeezed = squeeze(x, is_linear=isinstance(layer, nn.Linear))
-            return self.excite(squeezed.to(self.excite.weight.dtype)).argmax(1)
+            return self.excite(squeezed.to(self.excite.weight.dtype))
+
+    def choose_groups(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """The group (B,) of each image, that with the largest score; x is what the layer reads."""
+        return self.score_groups(x, layer).argmax(1)
+
+    def choose_kernels(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """(B, C): 1 for the kernels that are chosen for an image, else 0. Within `record_usage` the
+        choices are counted."""
+        chosen_groups = self.choose_groups(x, layer)
+        if self.usage is not None:
+            self.usage.add(chosen_groups)
+        return self.masks.index_select(0, chosen_groups)
 
     def forward(self, x, layer: nn.Module, norm, prunable: PrunableLayer) -> torch.Tensor:
         """activation(norm(layer(x))), pooled where the net pools, and 0 where a kernel is not
         chosen for an image: (B, C_in, H, W) -> (B, C, H', W'), of a linear layer -> (B, C)."""
-        chosen_groups = self.choose_groups(x, layer)
-        if self.usage is not None:
-            self.usage.add(chosen_groups)
-        mask = self.masks.index_select(0, chosen_groups)  # (B, C)
+        mask = self.choose_kernels(x, layer)  # (B, C)
         masked_norm = None if norm is None else partial(masked_batch_norm, mask=mask, norm=norm)
         y = models.finish_layer(models.run_layer(layer, x), masked_norm, prunable)
         # Masked at the end, because a norm or an activation may turn 0 into another value.

@@ -854,17 +854,23 @@ class KernelGate(ScoringGate):
         by_channel = models.group_by_input_channel(next_layer.weight.detach(), self.width)
         return energy * by_channel.square().sum((0, 2))
 
-    def mask_of(self, scores):
-        return torch.zeros_like(scores).scatter_(1, scores.topk(self.k, 1).indices, 1.0)
+    def count_chosen(self):
+        """How many kernels are chosen for an image now."""
+        return self.k
+
+    def mask_of(self, scores, count):
+        """1 for the `count` largest scores of each image, else 0."""
+        return torch.zeros_like(scores).scatter_(1, scores.topk(count, 1).indices, 1.0)
 
     def make_factors(self, scores, y):
         if not self.is_taught:
-            mask = self.mask_of(self.measure_strength(y))
+            mask = self.mask_of(self.measure_strength(y), self.k)
             self.loss_of_imitation = F.binary_cross_entropy_with_logits(scores, mask)
             return mask
-        mask = self.mask_of(scores)
-        if self.training and self.k < self.width:
-            threshold = scores.topk(self.k, 1).values[:, -1:].detach()
+        count = self.count_chosen()
+        mask = self.mask_of(scores, count)
+        if self.training and count < self.width:
+            threshold = scores.topk(count, 1).values[:, -1:].detach()
             soft = torch.sigmoid(scores - threshold)
             # The value is the mask's. The gradient is a tenth of the sigmoid's, so that the scores
             # learn more slowly than the net.
@@ -877,7 +883,168 @@ class StrongestGate(KernelGate):
     saves nothing, and no gate can know it better."""
 
     def make_factors(self, scores, y):
-        return self.mask_of(self.measure_strength(y))
+        return self.mask_of(self.measure_strength(y), self.k)
+
+
+class Annealing(nn.Module):
+    """Knows how much of a gate's annealing is over, which takes the first steps of a training."""
+
+    def __init__(self):
+        super().__init__()
+        self.step_count = 0  # `gates` sets it
+        # A buffer, so that a training that goes on knows it.
+        self.register_buffer("finished_steps", torch.zeros((), dtype=torch.long))
+
+    def take_step(self):
+        """Call it in each step of the training: what share of the annealing was over before this
+        step, in [0, 1]."""
+        self.finished_steps += 1
+        return min(1.0, (self.finished_steps.item() - 1) / self.step_count)
+
+
+class AnnealedGate(KernelGate):
+    """A KernelGate for which the number of chosen kernels falls from all to k, linearly."""
+
+    def __init__(self, inputs, hidden, width, k):
+        super().__init__(inputs, hidden, width, k)
+        self.annealing = Annealing()
+
+    def count_chosen(self):
+        if not self.training:
+            return self.k
+        return round(self.width + self.annealing.take_step() * (self.k - self.width))
+
+
+# The next ones are the gates of `sep` with one change each.
+
+NOISE = 0.3  # of the noise on scores, in standard deviations of the scores
+STRAIGHT_THROUGH_SHARE = 0.1  # of the gradient, so that gates learn more slowly than the net
+# Of SoftGate's softmax, over scores with a standard deviation of 1.
+FIRST_TEMPERATURE = 1.0
+LAST_TEMPERATURE = 0.05
+ANNEALING_SHARE = 0.35  # of the whole training
+
+
+class NoisyGate(sep.SEGate):
+    """In training its scores have Gumbel noise, so that an image does not always get its nearest
+    group."""
+
+    def score_groups(self, x, layer):
+        scores = super().score_groups(x, layer)
+        if self.training:
+            exponential = torch.empty_like(scores).exponential_()
+            scores = scores - NOISE * exponential.log()
+        return scores
+
+
+class TrainedGate(sep.SEGate):
+    """Its scores are trained on by straight-through gradients: its value is the mask of the chosen
+    group, its gradient that of a softmax over the scores."""
+
+    def __init__(self, input_count, size):
+        super().__init__(input_count, size)
+        self.excite.requires_grad_(True)
+
+    def choose_kernels(self, x, layer):
+        mask = super().choose_kernels(x, layer)
+        if self.training:
+            soft = self.score_groups(x, layer).softmax(1) @ self.masks
+            mask = mask + STRAIGHT_THROUGH_SHARE * (soft - soft.detach())
+        return mask
+
+
+class SoftGate(sep.SEGate):
+    """At first the output is a mixture of all groups, by a softmax over the scores, so the scores
+    are trained by true gradients. The softmax becomes sharper and sharper. At the end of the
+    annealing one group is chosen, and the scores learn no more."""
+
+    def __init__(self, input_count, size):
+        super().__init__(input_count, size)
+        self.excite.requires_grad_(True)
+        self.annealing = Annealing()
+
+    def choose_kernels(self, x, layer):
+        share = self.annealing.take_step() if self.training else 1.0
+        if share == 1.0:
+            return super().choose_kernels(x, layer)
+        temperature = FIRST_TEMPERATURE ** (1 - share) * LAST_TEMPERATURE**share
+        return (self.score_groups(x, layer) / temperature).softmax(1) @ self.masks
+
+
+def halve_groups(baseline_width, size):
+    """The size of a gate with the k of `size` of which half are always on; None if there is no room
+    for two groups."""
+    always_on_count = size.k // 2
+    group_size = size.k - always_on_count
+    group_count = min(sep.MAX_GROUPS, (baseline_width - always_on_count) // group_size)
+    return sep.GateSize(always_on_count, group_size, group_count) if group_count >= 2 else None
+
+
+@torch.no_grad()
+def change_gates(kind, net, batches):
+    """Change the fresh gates of `net`, as a variant of `groups` asks; in place."""
+    gate_class = {
+        "groups-noisy": NoisyGate,
+        "groups-trained": TrainedGate,
+        "groups-soft": SoftGate,
+    }.get(kind)
+    if not gate_class and kind not in ("groups-balanced", "groups-normalised"):
+        return
+    for gate, scores in zip(sep.gates_of(net), collect_scores(net, batches), strict=True):
+        if gate is None:
+            continue
+        if kind == "groups-balanced":
+            gate.excite.bias += find_balancing_shifts(scores)
+        elif kind == "groups-normalised":
+            deviation = scores.std(0)
+            gate.excite.weight /= deviation[:, None]
+            gate.excite.bias.sub_(scores.mean(0)).div_(deviation)
+        else:
+            # Noise and softmax need scores of a known size. The choices stay the same.
+            deviation = (scores - scores.mean(1, keepdim=True)).std()
+            gate.excite.weight /= deviation
+            gate.excite.bias /= deviation
+    if gate_class:
+        net.gates = nn.ModuleList(copy_gate(gate, gate_class) for gate in net.gates)
+
+
+def copy_gate(gate, gate_class):
+    """`gate` as a gate of that class; None if there is none."""
+    if gate is None:
+        return None
+    copy = gate_class(gate.excite.in_features, gate.size)
+    copy.excite.load_state_dict(gate.excite.state_dict())
+    return copy.to(gate.masks.device)
+
+
+@torch.no_grad()
+def collect_scores(net, batches):
+    """Of each prunable layer the scores (N, groups) that its gate gives, None without a gate."""
+    collected = [None if gate is None else [] for gate in sep.gates_of(net)]
+    hooks = [
+        gate.excite.register_forward_hook(lambda _, __, scores, to=to: to.append(scores))
+        for gate, to in zip(sep.gates_of(net), collected)
+        if gate is not None
+    ]
+    net.eval()
+    for x in batches:
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return [None if scores is None else torch.cat(scores) for scores in collected]
+
+
+def find_balancing_shifts(scores):
+    """What to add to scores (N, groups), for each group, so that each group has the largest score
+    of about as many images."""
+    groups = scores.shape[1]
+    shifts = torch.zeros(groups, device=scores.device)
+    rate = scores.std()
+    for step in range(1000):
+        chosen = (scores + shifts).argmax(1)
+        excess = chosen.bincount(minlength=groups) * groups / len(scores) - 1
+        shifts -= rate / (10 + step) * excess
+    return shifts
 
 
 def put_gates(net, gate_class, ks, images):
@@ -926,13 +1093,35 @@ def teach_gates(net, images):
         gate.is_taught = True
 
 
+KERNEL_GATES = {
+    "kernels": KernelGate,
+    "kernels-annealed": AnnealedGate,
+    "strongest": StrongestGate,
+}
+GROUP_VARIANTS = (
+    "groups",
+    "groups-at-once",  # from the start of the training
+    "groups-half",  # half of the kernels are always on
+    "groups-balanced",  # every group has as many images
+    "groups-normalised",  # the scores of each group are standardised
+    "groups-noisy",
+    "groups-trained",
+    "groups-soft",
+)
+
+
 def make_gate_variant(name, baseline, structure):
     """(net to train, the GateSize of each layer that `add_gates` puts on later; None where the
     variant has its gates already, or has none)."""
     net = models.prune_channels(baseline.net, structure)
     kind, _, option = name.partition("=")
+    most = int(option) if option else len(structure)  # layers with gates
     widths = baseline.net.widths
     gate_sizes = sep.choose_gate_sizes(widths, structure)
+    if kind == "groups-half":
+        gate_sizes = [size and halve_groups(width, size) for width, size in zip(widths, gate_sizes)]
+    room = sum(size is not None for size in gate_sizes)
+    gate_sizes = controller.keep_last_gates(gate_sizes, min(most, room))
     images = baseline.all
     if kind == "hard":
         return net, None
@@ -940,25 +1129,27 @@ def make_gate_variant(name, baseline, structure):
         # In the layers where `groups` may have gates.
         ks = [None if size is None else k for k, size in zip(structure, gate_sizes)]
         return put_gates(net, ScaleGate, ks, images), None
-    if kind in ("kernels", "strongest"):
-        # They keep all kernels of the baseline, and choose in every layer that is pruned.
-        ks = [k if k < width else None for k, width in zip(structure, widths)]
-        net = models.prune_channels(baseline.net, widths)
-        gate_class = KernelGate if kind == "kernels" else StrongestGate
-        net = put_gates(net, gate_class, ks, images)
-        if kind == "kernels":
+    if kind in KERNEL_GATES:
+        # They keep all kernels of the baseline, and choose in the last layers that are pruned.
+        pruned_layers = [i for i, width in enumerate(widths) if structure[i] < width]
+        gated_layers = pruned_layers[-most:]
+        ks = [k if i in gated_layers else None for i, k in enumerate(structure)]
+        kept = [widths[i] if i in gated_layers else k for i, k in enumerate(structure)]
+        net = put_gates(models.prune_channels(baseline.net, kept), KERNEL_GATES[kind], ks, images)
+        if kind != "strongest":
             teach_gates(net, images)
         return net, None
-    if kind in ("groups", "groups-at-once"):
-        count = int(option) if option else sum(size is not None for size in gate_sizes)
-        return net, controller.keep_last_gates(gate_sizes, count)
-    sys.exit(f"no variant {name}: hard, scales, kernels, strongest, groups or groups-at-once[=N]")
+    if kind in GROUP_VARIANTS:
+        return net, gate_sizes
+    sys.exit(f"no variant {name}: hard, scales, {', '.join((*KERNEL_GATES, *GROUP_VARIANTS))}")
 
 
 def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
     """One structure, as 2-9-72, by several gates, each with the same final training: test accuracy,
     MACs, kernels for no, some and all test images, and how many bits the use of a kernel tells of
     the class.
+
+    VARIANT=N puts gates on the last N layers alone.
 
     The trainings are kept in files gates-*.pt in the folder in which you are. The same command goes
     on from there, and measures finished ones again.
@@ -972,6 +1163,10 @@ def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
     teacher = Teacher(baseline.net, baseline.all, int(seed))
 
     def train_part(net, epochs, title):
+        for module in net.modules():
+            if isinstance(module, Annealing):
+                steps = plan.epochs * (len(baseline.all) // controller.BATCH_SIZE)
+                module.step_count = round(ANNEALING_SHARE * steps)
         return train_resumably(net, plan, teacher, epochs, Path(f"{work}-{title}.pt"))
 
     for name in variants or ("hard", "scales", "groups", "groups-at-once", "kernels", "strongest"):
@@ -980,12 +1175,14 @@ def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
         if gate_sizes is None:
             net = train_part(net, range(plan.epochs), name)
         else:
-            ungated_epochs, gated_epochs = controller.split_epochs(plan)
             if name.startswith("groups-at-once"):
-                ungated_epochs, gated_epochs = range(0), range(plan.epochs)
-            net = train_part(net, ungated_epochs, f"{name}-ungated")
+                gated_epochs = range(plan.epochs)
+            else:
+                ungated_epochs, gated_epochs = controller.split_epochs(plan)
+                net = train_part(net, ungated_epochs, "ungated")  # for all variants the same
             chunks = torch.arange(controller.CLUSTERED_IMAGES).split(500)
             net = sep.add_gates(net, gate_sizes, baseline.all.batches(chunks))
+            change_gates(name.partition("=")[0], net, baseline.all.batches(chunks))
             net = train_part(net, gated_epochs, name)
         say(f"{name}, seed {seed}: {describe_gated(net, baseline)}")
         if gate_sizes is not None:

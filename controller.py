@@ -11,9 +11,10 @@ searching     settings, candidates and rewards; by REINFORCE (the papers), by re
 the run       its methods, its folder and files, its trainer, the search loop, the checkpoints of
               its rows, the row of `sep`, all rows
 
-One `fit` serves the baseline (no teacher), every recovery and the final training. Every random
-stream has a seed of its own (`seed_for`), so that a run that was stopped goes on with the same
-numbers.
+One `fit` serves all trainings: of the baseline (no teacher), of candidates (recoveries and trials),
+and the final ones. The same epoch of all trainings of a run shows the same images, in the same
+order, under the same crops. Every other random stream has a seed of its own (`seed_for`), so that a
+run that was stopped goes on with the same numbers. A *cut* is a MACs reduction.
 """
 
 import errno
@@ -56,7 +57,7 @@ VALIDATION_SHARE = 0.1  # of the training images; used for the rewards (paper)
 MOMENTUM = 0.9  # SGD of every training (script)
 WEIGHT_DECAY = 5e-4  # (script)
 BATCH_SIZE = 128  # (script)
-CROSS_ENTROPY_WEIGHT = 0.1  # beside the teacher's MSE (script)
+CROSS_ENTROPY_WEIGHT = 0.1  # beside the teacher's term (script)
 ADVANTAGE_SCALE = 10  # (script)
 POLICY_LR = 0.001  # Adam (script)
 LSTM_HIDDEN = 100  # (script)
@@ -1105,26 +1106,26 @@ class Teacher:
         self.seed = seed
         self.kept_probabilities = {}
 
-    def probabilities(self, epoch: int, count: int) -> torch.Tensor:
+    def probabilities(self, epoch: int, shown_count: int) -> torch.Tensor:
         """(N, classes) float32, row i for image i.
 
-        Only the first `count` images in the epoch's order are computed; the other rows are 0.
+        Only the first `shown_count` images in the epoch's order are computed; the other rows are 0.
         Without augmentation the outputs are the same in all epochs: then they are computed once,
         for all images.
         """
         if not self.images.is_augmented:
-            epoch, count = 0, len(self.images)
-        if (epoch, count) in self.kept_probabilities:
-            return self.kept_probabilities[epoch, count]
-        probabilities = self.compute(epoch, count)
+            epoch, shown_count = 0, len(self.images)
+        if (epoch, shown_count) in self.kept_probabilities:
+            return self.kept_probabilities[epoch, shown_count]
+        probabilities = self.compute(epoch, shown_count)
         if probabilities.nbytes * (len(self.kept_probabilities) + 1) <= TEACHER_BYTES:
-            self.kept_probabilities[epoch, count] = probabilities
+            self.kept_probabilities[epoch, shown_count] = probabilities
         return probabilities
 
     @torch.no_grad()
-    def compute(self, epoch: int, count: int) -> torch.Tensor:
+    def compute(self, epoch: int, shown_count: int) -> torch.Tensor:
         order, crops = self.images.draw_epoch(self.seed, epoch)
-        shown = order[:count].sort().values
+        shown = order[:shown_count].sort().values
         chunks = shown.split(chunk_size_for(self.images))
         self.net.eval()
         with autocast_for(self.images.device):
@@ -1188,8 +1189,8 @@ class TrainStep:
         self.net = net
         self.optimizer = optimizer
         self.temperature = temperature
-        # A GraphTrainStep sets it. A training that goes on here from a GPU's progress has it from
-        # there, so it is reset.
+        # On a GPU it is True, and then it is also in the optimizer's state that progress.pt keeps.
+        # A training that goes on with that state on a CPU must not have it.
         optimizer.param_groups[0]["fused"] = None
 
     def start_epoch(self) -> None:
@@ -1227,10 +1228,13 @@ class TrainStep:
 
 # ---- training: on a GPU ------------------------------------------------------------------------
 #
-# This section has everything that is different in a training on a GPU; `make_train_step` is its one
-# entry. A step of a narrow net runs hundreds of small kernels. Three things make it faster: one
-# CUDA graph runs all kernels without Python, weight gradients are computed in parallel with the
-# rest of the backward pass, and widths are padded to multiples of 8.
+# This section has what is different in a training on a GPU; `make_train_step` is its one entry.
+# Two parts of that stand elsewhere: `TrainStep.update` takes a second stream, and `draw_batches`
+# reads more images at once.
+#
+# A step of a narrow net runs hundreds of small kernels. Three things make it faster: one CUDA graph
+# runs all kernels without Python, weight gradients are computed in parallel with the rest of the
+# backward pass, and widths are padded to multiples of 8.
 
 
 def make_train_step(net: Net, optimizer, temperature: float | None = None) -> TrainStep:
@@ -1419,6 +1423,8 @@ def pad_widths(net: Net, optimizer) -> tuple[Net, torch.optim.SGD]:
     with next(net.parameters()).device:
         padded_net = models.build_like(net, widths).to(memory_format=torch.channels_last)
     padded_optimizer = make_optimizer(padded_net, optimizer.defaults["lr"])
+    padded_group, group = padded_optimizer.param_groups[0], optimizer.param_groups[0]
+    padded_group["weight_decay"] = group["weight_decay"]
     copy_training_state(net, optimizer, padded_net, padded_optimizer)
     return padded_net, padded_optimizer
 
@@ -1483,8 +1489,9 @@ def fit(
 ) -> Iterator[tuple[int, float]]:
     """Train `net` in place, an epoch per iteration of this generator: yields (epoch, mean loss).
 
-    `epochs` are those of the plan to train, by default all of them. `wrap_steps(steps)` passes on
-    the steps of an epoch, to show them.
+    `epochs` are those of the plan to train, by default all of them. The plan says the learning rate
+    of each step, whatever the optimizer has. The `teacher` must have the same `seed`.
+    `wrap_steps(steps)` yields the steps of an epoch one by one, and may show how far it is.
     """
     batch_size = min(BATCH_SIZE, len(images))
     # ours: the last, smaller batch of an epoch is left out. Each epoch has another order, so these
@@ -1528,8 +1535,8 @@ def is_gpu_error(error: Exception) -> bool:
     "Unable to find an engine" is cuDNN's message where the memory is full, or where this cuDNN does
     not support the GPU.
     """
-    signs = ("CUDA error", "cuDNN error", "unable to find an engine")
-    return any(sign in str(error) for sign in signs)
+    signs = ("cuda error", "cudnn error", "unable to find an engine")
+    return any(sign in str(error).lower() for sign in signs)
 
 
 # ---- training: how a foreign net is read -------------------------------------------------------
@@ -3088,7 +3095,8 @@ class RegressionSearch(Search):
 
 # ---- the run: its methods ----------------------------------------------------------------------
 #
-# From top to bottom, a run calls:
+# A run calls, each from the one above it (so the code of it stands from here to the end of the
+# file, the callers last):
 #
 #   Run.make_baseline()         the teacher, trained or given
 #   Run.make_row(method, goal)  a row of the table: its structure, then the final training
@@ -3378,7 +3386,9 @@ class RunFolder:
                 return row
         return None
 
-    def log_search(self, method: str, rule: str, target: float | None, candidates, **more) -> None:
+    def set_search_results(
+        self, method: str, rule: str, target: float | None, candidates, **more
+    ) -> None:
         """Put into the results what a search tried; `rule` says how it searched."""
         self.results["search"][method] = {
             "rule": rule,
@@ -3388,7 +3398,7 @@ class RunFolder:
         }
 
     def searched_candidates(self, method: str) -> list[Candidate]:
-        """What `log_search` kept of a method's candidates."""
+        """What `set_search_results` kept of a method's candidates."""
         log = self.results["search"].get(method, {"candidates": []})
         return [read_candidate(values) for values in log["candidates"]]
 
@@ -3649,7 +3659,9 @@ def explain_divergence(title: str, epoch_number: int, plan: TrainingPlan) -> str
 TRIAL_SHARE = 0.1
 MAX_TRIAL_EPOCHS = 10
 MIN_TRIAL_STEPS = 400
-MIN_TRIAL_EPOCHS = 2  # ours: so that a trial of `sep` has one without and one with gates
+# ours: so that a trial of `sep` has an epoch without and one with gates. Where the final training
+# has one epoch (`smoke`), the trial has this one, with gates.
+MIN_TRIAL_EPOCHS = 2
 
 
 def plan_trial(final: TrainingPlan, image_count: int) -> TrainingPlan:
@@ -3684,17 +3696,17 @@ class Trainer:
         return self.teachers[images]
 
     def load(self, path: Path) -> tuple[Net, dict]:
-        """(net, facts) of a checkpoint in the run folder, on the device.
+        """(net, facts) of a checkpoint in the run folder, on the device. Raises UserError.
 
-        Nets go on from their files even where they are at hand, so that a stopped run and an
-        undisturbed one compute the same to the last bit. Raises UserError.
+        Callers read a net back from its file even where they still hold it in memory: so a stopped
+        run and an undisturbed one compute the same to the last bit.
         """
         try:
             net, facts = sep.load(path)
         except UserError as error:
             advice = "--fresh starts the run over"
             if path.parent != self.folder.path:
-                advice = f"remove {path.parent} and that search begins anew"
+                advice = f"remove {path.parent}, and what it keeps is made anew"
             raise UserError(f"{error}; {advice}") from error
         return net.to(self.device).to(memory_format=torch.channels_last), facts
 
@@ -3721,9 +3733,9 @@ class Trainer:
         With `keeps_best`, which needs `validation`, the weights are those of the best epoch by that
         accuracy, else of the last one.
 
-        A training diverges where its loss is no longer a number. With `keeps_best` it then ends
-        with its best weights so far, or with those that it began with. Else it raises
-        DivergenceError.
+        A training diverges where its loss is no longer a number, or its weights are no finite ones.
+        With `keeps_best` it then ends with its best weights so far, or with those that it began
+        with. Else it raises DivergenceError.
         """
         net = net.to(self.device).to(memory_format=torch.channels_last)
         first_weights = deepcopy(net.state_dict()) if keeps_best else None
@@ -3744,7 +3756,8 @@ class Trainer:
             wrap_steps=self.reporter.wrap_steps,
         )
         for _, loss in epochs:  # each step of this loop trains one epoch
-            if not math.isfinite(loss):
+            # The loss is that before an epoch's last step, after which weights may be infinite.
+            if not math.isfinite(loss) or models.find_infinite(net.state_dict()):
                 if not keeps_best:
                     message = explain_divergence(title, state.epochs + 1, plan)
                     raise DivergenceError(message, seconds=time.time() - start)
@@ -3789,7 +3802,7 @@ class Trainer:
         method removes."""
         return make_reduction_of(method, self.baseline)
 
-    def score_baseline(self, target: float | None) -> ScoredStructure:
+    def make_baseline_score(self, target: float | None) -> ScoredStructure:
         """The baseline as a search sees it."""
         row = self.folder.find_row("baseline")
         accuracy = row["validation_accuracy"]
@@ -3812,15 +3825,15 @@ class Trainer:
         target: float | None,
         lstm_epoch: int,
         number: int,
-        row: str | None = None,
+        row_name: str | None = None,
     ) -> tuple[Net, Candidate]:
         """Prune a parent to a structure, recover it with the teacher, and score it.
 
-        `method` says how its MACs are counted (`count_macs_by`). `row` is the row that it is for,
-        by default that of the method.
+        `method` says how its MACs are counted (`count_macs_by`). `row_name` is the row that it is
+        for, by default that of the method.
         """
         trained = self.train(
-            f"{row or method}: candidate {number}, {structure_name(structure)}",
+            f"{row_name or method}: candidate {number}, {structure_name(structure)}",
             models.prune_channels(parent_net, structure),
             self.data.train,
             self.settings.recovery,
@@ -3853,7 +3866,7 @@ class Trainer:
         target: float | None,
         lstm_epoch: int,
         number: int,
-        row: str | None = None,
+        row_name: str | None = None,
     ) -> tuple[Net, Candidate]:
         """`make_candidate`, kept in a file of the pool: both come from there if it exists."""
         if not path.exists():
@@ -3865,7 +3878,7 @@ class Trainer:
                 target=target,
                 lstm_epoch=lstm_epoch,
                 number=number,
-                row=row,
+                row_name=row_name,
             )
             models.save_checkpoint(path, net, asdict(candidate))
         net, facts = self.load(path)
@@ -3938,13 +3951,13 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
     """Run the search of a method, and its trials: (best net, its score).
 
     A structure that is proposed again is not trained again: its score is reused. Raises UserError
-    where one channel in every layer does not reach the target. A ReinforceSearch may end before it
-    has reached it.
+    where one channel in every layer does not reach the target. A ReinforceSearch may end before any
+    structure has reached it.
     """
     folder = trainer.folder
     search = make_search(trainer, method, target)
     load_search(search, folder)
-    log_search_state(search, folder)  # also where the search has ended already
+    update_search_results(search, folder)  # also where the search has ended already
     reported_best = None
     has_proposed = False
     while (proposal := search.propose()) is not None:
@@ -3958,7 +3971,7 @@ def run_search(trainer: Trainer, method: str, target: float | None) -> tuple[Net
             folder.say(describe_search(search, lstm_epoch))
             reported_best = search.best
         save_search(search, folder)
-        log_search_state(search, folder)
+        update_search_results(search, folder)
         folder.save_results()
         remove_unused_weights(search, folder)
     if has_proposed:
@@ -4057,7 +4070,7 @@ def run_trials(trainer: Trainer, search: Search) -> None:
         # Not saved in search.pt: a run that goes on reads both from the trial's file.
         finalist.trial_loss = trained.validation_loss
         finalist.seconds = round(finalist.seconds + trained.seconds, 2)
-        log_search_state(search, folder)
+        update_search_results(search, folder)
         folder.save_results()
     if is_new:
         folder.say(describe_trials(search, finalists))
@@ -4072,7 +4085,7 @@ def make_search(trainer: Trainer, method: str, target: float | None) -> Search:
     search_class = RegressionSearch if by_regression else ReinforceSearch
     return search_class(
         baseline,
-        trainer.score_baseline(target),
+        trainer.make_baseline_score(target),
         trainer.settings,
         target,
         reduction_of,
@@ -4105,9 +4118,9 @@ def save_search(search: Search, folder: RunFolder) -> None:
     models.write_tensors(path, search.state_dict() | {"title": title_of(search)})
 
 
-def log_search_state(search: Search, folder: RunFolder) -> None:
+def update_search_results(search: Search, folder: RunFolder) -> None:
     """Put into the results how far a search is."""
-    folder.log_search(
+    folder.set_search_results(
         search.method,
         search.rule,
         search.target,
@@ -4161,7 +4174,7 @@ class RowCheckpoints:
 
     A checkpoint is used for a row only if its facts say that this run made it as that row. Another
     net at the same path would give the table a false row. Only the baseline may come from a run
-    with other settings.
+    with other settings, of the same schedule and seed.
     """
 
     def __init__(self, trainer: Trainer, round_to: int | None):
@@ -4274,9 +4287,10 @@ def list_gate_counts(gate_sizes) -> list[int]:
 
 
 def keep_last_gates(gate_sizes, count: int) -> list[sep.GateSize | None]:
-    """The last `count` of the gates in `gate_sizes`; None for all other layers."""
+    """The last `count` of the gates in `gate_sizes`, all if they are fewer; None for all other
+    layers."""
     gated_layers = [i for i, size in enumerate(gate_sizes) if size is not None]
-    kept = gated_layers[len(gated_layers) - count :]
+    kept = gated_layers[max(0, len(gated_layers) - count) :]
     return [size if i in kept else None for i, size in enumerate(gate_sizes)]
 
 
@@ -4321,19 +4335,21 @@ def make_static(gated: Net, images: Images) -> Net:
 class SepRow:
     """Makes the row of `sep`.
 
-    ours, if searches go by regression:
-    1. `find_structure`: takes the structure that `lstm`'s search chooses. A search of `sep`'s own
-       would try the same hard-pruned candidates again. Gates cost MACs, too, so some more kernels
-       are removed.
-    2. `train`: two nets compete. One has that structure, with gates in its last layers. Its rival
-       is `lstm`'s net: it pays for no gates, so it may have more kernels. Short trainings are
-       compared on the validation images. They choose between the two nets, and choose how many
-       layers have gates.
-    3. The winner gets the final training. If the winner is `lstm`'s net, and that net has had its
-       final training already, it is taken as it is.
+    First a structure is found. Then two nets compete: a net with gates in its last layers, and a
+    net without gates. Short trainings of both are compared on the validation images. They choose
+    between the two nets, and choose how many layers have gates. The winner gets the final training.
 
-    By the papers' rules `sep` has a search of its own. In that case, and if widths are rounded
-    (`round_to`), the rival is the same net without gates.
+                       searches by regression (ours)      by the papers' rules
+    its structure      that of `lstm`'s search, less      that of a search of its own
+                       some kernels: they make room
+                       for the gates' MACs
+    net without gates  `lstm`'s net: it pays for no       the same net, with all of these
+                       gates, so it may have more         kernels, but without gates
+                       kernels
+
+    If `lstm`'s net wins, and has had its final training already, it is taken as it is. If widths
+    are rounded (`round_to`), the net without gates is the same net in both cases: `lstm`'s has
+    another structure then.
     """
 
     def __init__(self, trainer: Trainer, checkpoints: RowCheckpoints, round_to: int | None):
@@ -4346,83 +4362,96 @@ class SepRow:
 
     # -- its structure
 
-    def find_structure(self, target: float) -> RecoveredNet:
-        """`lstm`'s structure, pruned until the gates that it may get fit into the target."""
+    def find_recovered_net(self, target: float) -> RecoveredNet:
+        """A net of `lstm`'s structure, pruned until the gates that it may get fit into the target,
+        and recovered."""
         trainer = self.trainer
         structure = prune_further(
-            self.find_or_search_lstm_structure(target),
+            self.find_lstm_structure(target),
             trainer.baseline.widths,
             trainer.make_reduction_of("sep"),
             target,
             self.settings.pruning_rate,
         )
-        net, candidate = self.recover(structure, "sep", target)
-        self.folder.log_search("sep", "shared", target, [candidate])
+        net, candidate = self.recover(structure, target, counted_as="sep", number=1)
+        self.folder.set_search_results("sep", "shared", target, [candidate])
         self.folder.save_results()
         return RecoveredNet(net, candidate, self.folder.search_seconds("lstm") + candidate.seconds)
 
-    def find_or_search_lstm_structure(self, target: float) -> tuple[int, ...]:
-        """The structure that `lstm`'s search chooses. Where `lstm` has no row yet, it searches, or
-        goes on searching."""
+    def find_lstm_structure(self, target: float) -> tuple[int, ...]:
+        """The structure that `lstm`'s search chooses. It searches, or goes on searching, where
+        that is not known. A search that has ended is read from its files."""
         row = self.folder.find_row("lstm")
-        rounding = self.folder.results["rounded"].get("lstm")
         if row is not None and not self.round_to:
             return tuple(row["widths"])
+        rounding = self.folder.results["rounded"].get("lstm")
         if row is not None and rounding is not None:
             return tuple(rounding["before"]["widths"])
-        # With a row, results.json was lost: then the row alone does not say what was rounded.
+        # `lstm` has no row yet. Or it has one, but results.json was lost, and the row alone does
+        # not say what the widths were before they were rounded.
         return run_search(self.trainer, "lstm", target)[1].structure
 
-    def recover(self, structure, method: str, target: float) -> tuple[Net, Candidate]:
+    def recover(
+        self, structure, target: float, *, counted_as: str, number: int
+    ) -> tuple[Net, Candidate]:
         """Prune the baseline to a structure, and recover it; kept in `sep`'s pool. The MACs are
-        counted as those of `method`: of `sep` with gates, of `lstm` without."""
+        counted as those of the method `counted_as`: of `sep` with gates, of `lstm` without."""
         return self.trainer.load_or_make_candidate(
             self.folder.pool_path("sep") / f"shared-{structure_name(structure)}.pt",
-            method,
+            counted_as,
             self.trainer.load_baseline(),
             structure,
             target=target,
             lstm_epoch=1,
-            number=1,
-            row="sep",
+            number=number,
+            row_name="sep",
         )
 
     # -- its final training
 
     def train(self, recovered: RecoveredNet, target: float | None) -> TrainedNet:
-        """Choose between `recovered` with gates and its rival without gates, and give the winner
-        the final training. If the rival is `lstm`'s net, which is trained already, that is taken.
+        """Let `recovered` with gates compete with a net without gates, and give the winner the
+        final training.
 
         The validation accuracy is that after the recovery, the seconds are those of the whole row.
         """
-        # With rounded widths `lstm`'s net has another structure, so it is no rival.
-        has_lstm_rival = self.settings.searches_by_regression(target) and not self.round_to
-        rival = self.recover_rival(recovered, target) if has_lstm_rival else recovered
-        gate_sizes, trial_seconds = self.select_layers(recovered.net, rival.net)
+        without_gates = self.find_net_without_gates(recovered, target)
+        gate_sizes, trial_seconds = self.choose_gates(recovered.net, without_gates.net)
         if any(gate_sizes):
-            trained = self.train_with_gates(recovered.net, gate_sizes)
-            accuracy = recovered.score.validation_accuracy
-        elif has_lstm_rival and self.has_lstm_net_of(rival.net.structure):
-            trained = self.load_lstm_net()
-            accuracy = trained.validation_accuracy
+            trained = self.train_with_gates(recovered, gate_sizes)
         else:
-            images, plan = self.data.all, self.settings.final
-            trained = self.trainer.train("sep: final", rival.net, images, plan)
-            accuracy = rival.score.validation_accuracy
-        # The rival's seconds include those of `recovered`: both had to be found, whichever won.
-        seconds = rival.seconds + trial_seconds + trained.seconds
-        return replace(trained, validation_accuracy=accuracy, seconds=seconds)
+            trained = self.train_without_gates(without_gates, target)
+        # Those of `without_gates` include those of `recovered`: both had to be found, whichever
+        # won.
+        seconds = without_gates.seconds + trial_seconds + trained.seconds
+        return replace(trained, seconds=seconds)
 
-    def recover_rival(self, recovered: RecoveredNet, target: float) -> RecoveredNet:
-        """The net that competes with `recovered` and its gates: of `lstm`'s structure, which has no
-        gates to pay for."""
-        structure = self.find_or_search_lstm_structure(target)
+    def competes_with_lstm(self, target: float | None) -> bool:
+        """Whether the net without gates is `lstm`'s; else it is the same net without gates."""
+        return self.settings.searches_by_regression(target) and not self.round_to
+
+    def find_net_without_gates(self, recovered: RecoveredNet, target: float | None) -> RecoveredNet:
+        """The net that competes with `recovered` and its gates; see the table of this class."""
+        if not self.competes_with_lstm(target):
+            return recovered
+        structure = self.find_lstm_structure(target)
         if structure == recovered.score.structure:
             return recovered
-        net, candidate = self.recover(structure, "lstm", target)
-        # This replaces what the results say of sep's search, so it comes before the gates' trials.
-        self.folder.log_search("sep", "shared", target, [recovered.score, candidate])
+        net, candidate = self.recover(structure, target, counted_as="lstm", number=2)
+        # The trials of gates are added to this entry, so it has to be complete before them.
+        self.folder.set_search_results("sep", "shared", target, [recovered.score, candidate])
         return RecoveredNet(net, candidate, recovered.seconds + candidate.seconds)
+
+    def train_without_gates(self, recovered: RecoveredNet, target: float | None) -> TrainedNet:
+        """The final training of the net without gates, or `lstm`'s net, if that is the same net and
+        is trained already. The seconds are those of this training."""
+        is_lstm_net = self.competes_with_lstm(target)
+        if is_lstm_net and self.has_lstm_net_of(recovered.net.structure):
+            return self.load_lstm_net()
+        trained = self.trainer.train(
+            "sep: final", recovered.net, self.data.all, self.settings.final
+        )
+        return replace(trained, validation_accuracy=recovered.score.validation_accuracy)
 
     def has_lstm_net_of(self, structure) -> bool:
         """Whether the folder has `lstm`'s trained net, of that structure."""
@@ -4443,9 +4472,9 @@ class SepRow:
         self.folder.say("sep has no gates, so it is lstm's net")
         return TrainedNet(net, facts["validation_accuracy"], training_seconds, facts["curve"])
 
-    def train_with_gates(self, net: Net, gate_sizes) -> TrainedNet:
+    def train_with_gates(self, recovered: RecoveredNet, gate_sizes) -> TrainedNet:
         """ours: the final training in two parts of one schedule. The first trains the pruned net as
-        it is; then come the gates that `gate_sizes` names.
+        it is; then come the gates that `gate_sizes` names. The seconds are those of both parts.
 
         If gates come at the start, each group has fewer images to learn from. In one run this gave
         a lower accuracy than gates that come later, but chance may explain the difference
@@ -4454,41 +4483,45 @@ class SepRow:
         images, plan = self.data.all, self.settings.final
         epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: final, without gates"
-        first_part = self.train_in_pool(title, net, images, plan, epochs_before_gates)
+        first_part = self.train_in_pool(title, recovered.net, images, plan, epochs_before_gates)
         gated = self.put_gates_on(first_part.net, gate_sizes)
         second_part = self.trainer.train(
             "sep: final", gated, images, plan, epoch_range=epochs_with_gates
         )
         return replace(
             second_part,
+            validation_accuracy=recovered.score.validation_accuracy,
             seconds=first_part.seconds + second_part.seconds,
             curve=first_part.curve + second_part.curve,
         )
 
-    # -- which layers get gates
+    # -- which layers get gates, if any
 
-    def select_layers(self, net: Net, rival_net: Net) -> tuple[list[sep.GateSize | None], float]:
-        """Which layers of a pruned net get gates: (the size of each layer's gate, None for no gate;
-        seconds spent).
+    def choose_gates(
+        self, net: Net, net_without_gates: Net
+    ) -> tuple[list[sep.GateSize | None], float]:
+        """Which layers of the pruned `net` get gates: (the size of each layer's gate, None for no
+        gate; seconds spent). Without any gate `net_without_gates` has won.
 
         To choose kernels by the image helps most in the last layers, if at all. A layer has room
         for a gate if it lost enough kernels. A few short trainings have gates in the last 1, 2, 4,
-        ... of these layers, and one training is of `rival_net` without gates. The training with the
+        ... of these layers, and one training is of `net_without_gates`. The training with the
         lowest loss on the validation images wins.
         """
         gate_sizes = sep.choose_gate_sizes(self.trainer.baseline.widths, net.structure)
         if not any(gate_sizes):
             self.folder.say("sep: no layer lost enough kernels to have room for a gate")
             return gate_sizes, 0.0
-        trials, seconds = self.try_gates(net, rival_net, gate_sizes)
+        trials, seconds = self.try_gates(net, net_without_gates, gate_sizes)
         self.folder.results["search"]["sep"]["gate_trials"] = trials
         self.folder.save_results()
         self.folder.say(describe_gate_trials(trials))
         return keep_last_gates(gate_sizes, best_gate_count(trials)), seconds
 
-    def try_gates(self, net: Net, rival_net: Net, gate_sizes) -> tuple[list[dict], float]:
-        """Short trainings with several numbers of gates, on the images that do not validate: (of
-        each the number of gates and the validation loss, seconds spent).
+    def try_gates(self, net: Net, net_without_gates: Net, gate_sizes) -> tuple[list[dict], float]:
+        """Short trainings of `net_without_gates`, and of `net` with several numbers of gates, on
+        the images that do not validate: (of each the number of gates and the validation loss,
+        seconds spent).
 
         A trial with gates that diverges has the loss None. Raises DivergenceError where the nets
         without gates diverge.
@@ -4497,12 +4530,14 @@ class SepRow:
         plan = plan_trial(self.settings.final, len(images))
         epochs_before_gates, epochs_with_gates = split_epochs(plan)
         title = "sep: gates, trial without"
-        rival = self.train_in_pool(title, rival_net, images, plan, range(plan.epochs))
+        without_gates = self.train_in_pool(
+            title, net_without_gates, images, plan, range(plan.epochs)
+        )
         # All trials with gates go on from here.
         title = "sep: gates, before the trials"
         first_part = self.train_in_pool(title, net, images, plan, epochs_before_gates)
-        seconds = rival.seconds + first_part.seconds
-        trials = [{"gates": 0, "validation_loss": rival.validation_loss}]
+        seconds = without_gates.seconds + first_part.seconds
+        trials = [{"gates": 0, "validation_loss": without_gates.validation_loss}]
         for count in list_gate_counts(gate_sizes):
             gated = self.put_gates_on(first_part.net, keep_last_gates(gate_sizes, count))
             title = f"sep: gates, trial with {count}"
@@ -4550,7 +4585,7 @@ class Run:
         round_to: int | None = None,
     ):
         """`description`: the entries experiment, schedule, data and source (of a given checkpoint)
-        of results.json; `describe` adds the others.
+        of results.json; `make_description` adds the others.
 
         Raises UserError where the folder is in use, is another run's, or cannot be written.
         """
@@ -4563,9 +4598,9 @@ class Run:
         self.trainer = Trainer(self.folder, settings, data, self.reporter)
         self.checkpoints = RowCheckpoints(self.trainer, round_to)
         self.sep_row = SepRow(self.trainer, self.checkpoints, round_to)
-        self.folder.open_results(description | self.describe())
+        self.folder.open_results(description | self.make_description())
 
-    def describe(self) -> dict:
+    def make_description(self) -> dict:
         """What results.json says of a run before it begins."""
         return {
             "train_images": len(self.data.all),
@@ -4616,9 +4651,9 @@ class Run:
                     "--fresh starts the run over"
                 )
             if is_trained:
-                trained = TrainedNet(
-                    net.to(self.trainer.device), validation_accuracy=None, seconds=0.0
-                )
+                net = net.to(self.trainer.device)
+                accuracy = measure_accuracy(net, self.data.validation)
+                trained = TrainedNet(net, accuracy, seconds=0.0)
             else:
                 trained = self.trainer.train(
                     "baseline",
@@ -4628,8 +4663,7 @@ class Run:
                     validation=self.data.validation,
                     has_teacher=False,
                 )
-            accuracy = measure_accuracy(trained.net, self.data.validation)
-            self.checkpoints.save("baseline", replace(trained, validation_accuracy=accuracy))
+            self.checkpoints.save("baseline", trained)
         baseline, facts = self.checkpoints.load("baseline", net.architecture)
         self.trainer.baseline = baseline
         if not self.find_row("baseline"):
@@ -4663,7 +4697,7 @@ class Run:
         seconds are those of the whole row.
         """
         target = self.choose_target(method, goal)
-        recovered = self.find_structure(method, target)
+        recovered = self.find_recovered_net(method, target)
         if self.round_to:
             recovered = self.round_widths(method, recovered, target, is_required=goal.is_required)
         if method == "sep":
@@ -4741,10 +4775,10 @@ class Run:
         )
         return largest_cut
 
-    def find_structure(self, method: str, target: float | None) -> RecoveredNet:
-        """The structure that a method finds."""
+    def find_recovered_net(self, method: str, target: float | None) -> RecoveredNet:
+        """A net of the structure that a method finds, recovered."""
         if method == "sep" and self.settings.searches_by_regression(target):
-            return self.sep_row.find_structure(target)
+            return self.sep_row.find_recovered_net(target)
         if method == "uniform":
             net, score = self.find_uniform(target)
         else:
@@ -4754,8 +4788,8 @@ class Run:
     def find_uniform(self, target: float | None) -> tuple[Net, ScoredStructure]:
         """(recovered net, its score) with the same share of every layer, at a cut of `target`.
 
-        If the other rows are searched by REINFORCE, it gets there in steps of the pruning rate,
-        with a recovery each. If they are searched by regression, it gets there in one step. Raises
+        Where a search by REINFORCE made the first row, `uniform` gets there as that search does: in
+        steps of the pruning rate, with a recovery each. Else it gets there in one step. Raises
         UserError without a target.
         """
         if target is None:
@@ -4765,11 +4799,11 @@ class Run:
         final_structure = uniform_structure(
             self.trainer.baseline.widths, self.trainer.make_reduction_of("uniform"), target
         )
-        # `target` may be the cut of another row. Whether that row's search went in one step depends
-        # on the target that the user gave.
+        # `target` may be the cut of the first row. That row was searched for the target that the
+        # user gave, if any.
         is_one_step = self.settings.searches_by_regression(self.settings.target)
         net = self.trainer.load_baseline()
-        score = self.trainer.score_baseline(target)
+        score = self.trainer.make_baseline_score(target)
         candidates = []
         while net.structure != final_structure:
             structure = final_structure
@@ -4777,15 +4811,15 @@ class Run:
                 smaller = shrink_all(net.structure, self.settings.pruning_rate)
                 structure = tuple(map(max, smaller, final_structure))
             number = len(candidates) + 1
-            # Each step counts as an LSTM epoch of its own.
             path = (
                 self.folder.pool_path("uniform") / f"{number}-{structure_name(final_structure)}.pt"
             )
+            # Each step counts as an LSTM epoch of its own.
             net, score = self.trainer.load_or_make_candidate(
                 path, "uniform", net, structure, target=target, lstm_epoch=number, number=number
             )
             candidates.append(score)
-        self.folder.log_search("uniform", "uniform", target, candidates)
+        self.folder.set_search_results("uniform", "uniform", target, candidates)
         self.folder.save_results()
         return net, score
 

@@ -1673,13 +1673,21 @@ def load_weights(net: Net, state: dict, *, assign: bool = False) -> None:
     net.load_state_dict(state, assign=assign)
 
 
-def check_is_finite(state: dict) -> None:
-    """Raise UserError where the tensors of a state dict have infinite numbers, or NaNs."""
+def find_infinite(state: dict) -> str | None:
+    """The first key of a state dict whose tensor has infinite numbers, or NaNs."""
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(
-                f"some of its weights are not finite numbers, in {key}: take an earlier checkpoint"
-            )
+            return key
+    return None
+
+
+def check_is_finite(state: dict) -> None:
+    """Raise UserError where the tensors of a state dict have infinite numbers, or NaNs."""
+    key = find_infinite(state)
+    if key is not None:
+        raise UserError(
+            f"some of its weights are not finite numbers, in {key}: take an earlier checkpoint"
+        )
 
 
 def find_mismatch(module: nn.Module, state: dict) -> str:

@@ -16,6 +16,7 @@
                                                    final trainings by several losses and rates
     bench.py DATA_DIR gates BASELINE STRUCTURE EPOCHS PEAK SEED [VARIANT ...]
                                                    a choice by the image, by several gates
+    bench.py DATA_DIR gates_by_validation ...      the same without the test images
     bench.py DATA_DIR signals BASELINE CUT COUNT   do images that the baseline saw rank alike?
     bench.py DATA_DIR budgets BASELINE CUT COUNT   which recovery ranks as final trainings do?
     bench.py DATA_DIR seeds RUN SEED [...]         a run's final trainings by other seeds
@@ -635,6 +636,8 @@ class MixedImages(Images):
     """Each image with another one shining through (mixup, Zhang et al. 2018). Teacher and student
     see the same mixture, and the image itself is the stronger part (Beyer et al. 2021)."""
 
+    is_augmented = True  # other pictures in every epoch, so the teacher's outputs are others, too
+
     def draw_epoch(self, seed, epoch):
         order, crops = super().draw_epoch(seed, epoch)
         generator = torch.Generator().manual_seed(controller.seed_for(seed, "mixed", epoch))
@@ -651,6 +654,8 @@ class MixedImages(Images):
 class ErasedImages(Images):
     """Each image without a square of it, which has the images' mean instead (cutout, DeVries and
     Taylor 2017). Teacher and student see the same."""
+
+    is_augmented = True
 
     def draw_epoch(self, seed, epoch):
         order, crops = super().draw_epoch(seed, epoch)
@@ -736,22 +741,23 @@ def train_by_recipe(net, recipe, images, teacher):
     def average_after_each(steps):
         for step in steps:
             yield step
-            if is_averaging:
+            # On a GPU a padded net is trained, and `copy` gets its weights after each epoch.
+            if is_averaging and DEVICE.type == "cpu":
                 average.update_parameters(copy)
 
     options = {"optimizer": optimizer, "seed": recipe.seed, "teacher": teacher}
     epochs = controller.fit(copy, images, recipe.plan, wrap_steps=average_after_each, **options)
     for epoch, _ in epochs:
-        yield copy, average.module if is_averaging else None
+        yield copy, average.module if is_averaging and DEVICE.type == "cpu" else None
         is_averaging = epoch + 1 >= 2 / 3 * recipe.plan.epochs
 
 
 def recipes(folder, checkpoint, cut, epochs, *names):
     """Which final training? The `uniform` structure at a cut, by several TEMPERATURE:PEAK, where
     temperature 0 is the papers' MSE: on validation images that the baseline has not seen. Beside
-    it an exponential average of the weights, begun after two thirds. Options: `cosine`, `mixed`,
-    decay=W, labels=W, seed=N, erased=N (cutout of N x N pixels), and crops=N: the epochs after
-    which crops repeat."""
+    it, on a CPU, an exponential average of the weights, begun after two thirds. Options: `cosine`,
+    `mixed`, decay=W, labels=W, seed=N, erased=N (cutout of N x N pixels), and crops=N: the epochs
+    after which crops repeat."""
     baseline = load_baseline(folder, checkpoint)
     small = models.prune_channels(baseline.net, baseline.uniform(cut))
     logits = compute_logits(baseline.net, baseline.validation, in_float32=True)
@@ -776,7 +782,8 @@ def recipes(folder, checkpoint, cut, epochs, *names):
 
 # ---- gates -------------------------------------------------------------------------------------
 #
-# What is a choice by the image worth, and which gates keep it? One structure, one final training.
+# How much does it help to let each image choose its kernels, and how much of that does each kind of
+# gate reach? One structure, one final training.
 
 
 class ScoringGate(nn.Module):
@@ -1048,9 +1055,10 @@ def find_balancing_shifts(scores):
 
 
 def put_gates(net, gate_class, ks, images):
-    """`net` with a gate of that class in every layer with a k."""
+    """`net` with a gate of that class in every layer with a k: so many of its kernels work for an
+    image."""
     names = [prunable.layer_name for prunable, k in zip(net.prunable, ks) if k is not None]
-    chunks = torch.arange(2000).split(500)
+    chunks = torch.arange(2000).split(500)  # MNIST and CIFAR come shuffled
     squeezed = sep.collect_squeezed(net, names, images.batches(chunks))
     gates = []
     for index, (prunable, width, k) in enumerate(zip(net.prunable, net.widths, ks)):
@@ -1062,10 +1070,10 @@ def put_gates(net, gate_class, ks, images):
         # Of a linear layer after a convolution they are fewer than its inputs.
         channels = inputs if previous is None else net.widths[previous]
         hidden = max(4, channels // 16)  # as in SENet, but no fewer than 4
-        gate = gate_class(inputs, hidden, width, k)
+        gate = gate_class(inputs, hidden, width, k).to(images.device)
         gate.standardise(squeezed[prunable.layer_name])
         gate.next_layer = (net.get_submodule(prunable.next_layer_name),)
-        gates.append(gate.to(images.device))
+        gates.append(gate)
     net.gates = nn.ModuleList(gates)
     return net
 
@@ -1147,17 +1155,41 @@ def make_gate_variant(name, baseline, structure):
 def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
     """One structure, as 2-9-72, by several gates, each with the same final training: test accuracy,
     MACs, kernels for no, some and all test images, and how many bits the use of a kernel tells of
-    the class.
+    the class. All nets begin right after the pruning, without a recovery.
 
-    VARIANT=N puts gates on the last N layers alone.
+    hard, scales          hard pruning; the same with squeeze-and-excitation scales on the kernels
+    groups                the gates of `sep`, put on after 30 % of the training
+    groups-...            the same with one change: see GROUP_VARIANTS
+    kernels               gates that choose single kernels of all that the baseline has
+    kernels-annealed      the same; at first they choose all kernels, then fewer and fewer
+    strongest             a choice that knows the strongest kernels, and saves nothing
+
+    VARIANT=N puts gates, or scales, on the last N layers that have room for them. Gates of groups
+    are also made plain. This net gets a recovery of 50 steps like those of the final training
+    (`static` of a run has that run's recovery).
 
     The trainings are kept in files gates-*.pt in the folder in which you are. The same command goes
     on from there, and measures finished ones again.
     """
     baseline = load_baseline(folder, checkpoint)
+    compare_gates("gates", baseline, checkpoint, structure, epochs, peak, seed, variants)
+
+
+def gates_by_validation(folder, checkpoint, structure, epochs, peak, seed, *variants):
+    """As `gates`, but all trainings have the training images alone, and "test accuracy" is that on
+    the validation images. So variants can be compared before anybody reads the test images."""
+    baseline = load_baseline(folder, checkpoint)
+    baseline = replace(baseline, all=baseline.train, test=baseline.validation)
+    title = "gates-by-validation"
+    compare_gates(title, baseline, checkpoint, structure, epochs, peak, seed, variants)
+
+
+def compare_gates(title, baseline, checkpoint, structure, epochs, peak, seed, variants):
+    """The work of `gates`; `title` begins the names of its files."""
     # Another checkpoint may have the same name: every run calls its baseline baseline.pt.
     digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:8]
-    work = f"gates-{Path(checkpoint).stem}-{digest}-{structure}-epochs{epochs}-peak{peak}-s{seed}"
+    work = f"{title}-{Path(checkpoint).stem}-{digest}-{structure}-epochs{epochs}"
+    work += f"-peak{peak}-s{seed}"
     structure = tuple(map(int, structure.split("-")))
     plan = TrainingPlan(int(epochs), float(peak), is_one_cycle=True, temperature=4.0)
     teacher = Teacher(baseline.net, baseline.all, int(seed))
@@ -1197,6 +1229,8 @@ def train_resumably(net, plan, teacher, epochs, path):
     content = models.read_unfinished_work(path, path.stem, {"net", "optimizer", "epochs"})
     finished_epochs = 0
     if content is not None:
+        # It may be of an earlier version of this code, and then it is to be removed.
+        say(f"{path}: goes on after epoch {content['epochs']} of {len(epochs)}")
         net.load_state_dict(content["net"])
         optimizer.load_state_dict(content["optimizer"])
         finished_epochs = content["epochs"]
@@ -1230,6 +1264,7 @@ def describe_gated(net, baseline):
         if isinstance(gate, sep.SEGate):
             macs += sep.count_gate_macs(net, net.structure, i, gate.size.group_count)
         elif gate is not None:
+            # Its first layer costs as much as a gate with so many groups.
             hidden = gate.reduce.out_features
             macs += sep.count_gate_macs(net, net.structure, i, hidden) + hidden * gate.width
     cut = 1 - macs / models.count_macs(baseline.net)
@@ -1250,7 +1285,7 @@ def measure_shares(net, images):
     """Of each gated layer (classes, C): the share of a class's images that each kernel serves."""
     if any(isinstance(gate, sep.SEGate) for gate in sep.gates_of(net)):
         layers = controller.measure_usage_by_class(net, images)["layers"]
-        return {name: torch.tensor(shares) for name, shares in layers.items()}
+        return {name: torch.tensor(shares, device=DEVICE) for name, shares in layers.items()}
     gates = [(p.layer_name, gate) for p, gate in zip(net.prunable, net.gates) if gate is not None]
     shares = {name: [] for name, _ in gates}
     for label in range(net.classes):
@@ -1266,8 +1301,8 @@ def measure_shares(net, images):
 
 
 def describe_choice(shares, images_of_class):
-    """(kernels for no, for some, for all images; of those for some, how many bits the use of one
-    tells of the class, in the mean) of shares (classes, C)."""
+    """(kernels for no, for some, for all images; the mean, over the kernels for some images, of the
+    mutual information of "is used" and the class, in bits) of shares (classes, C)."""
 
     def entropy(p):
         return -(p * p.clamp_min(1e-12).log2() + (1 - p) * (1 - p).clamp_min(1e-12).log2())
@@ -1955,8 +1990,8 @@ def save_enlarged(data_folder, folder):
 
 USUAL = (exactness, speed, size, search)
 OTHERS = (
-    *(ablation, narrow, structures, recipes, gates, signals, budgets, seeds),
-    *(finalists, leads, imitation, rivals),
+    *(ablation, narrow, structures, recipes, gates, gates_by_validation),
+    *(signals, budgets, seeds, finalists, leads, imitation, rivals),
     *(small, families, readings, examples, photographs),
 )
 

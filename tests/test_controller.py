@@ -2925,7 +2925,7 @@ def test_trials_choose_among_the_best_candidates_for_lstm_and_sep(tmp_path, monk
     assert sum(title.startswith("lstm: trial ") for title in spy.titles) == len(finalists)
     assert sum(line.startswith("lstm: the search has ended; ") for line in spy.lines) == 1
     assert any(line.startswith("lstm: trials choose ") for line in spy.lines)
-    assert run.sep_row.find_or_search_lstm_structure(0.5) == chosen.structure
+    assert run.sep_row.find_lstm_structure(0.5) == chosen.structure
 
 
 def test_a_run_with_trials_that_is_interrupted_ends_like_an_undisturbed_one(tmp_path):
@@ -2955,7 +2955,7 @@ def test_a_finalist_whose_trial_diverges_is_not_chosen(tmp_path, monkeypatch):
     weights = tmp_path / "weights.pt"
     models.save_checkpoint(weights, make_lenet(), {})
     monkeypatch.setattr(controller, "weights_path_for", lambda *_: weights)
-    monkeypatch.setattr(controller, "log_search_state", lambda *_: None)
+    monkeypatch.setattr(controller, "update_search_results", lambda *_: None)
     monkeypatch.setattr(controller, "describe_trials", lambda *_: "told")
     monkeypatch.setattr(trainer, "measure_validation_loss", lambda net: 0.3)
     titles = []
@@ -3125,10 +3125,10 @@ def test_gates_go_where_the_validation_loss_is_lowest(tmp_path, monkeypatch, bes
     run = make_run(tmp_path, spy, settings)
     baseline = run.make_baseline(make_lenet())
     structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
-    run.folder.log_search("sep", "shared", 0.5, [])
+    run.folder.set_search_results("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    recovered = RecoveredNet(net, run.trainer.score_baseline(None), 0.0)
+    recovered = RecoveredNet(net, run.trainer.make_baseline_score(None), 0.0)
     trained = run.sep_row.train(recovered, None)
 
     gates = sep.gates_of(trained.net)
@@ -3146,10 +3146,10 @@ def test_a_trial_of_gates_that_diverges_loses(tmp_path, monkeypatch):
     run = make_run(tmp_path, settings=replace(TINY, final=TrainingPlan(2, 0.01)))
     baseline = run.make_baseline(make_lenet())
     structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
-    run.folder.log_search("sep", "shared", 0.5, [])
+    run.folder.set_search_results("sep", "shared", 0.5, [])
 
     net = models.prune_channels(baseline, structure)
-    _, seconds = run.sep_row.select_layers(net, net)
+    _, seconds = run.sep_row.choose_gates(net, net)
 
     assert 1000 < seconds < 1100
     losses = [t["validation_loss"] for t in run.results["search"]["sep"]["gate_trials"]]
@@ -3163,10 +3163,10 @@ def test_a_trial_that_diverges_without_gates_ends_the_row(tmp_path, monkeypatch,
     run = make_run(tmp_path, settings=replace(TINY, final=TrainingPlan(4, 0.01)))
     baseline = run.make_baseline(make_lenet(), is_trained=True)
     net = models.prune_channels(baseline, [width // 2 for width in baseline.widths])
-    run.folder.log_search("sep", "shared", 0.5, [])
+    run.folder.set_search_results("sep", "shared", 0.5, [])
 
     with pytest.raises(controller.DivergenceError):
-        run.sep_row.select_layers(net, net)
+        run.sep_row.choose_gates(net, net)
 
 
 def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
@@ -3182,10 +3182,12 @@ def test_a_run_goes_on_where_other_gates_were_stopped(tmp_path, monkeypatch):
         run = make_run(tmp_path, spy, settings)
         baseline = run.make_baseline(make_lenet())
         structure = (baseline.widths[0], *(width // 2 for width in baseline.widths[1:]))
-        run.folder.log_search("sep", "shared", 0.5, [])
+        run.folder.set_search_results("sep", "shared", 0.5, [])
         try:
             net = models.prune_channels(baseline, structure)
-            return run.sep_row.train(RecoveredNet(net, run.trainer.score_baseline(None), 0.0), None)
+            return run.sep_row.train(
+                RecoveredNet(net, run.trainer.make_baseline_score(None), 0.0), None
+            )
         finally:
             run.folder.lock.close()
 
@@ -3300,7 +3302,7 @@ def test_a_layer_that_lost_few_kernels_gets_no_gate(tmp_path):
     run = make_run(tmp_path, spy)
     baseline = run.make_baseline(make_lenet())
 
-    whole = RecoveredNet(run.trainer.load_baseline(), run.trainer.score_baseline(None), 0.0)
+    whole = RecoveredNet(run.trainer.load_baseline(), run.trainer.make_baseline_score(None), 0.0)
     trained = run.sep_row.train(whole, None)
 
     assert trained.net.gates is None

@@ -2081,6 +2081,23 @@ def test_a_training_that_diverges_says_so_and_stops(tmp_path):
     assert not (tmp_path / "baseline.pt").exists()
 
 
+def test_a_training_whose_last_step_makes_weights_infinite_has_diverged(tmp_path, monkeypatch):
+    train = controller.fit
+
+    def fit_to_infinity(net, *arguments, **options):
+        for epoch, loss in train(net, *arguments, **options):
+            with torch.no_grad():
+                next(net.parameters()).view(-1)[0] = torch.inf
+            yield epoch, loss
+
+    monkeypatch.setattr(controller, "fit", fit_to_infinity)
+    run = make_run(tmp_path)
+
+    with pytest.raises(controller.DivergenceError):
+        run.make_baseline(make_lenet())
+    assert not (tmp_path / "baseline-pool" / "progress.pt").exists()
+
+
 def test_a_candidate_that_diverges_is_judged_as_it_was_before_its_recovery(tmp_path):
     settings = replace(TINY, recovery=TrainingPlan(1, 1e9), target=0.5)
     run = make_run(tmp_path, settings=settings)

@@ -3142,7 +3142,7 @@ class Goal:
 
     `is_required`: the user or the paper asks for it, and a net that cannot reach it is refused.
     Else it is the cut of another row, so that rows can be compared. Then a method that cannot reach
-    it goes as far as it can (`choose_target`).
+    it goes as far as it can (`limit_goal`).
     """
 
     target: float | None
@@ -4696,12 +4696,12 @@ class Run:
         No image is left to validate the final training, so the accuracy is the recovered net's. The
         seconds are those of the whole row.
         """
-        target = self.choose_target(method, goal)
-        recovered = self.find_recovered_net(method, target)
+        goal = self.limit_goal(method, goal)
+        recovered = self.find_recovered_net(method, goal.target)
         if self.round_to:
-            recovered = self.round_widths(method, recovered, target, is_required=goal.is_required)
+            recovered = self.round_widths(method, recovered, goal)
         if method == "sep":
-            return self.sep_row.train(recovered, target)
+            return self.sep_row.train(recovered, goal.target)
         trained = self.trainer.train(
             f"{method}: final", recovered.net, self.data.all, self.settings.final
         )
@@ -4759,21 +4759,19 @@ class Run:
 
     # -- finding structures
 
-    def choose_target(self, method: str, goal: Goal) -> float | None:
-        """The target for this method: the goal's. If that is not required, at most what the method
-        can remove."""
-        target = goal.target
-        if target is None or goal.is_required:
-            return target
+    def limit_goal(self, method: str, goal: Goal) -> Goal:
+        """The goal. If it is not required, its target is at most what this method can remove."""
+        if goal.target is None or goal.is_required:
+            return goal
         widths = self.trainer.baseline.widths
         largest_cut = largest_reduction(widths, self.trainer.make_reduction_of(method))
-        if largest_cut >= target:
-            return target
+        if largest_cut >= goal.target:
+            return goal
         self.reporter.say(
-            f"{method} cannot cut {target:.2%} as the rows before it do; it cuts "
+            f"{method} cannot cut {goal.target:.2%} as the rows before it do; it cuts "
             f"{largest_cut:.2%}, with one channel left in every layer"
         )
-        return largest_cut
+        return replace(goal, target=largest_cut)
 
     def find_recovered_net(self, method: str, target: float | None) -> RecoveredNet:
         """A net of the structure that a method finds, recovered."""
@@ -4823,9 +4821,7 @@ class Run:
         self.folder.save_results()
         return net, score
 
-    def round_widths(
-        self, method: str, recovered: RecoveredNet, target: float | None, *, is_required: bool
-    ) -> RecoveredNet:
+    def round_widths(self, method: str, recovered: RecoveredNet, goal: Goal) -> RecoveredNet:
         """Round the widths that were found to multiples of `round_to` (ours: many machines compute
         channels in blocks).
 
@@ -4837,11 +4833,11 @@ class Run:
         widths = trainer.baseline.widths
         reduction_of = trainer.make_reduction_of(method)
         largest_cut = largest_reduction(widths, reduction_of, self.round_to)
-        target_of_rounding = target
-        if target is not None and target > largest_cut and not is_required:
-            target_of_rounding = None
+        target = goal.target
+        if target is not None and target > largest_cut and not goal.is_required:
+            target = None
         structure = round_structure(
-            recovered.score.structure, widths, reduction_of, target_of_rounding, self.round_to
+            recovered.score.structure, widths, reduction_of, target, self.round_to
         )
         rounded = recovered
         if structure != recovered.score.structure:
@@ -4851,7 +4847,7 @@ class Run:
                 method,
                 trainer.load_baseline(),
                 structure,
-                target=target,
+                target=goal.target,
                 lstm_epoch=candidates[-1].lstm_epoch if candidates else 0,
                 number=len(candidates) + 1,
             )

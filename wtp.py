@@ -2969,8 +2969,14 @@ def explain(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         command = f" {context.info_name}" if context is not None and context.parent else ""
         return " ".join(message.split()).rstrip(".") + f"; see python wtp.py{command} --help", 2
-    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision", "rich"):
+    own_modules = ("models", "sep", "controller")
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name not in own_modules:
         return f"{error.name} is missing; pip install -r requirements.txt", 1
+    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
+        return (
+            "torch and torchvision here are of different builds; make a new environment, and there "
+            "pip install -r requirements.txt"
+        ), 1
     # Here, not above: models.py imports torch, which may be the module that is missing.
     try:
         from models import UserError

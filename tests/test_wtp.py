@@ -2989,6 +2989,21 @@ def test_a_missing_package_is_named(tmp_path, package):
     assert done.stderr == f"wtp: {package} is missing; pip install -r requirements.txt\n"
 
 
+def test_a_missing_package_of_a_package_is_named():
+    error = ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
+
+    assert wtp.explain(error) == ("pydantic is missing; pip install -r requirements.txt", 1)
+
+
+def test_a_torchvision_of_another_build_is_one_line():
+    error = RuntimeError("operator torchvision::nms does not exist")
+
+    message, status = wtp.explain(error)
+
+    assert status == 1
+    assert message.startswith("torch and torchvision here are of different builds; make a new")
+
+
 def test_without_arguments_there_is_help(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["wtp.py"])
 

@@ -930,6 +930,7 @@ STRAIGHT_THROUGH_SHARE = 0.1  # of the gradient, so that gates learn more slowly
 FIRST_TEMPERATURE = 1.0
 LAST_TEMPERATURE = 0.05
 ANNEALING_SHARE = 0.35  # of the whole training
+BALANCING_STEP = 0.01  # in standard deviations of the scores
 
 
 class NoisyGate(sep.SEGate):
@@ -975,7 +976,23 @@ class SoftGate(sep.SEGate):
         if share == 1.0:
             return super().choose_kernels(x, layer)
         temperature = FIRST_TEMPERATURE ** (1 - share) * LAST_TEMPERATURE**share
-        return (self.score_groups(x, layer) / temperature).softmax(1) @ self.masks
+        scores = self.score_groups(x, layer)
+        self.balance(scores)
+        return (scores / temperature).softmax(1) @ self.masks
+
+    def balance(self, scores):
+        """Nothing here; else a few groups may win all images."""
+
+
+class BalancedSoftGate(SoftGate):
+    """In each step of the annealing the bias of a group with too many images falls a little, and
+    that of a group with too few rises (Wang et al. 2024, "Auxiliary-loss-free load balancing")."""
+
+    @torch.no_grad()
+    def balance(self, scores):
+        images_per_group = scores.argmax(1).bincount(minlength=scores.shape[1])
+        excess = images_per_group - len(scores) / scores.shape[1]
+        self.excite.bias -= BALANCING_STEP * excess.sign()
 
 
 def halve_groups(baseline_width, size):
@@ -994,6 +1011,7 @@ def change_gates(kind, net, batches):
         "groups-noisy": NoisyGate,
         "groups-trained": TrainedGate,
         "groups-soft": SoftGate,
+        "groups-soft-balanced": BalancedSoftGate,
     }.get(kind)
     if not gate_class and kind not in ("groups-balanced", "groups-normalised"):
         return
@@ -1115,6 +1133,7 @@ GROUP_VARIANTS = (
     "groups-noisy",
     "groups-trained",
     "groups-soft",
+    "groups-soft-balanced",
 )
 
 
@@ -2001,7 +2020,10 @@ def main(folder="", name="", *arguments):
     if not folder or folder.startswith("-") or name not in ("", *measures):
         sys.exit(__doc__)
     for measure in [measures[name]] if name else USUAL:
-        measure(Path(folder), *arguments)
+        try:
+            measure(Path(folder), *arguments)
+        except models.UserError as error:
+            sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":

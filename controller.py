@@ -3636,7 +3636,8 @@ class TrainingState:
 
 
 class DivergenceError(UserError):
-    """The loss of a training is no longer a number. `seconds`: how long it was trained."""
+    """The loss or weights of a training are no longer finite numbers. `seconds`: how long it was
+    trained."""
 
     def __init__(self, message: str, *, seconds: float):
         super().__init__(message)
@@ -3648,8 +3649,8 @@ def explain_divergence(title: str, epoch_number: int, plan: TrainingPlan) -> str
     if plan.temperature is not None:  # a final training of ours, not of `published`
         advice = "--schedule published has a lower one, or another --seed may do"
     return (
-        f"{title}: the training diverged in epoch {epoch_number}, its loss is no longer a number: "
-        f"the learning rate is too high for this net; {advice}"
+        f"{title}: the training diverged in epoch {epoch_number}, its loss or weights are no "
+        f"longer finite numbers: the learning rate is too high for this net; {advice}"
     )
 
 
@@ -3733,7 +3734,7 @@ class Trainer:
         With `keeps_best`, which needs `validation`, the weights are those of the best epoch by that
         accuracy, else of the last one.
 
-        A training diverges where its loss is no longer a number, or its weights are no finite ones.
+        A training diverges where its loss or its weights are no longer finite numbers.
         With `keeps_best` it then ends with its best weights so far, or with those that it began
         with. Else it raises DivergenceError.
         """
@@ -4343,13 +4344,13 @@ class SepRow:
     its structure      that of `lstm`'s search, less      that of a search of its own
                        some kernels: they make room
                        for the gates' MACs
-    net without gates  `lstm`'s net: it pays for no       the same net, with all of these
-                       gates, so it may have more         kernels, but without gates
+    net without gates  `lstm`'s net: it pays for no       the net of that structure, before
+                       gates, so it may have more         gates are put on
                        kernels
 
     If `lstm`'s net wins, and has had its final training already, it is taken as it is. If widths
-    are rounded (`round_to`), the net without gates is the same net in both cases: `lstm`'s has
-    another structure then.
+    are rounded (`round_to`), it is the net before gates are put on in both cases, because `lstm`'s
+    net has another structure then.
     """
 
     def __init__(self, trainer: Trainer, checkpoints: RowCheckpoints, round_to: int | None):
@@ -4427,7 +4428,7 @@ class SepRow:
         return replace(trained, seconds=seconds)
 
     def competes_with_lstm(self, target: float | None) -> bool:
-        """Whether the net without gates is `lstm`'s; else it is the same net without gates."""
+        """Whether the net without gates is `lstm`'s; else it is the net before gates are put on."""
         return self.settings.searches_by_regression(target) and not self.round_to
 
     def find_net_without_gates(self, recovered: RecoveredNet, target: float | None) -> RecoveredNet:

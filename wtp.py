@@ -2962,6 +2962,13 @@ def first_line_of(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+def is_package_to_install(name: str) -> bool:
+    """Whether a missing module is a package that pip installs. If a part of a package is missing, a
+    file of the user's may have its name; a part of Python itself comes with Python."""
+    is_own = name in ("models", "sep", "controller")
+    return bool(name) and "." not in name and name not in sys.stdlib_module_names and not is_own
+
+
 def explain(error: Exception) -> tuple[str, int]:
     """(one line, exit status) for what a user can cause; any other error is raised again."""
     if hasattr(error, "format_message"):  # Typer's own: a wrong call
@@ -2969,8 +2976,7 @@ def explain(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         command = f" {context.info_name}" if context is not None and context.parent else ""
         return " ".join(message.split()).rstrip(".") + f"; see python wtp.py{command} --help", 2
-    own_modules = ("models", "sep", "controller")
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name not in own_modules:
+    if isinstance(error, ModuleNotFoundError) and is_package_to_install(error.name or ""):
         return f"{error.name} is missing; pip install -r requirements.txt", 1
     if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
         return (

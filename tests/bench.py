@@ -894,7 +894,8 @@ class StrongestGate(KernelGate):
 
 
 class Annealing(nn.Module):
-    """Knows how much of a gate's annealing is over, which takes the first steps of a training."""
+    """Knows how much of a gate's annealing is over, which takes the first steps of a training. Not
+    for a GPU: there one step is recorded, and repeated as it was."""
 
     def __init__(self):
         super().__init__()
@@ -924,7 +925,7 @@ class AnnealedGate(KernelGate):
 
 # The next ones are the gates of `sep` with one change each.
 
-NOISE = 0.3  # of the noise on scores, in standard deviations of the scores
+NOISE = 0.3  # the scale of the noise on scores, in standard deviations of the scores
 STRAIGHT_THROUGH_SHARE = 0.1  # of the gradient, so that gates learn more slowly than the net
 # Of SoftGate's softmax, over scores with a standard deviation of 1.
 FIRST_TEMPERATURE = 1.0
@@ -986,7 +987,8 @@ class SoftGate(sep.SEGate):
 
 class BalancedSoftGate(SoftGate):
     """In each step of the annealing the bias of a group with too many images falls a little, and
-    that of a group with too few rises (Wang et al. 2024, "Auxiliary-loss-free load balancing")."""
+    that of a group with too few rises, as in Wang et al. 2024, "Auxiliary-loss-free load
+    balancing". There the bias only selects; here it also weighs the mixture."""
 
     @torch.no_grad()
     def balance(self, scores):
@@ -1128,7 +1130,7 @@ GROUP_VARIANTS = (
     "groups",
     "groups-at-once",  # from the start of the training
     "groups-half",  # half of the kernels are always on
-    "groups-balanced",  # every group has as many images
+    "groups-balanced",  # every group begins with about as many images
     "groups-normalised",  # the scores of each group are standardised
     "groups-noisy",
     "groups-trained",
@@ -1142,13 +1144,12 @@ def make_gate_variant(name, baseline, structure):
     variant has its gates already, or has none)."""
     net = models.prune_channels(baseline.net, structure)
     kind, _, option = name.partition("=")
-    most = int(option) if option else len(structure)  # layers with gates
+    most = max(1, int(option)) if option else len(structure)  # layers with gates
     widths = baseline.net.widths
     gate_sizes = sep.choose_gate_sizes(widths, structure)
     if kind == "groups-half":
         gate_sizes = [size and halve_groups(width, size) for width, size in zip(widths, gate_sizes)]
-    room = sum(size is not None for size in gate_sizes)
-    gate_sizes = controller.keep_last_gates(gate_sizes, min(most, room))
+    gate_sizes = controller.keep_last_gates(gate_sizes, most)
     images = baseline.all
     if kind == "hard":
         return net, None
@@ -1167,6 +1168,8 @@ def make_gate_variant(name, baseline, structure):
             teach_gates(net, images)
         return net, None
     if kind in GROUP_VARIANTS:
+        if not any(gate_sizes):
+            sys.exit("no layer lost enough kernels to have room for a gate")
         return net, gate_sizes
     sys.exit(f"no variant {name}: hard, scales, {', '.join((*KERNEL_GATES, *GROUP_VARIANTS))}")
 
@@ -1188,7 +1191,8 @@ def gates(folder, checkpoint, structure, epochs, peak, seed, *variants):
     (`static` of a run has that run's recovery).
 
     The trainings are kept in files gates-*.pt in the folder in which you are. The same command goes
-    on from there, and measures finished ones again.
+    on from there, and measures finished ones again. Two processes with the same seed must not
+    share a folder, for they share files.
     """
     baseline = load_baseline(folder, checkpoint)
     compare_gates("gates", baseline, checkpoint, structure, epochs, peak, seed, variants)
@@ -1220,6 +1224,9 @@ def compare_gates(title, baseline, checkpoint, structure, epochs, peak, seed, va
                 module.step_count = round(ANNEALING_SHARE * steps)
         return train_resumably(net, plan, teacher, epochs, Path(f"{work}-{title}.pt"))
 
+    annealed = [name for name in variants if "annealed" in name or "soft" in name]
+    if annealed and DEVICE.type != "cpu":
+        sys.exit(f"{', '.join(annealed)}: on a CPU alone")
     for name in variants or ("hard", "scales", "groups", "groups-at-once", "kernels", "strongest"):
         torch.manual_seed(int(seed))
         net, gate_sizes = make_gate_variant(name, baseline, structure)
@@ -1249,7 +1256,7 @@ def train_resumably(net, plan, teacher, epochs, path):
     finished_epochs = 0
     if content is not None:
         # It may be of an earlier version of this code, and then it is to be removed.
-        say(f"{path}: goes on after epoch {content['epochs']} of {len(epochs)}")
+        say(f"{path}: {content['epochs']} of {len(epochs)} epochs are there already")
         net.load_state_dict(content["net"])
         optimizer.load_state_dict(content["optimizer"])
         finished_epochs = content["epochs"]

@@ -2993,6 +2993,8 @@ def test_a_missing_package_of_a_package_is_named():
     error = ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
 
     assert wtp.explain(error) == ("pydantic is missing; pip install -r requirements.txt", 1)
+    for name in ("torch.nn", "_lzma", "controller", ""):
+        assert not wtp.is_package_to_install(name)
 
 
 def test_a_torchvision_of_another_build_is_one_line():

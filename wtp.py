@@ -2727,7 +2727,8 @@ def report(
         if output.suffix.lower() not in PICTURE_ENDINGS:
             raise UserError(f"{output}: the ending says the format, .svg, .png or .pdf", 2)
         check_output(output, advice=f"{KEEP_ADVICE}, or {FORCE_ADVICE}", may_replace=force)
-    results = read_results(folder, hint="; make the run again")
+    hint = "; move that file away, and give the run's command again: finished rows come back from "
+    results = read_results(folder, hint=f"{hint}their checkpoints")
     show_results(results)
     if not results["rows"]:
         print_note("so there is no picture yet")

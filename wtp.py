@@ -2727,8 +2727,11 @@ def report(
         if output.suffix.lower() not in PICTURE_ENDINGS:
             raise UserError(f"{output}: the ending says the format, .svg, .png or .pdf", 2)
         check_output(output, advice=f"{KEEP_ADVICE}, or {FORCE_ADVICE}", may_replace=force)
-    hint = "; move that file away, and give the run's command again: finished rows come back from "
-    results = read_results(folder, hint=f"{hint}their checkpoints")
+    hint = (
+        "; move that file away, and give the run's command again: finished rows come back from "
+        "their checkpoints"
+    )
+    results = read_results(folder, hint=hint)
     show_results(results)
     if not results["rows"]:
         print_note("so there is no picture yet")

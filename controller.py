@@ -3095,8 +3095,8 @@ class RegressionSearch(Search):
 
 # ---- the run: its methods ----------------------------------------------------------------------
 #
-# A run calls, each from the one above it (so the code of it stands from here to the end of the
-# file, the callers last):
+# A run calls, each from the one above it. In this file they stand the other way round: what is
+# called comes before its caller.
 #
 #   Run.make_baseline()         the teacher, trained or given
 #   Run.make_row(method, goal)  a row of the table: its structure, then the final training
@@ -4348,6 +4348,8 @@ class SepRow:
                        gates, so it may have more         gates are put on
                        kernels
 
+    A search of `sep`'s own would only try the hard-pruned candidates of `lstm`'s search again.
+
     If `lstm`'s net wins, and has had its final training already, it is taken as it is. If widths
     are rounded (`round_to`), it is the net before gates are put on in both cases, because `lstm`'s
     net has another structure then.
@@ -4446,8 +4448,8 @@ class SepRow:
     def train_without_gates(self, recovered: RecoveredNet, target: float | None) -> TrainedNet:
         """The final training of the net without gates, or `lstm`'s net, if that is the same net and
         is trained already. The seconds are those of this training."""
-        is_lstm_net = self.competes_with_lstm(target)
-        if is_lstm_net and self.has_lstm_net_of(recovered.net.structure):
+        structure = recovered.net.structure
+        if self.competes_with_lstm(target) and self.has_lstm_net_of(structure):
             return self.load_lstm_net()
         trained = self.trainer.train(
             "sep: final", recovered.net, self.data.all, self.settings.final

@@ -741,15 +741,15 @@ def train_by_recipe(net, recipe, images, teacher):
     def average_after_each(steps):
         for step in steps:
             yield step
-            # On a GPU a padded net is trained, and `copy` gets its weights after each epoch.
-            if is_averaging and DEVICE.type == "cpu":
+            if is_averaging:
                 average.update_parameters(copy)
 
     options = {"optimizer": optimizer, "seed": recipe.seed, "teacher": teacher}
     epochs = controller.fit(copy, images, recipe.plan, wrap_steps=average_after_each, **options)
     for epoch, _ in epochs:
-        yield copy, average.module if is_averaging and DEVICE.type == "cpu" else None
-        is_averaging = epoch + 1 >= 2 / 3 * recipe.plan.epochs
+        yield copy, average.module if is_averaging else None
+        # On a GPU a padded net is trained, and `copy` gets its weights only after each epoch.
+        is_averaging = DEVICE.type == "cpu" and epoch + 1 >= 2 / 3 * recipe.plan.epochs
 
 
 def recipes(folder, checkpoint, cut, epochs, *names):
@@ -982,7 +982,7 @@ class SoftGate(sep.SEGate):
         return (scores / temperature).softmax(1) @ self.masks
 
     def balance(self, scores):
-        """Nothing here; else a few groups may win all images."""
+        """Nothing here; BalancedSoftGate moves the biases."""
 
 
 class BalancedSoftGate(SoftGate):
@@ -1144,12 +1144,12 @@ def make_gate_variant(name, baseline, structure):
     variant has its gates already, or has none)."""
     net = models.prune_channels(baseline.net, structure)
     kind, _, option = name.partition("=")
-    most = max(1, int(option)) if option else len(structure)  # layers with gates
+    max_gated_layers = max(1, int(option)) if option else len(structure)
     widths = baseline.net.widths
     gate_sizes = sep.choose_gate_sizes(widths, structure)
     if kind == "groups-half":
         gate_sizes = [size and halve_groups(width, size) for width, size in zip(widths, gate_sizes)]
-    gate_sizes = controller.keep_last_gates(gate_sizes, most)
+    gate_sizes = controller.keep_last_gates(gate_sizes, max_gated_layers)
     images = baseline.all
     if kind == "hard":
         return net, None
@@ -1160,7 +1160,7 @@ def make_gate_variant(name, baseline, structure):
     if kind in KERNEL_GATES:
         # They keep all kernels of the baseline, and choose in the last layers that are pruned.
         pruned_layers = [i for i, width in enumerate(widths) if structure[i] < width]
-        gated_layers = pruned_layers[-most:]
+        gated_layers = pruned_layers[-max_gated_layers:]
         ks = [k if i in gated_layers else None for i, k in enumerate(structure)]
         kept = [widths[i] if i in gated_layers else k for i, k in enumerate(structure)]
         net = put_gates(models.prune_channels(baseline.net, kept), KERNEL_GATES[kind], ks, images)
